@@ -1,0 +1,319 @@
+"""Text to speech: text encoder, alignment, mel flow Transformer. System `tts`.
+
+text (B, S, D) has a vector a byte; x (B, T, M) is a normalised log-mel; `frame_stack` frames make one of N tokens.
+Where a byte is spoken is learned without an aligner: every byte has a duration, its position is the sum of those before it,
+and the flow loss itself moves the durations, because the text that a frame is given is a blur around that position
+(differentiable, as in EATS, arXiv 2006.03575, and Non-Attentive Tacotron). Their sum predicts the length of the speech.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+import flow
+import pretrained
+from config import Config, Sample
+
+
+@dataclass
+class Prompt:
+    """What to make: a text; the length in seconds, or 0 to predict it; the seed of its noise."""
+    text: str
+    seconds: float = 0.0
+    seed: int = 0
+
+
+@dataclass
+class Artifact:
+    """What was made: a wave (N,) at `sample_rate` Hz, its log-mel (T, M), and where it attended, (N, S) over the bytes."""
+    wave: torch.Tensor
+    sample_rate: int
+    log_mel: torch.Tensor
+    attention: torch.Tensor
+
+
+class TextToSpeech(nn.Module):
+    """Losses out of `forward`, speech out of `sample`."""
+
+    def __init__(self, config: Config, mean: float = 0.0, std: float = 1.0):
+        """mean, std: of the training set's log-mels; kept in the checkpoint."""
+        super().__init__()
+        self.config = config
+        m = config.model
+        self.text_encoder, self.tokenizer, text_width = pretrained.load_text_encoder(m.text_encoder)
+        self.text = TextNet(text_width, m.width, m.text_layers, seconds_a_byte=0.065, frame_rate=config.mel.sample_rate / config.mel.hop)
+        self.decoder = MelFlow(config.mel.n_mels, m.frame_stack, m.width, m.layers, m.heads, m.upsample_text)
+        self.register_buffer("mean", torch.tensor(float(mean)))
+        self.register_buffer("std", torch.tensor(float(std)))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Losses of a batch of `data.Batches`, in which everything random is already drawn.
+
+        returns: loss, flow_loss, duration_loss, scalars; flow_loss_per_clip (B,).
+        """
+        x, noise, t, x_mask, f = batch["x"], batch["noise"], batch["t"], batch["x_mask"], self.config.flow
+        features = batch["features"] if "features" in batch else self.text_encoder(batch["ids"], batch["text_mask"])
+        text, durations = self.text(features, batch["text_mask"])
+        centres = self.align(durations, batch["text_mask"], batch["frames"])
+        x_t = flow.interpolate(x, noise, t)
+        output = self.decoder(x_t, t, text, centres, x_mask, batch["text_mask"])
+        v = flow.velocity(output.float(), x_t, t, f.predict, f.min_t)
+        flow_loss = flow.loss(v, x, noise, x_mask)
+        length_error = (durations.sum(1).log() - batch["frames"].log()).square() * ~batch["text_dropped"]
+        duration_loss = length_error.mean()
+        return {"loss": flow_loss.mean() + f.duration_weight * duration_loss, "flow_loss": flow_loss.mean(),
+                "duration_loss": duration_loss, "flow_loss_per_clip": flow_loss.detach()}
+
+    def align(self, durations: torch.Tensor, text_mask: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        """Where each byte is spoken: centres (B, S) in tokens, from durations (B, S) stretched to the clip's length."""
+        if self.config.model.alignment == "none":
+            return torch.arange(durations.shape[1], device=durations.device).expand_as(durations).float()
+        if self.config.model.alignment == "uniform":
+            durations = text_mask.float()
+        durations = durations * (frames / self.config.model.frame_stack / durations.sum(1))[:, None]
+        return durations.cumsum(1) - durations / 2
+
+    @torch.inference_mode()
+    def sample(self, prompts: Sequence[Prompt], settings: Sample) -> list[Artifact]:
+        """Speak the prompts as one batch; a prompt's noise depends on its own seed alone."""
+        log_mels, attention = self.sample_log_mels(prompts, settings)
+        return [Artifact(self.vocode(x), self.config.mel.sample_rate, x, a) for x, a in zip(log_mels, attention)]
+
+    def sample_log_mels(self, prompts: Sequence[Prompt], settings: Sample) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """returns: log-mels (T, M), natural log, and cross-attention (N, S), one of each a prompt, on the CPU."""
+        device, c, stack = self.mean.device, self.config, self.config.model.frame_stack
+        ids = pretrained.tokenize(self.tokenizer, [*(p.text for p in prompts), *[""] * len(prompts)])
+        padded = nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True).to(device)
+        lengths = torch.tensor([len(i) for i in ids], device=device)
+        text_mask = torch.arange(padded.shape[1], device=device) < lengths[:, None]
+        text, durations = self.text(self.text_encoder(padded, text_mask).float(), text_mask)
+        rate = c.mel.sample_rate / c.mel.hop
+        wanted = torch.tensor([p.seconds * rate for p in prompts], device=device)
+        frames = torch.where(wanted > 0, wanted, durations.sum(1)[:len(prompts)]).round().clamp(stack, c.data.max_seconds * rate).long()
+        centres = self.align(durations, text_mask, frames.repeat(2))
+        x_mask = torch.arange(math.ceil(frames.max().item() / stack) * stack, device=device) < frames.repeat(2)[:, None]
+        noise = torch.zeros(len(prompts), x_mask.shape[1], c.mel.n_mels)
+        for row, (prompt, n) in enumerate(zip(prompts, frames.tolist())):
+            noise[row, :n] = torch.randn(n, c.mel.n_mels, generator=torch.Generator().manual_seed(prompt.seed))
+
+        def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            b = len(x_t)                       # the conditional rows come first, so B of 2 B rows leave guidance out
+            output = self.decoder(x_t, t, text[:b], centres[:b], x_mask[:b], text_mask[:b])
+            return flow.velocity(output.float(), x_t, t, c.flow.predict, c.flow.min_t) * x_mask[:b, :, None]
+
+        grid = flow.times(settings.euler_steps, settings.sway, settings.shift)
+        x = flow.euler(network, noise.to(device), grid, settings.cfg_scale, settings.cfg_from, settings.cfg_to)
+        halfway = torch.full((len(prompts),), 0.5, device=device)
+        b = len(prompts)
+        weights = self.decoder.attention(flow.interpolate(x, noise.to(device), halfway), halfway, text[:b], centres[:b], x_mask[:b], text_mask[:b])
+        log_mels = [(x[i, :n] * self.std + self.mean).float().cpu() for i, n in enumerate(frames.tolist())]
+        return log_mels, [weights[i, :math.ceil(n / stack), :s].float().cpu() for i, (n, s) in enumerate(zip(frames.tolist(), lengths.tolist()))]
+
+    def vocode(self, log_mel: torch.Tensor) -> torch.Tensor:
+        """log-mel (T, M), natural log -> wave (T * hop,), by the vocoder of the config."""
+        return self.vocoder(log_mel)
+
+    @functools.cached_property
+    def vocoder(self):
+        """Resident after its first use; held beside the module, not in it, so checkpoints know nothing of it."""
+        return pretrained.load_vocoder(self.config.sample.vocoder, self.config.mel, self.mean.device)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """What Muon orthogonalises: linear layers from hidden to hidden; inputs, outputs, time and tables stay with AdamW."""
+        stacks = [self.decoder.blocks, self.text.blocks, *([self.text_encoder] if self.config.model.text_encoder == "scratch" else [])]
+        return [layer.weight for stack in stacks for layer in stack.modules() if isinstance(layer, nn.Linear)]
+
+
+class TextNet(nn.Module):
+    """Encoder features to what the decoder reads: a projection, convolutions that see neighbouring bytes, a duration a byte."""
+
+    def __init__(self, text_width: int, width: int, layers: int, seconds_a_byte: float, frame_rate: float):
+        """seconds_a_byte, frame_rate (Hz): the durations before anything is learned; LJSpeech has 0.065 s, 5.6 frames a byte."""
+        super().__init__()
+        self.proj = nn.Linear(text_width, width)
+        self.blocks = nn.ModuleList(ConvBlock(width) for _ in range(layers))
+        self.log_duration = zero(nn.Linear(width, 1))
+        nn.init.constant_(self.log_duration.bias, math.log(seconds_a_byte * frame_rate))
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """features (B, S, E), mask (B, S) -> text (B, S, D), durations (B, S) in frames, 0 where there is no text."""
+        x = self.proj(features)                                                          # (B, S, D)
+        for block in self.blocks:
+            x = block(x, mask)
+        x = norm(x)
+        log_duration = self.log_duration(x).squeeze(-1).float().clamp(-4, 6)             # (B, S)
+        return x, log_duration.exp() * mask
+
+
+class ConvBlock(nn.Module):
+    """Depthwise convolution over bytes, then an MLP at each (ConvNeXt, arXiv 2201.03545)."""
+
+    def __init__(self, width: int, kernel: int = 7):
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.mlp = MLP(width)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = self.conv((x * mask[..., None]).transpose(1, 2)).transpose(1, 2)             # (B, S, D)
+        return x + self.mlp(norm(h))
+
+
+class MelFlow(nn.Module):
+    """The Transformer that predicts x or v from x_t: self-attention over time, cross-attention to the text, AdaLN by time."""
+
+    def __init__(self, n_mels: int, frame_stack: int, width: int, layers: int, heads: int, upsample_text: bool):
+        super().__init__()
+        self.frame_stack, self.head_width, self.upsample_text = frame_stack, width // heads, upsample_text
+        self.in_proj = nn.Linear(frame_stack * n_mels, width)
+        self.text_proj = nn.Linear(width, width)
+        self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.modulation = zero(nn.Linear(width, 6 * width))        # one for all blocks, each adds a table of its own (PixArt)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.out_proj = zero(nn.Linear(width, frame_stack * n_mels))
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, centres: torch.Tensor,
+                x_mask: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        """x_t (B, T, M), t (B,), text (B, S, D), centres (B, S) in tokens, x_mask (B, T), text_mask (B, S) -> (B, T, M)."""
+        h, context = self.embed(x_t, t, text, centres, x_mask, text_mask)
+        for block in self.blocks:
+            h = block(h, text, context)
+        return rearrange(self.out_proj(norm(h)), "b n (k m) -> b (n k) m", k=self.frame_stack)
+
+    def attention(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, centres: torch.Tensor,
+                  x_mask: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        """Cross-attention weights (B, N, S), the mean over heads and layers; arguments as `forward`."""
+        h, context = self.embed(x_t, t, text, centres, x_mask, text_mask)
+        weights = 0
+        for block in self.blocks:
+            weights = weights + block.cross_weights(h, text, context) / len(self.blocks)
+            h = block(h, text, context)
+        return weights
+
+    def embed(self, x_t, t, text, centres, x_mask, text_mask) -> tuple[torch.Tensor, "Context"]:
+        """Tokens (B, N, D) at the first block's door, and what all blocks share."""
+        tokens = rearrange(x_t, "b (n k) m -> b n (k m)", k=self.frame_stack)
+        token_mask = x_mask[:, ::self.frame_stack]                                       # (B, N)
+        positions = torch.arange(tokens.shape[1], device=x_t.device).float() + 0.5       # (N,) in tokens
+        h = self.in_proj(tokens)                                                         # (B, N, D)
+        if self.upsample_text:
+            h = h + self.text_proj(upsample(text, centres, positions, token_mask, text_mask))
+        half = self.head_width // 2
+        context = Context(self.modulation(self.time_mlp(sinusoids(1000 * t, 256).to(h.dtype))).unsqueeze(1).chunk(6, -1),
+                          rotation(positions[None], half), rotation(centres.detach(), half),
+                          token_mask[:, None, None], text_mask[:, None, None])
+        return h, context
+
+
+@dataclass
+class Context:
+    """What every block is given: six AdaLN vectors (B, 1, D), rotations of tokens and bytes, masks (B, 1, 1, N or S)."""
+    modulation: tuple[torch.Tensor, ...]
+    token_rotation: tuple[torch.Tensor, torch.Tensor]
+    text_rotation: tuple[torch.Tensor, torch.Tensor]
+    token_mask: torch.Tensor
+    text_mask: torch.Tensor
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.self_attention, self.cross_attention, self.mlp = Attention(width, heads), Attention(width, heads), MLP(width)
+        self.table = nn.Parameter(torch.zeros(6, width))
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor, context: Context) -> torch.Tensor:
+        """x (B, N, D), text (B, S, D) -> (B, N, D)."""
+        x = self.look_around(x, context)
+        x = x + self.cross_attention(norm(x), text, context.token_rotation, context.text_rotation, context.text_mask)
+        shift, scale, gate = (m + row for m, row in zip(context.modulation[3:], self.table[3:]))
+        return x + (1 + gate) * self.mlp(norm(x) * (1 + scale) + shift)
+
+    def look_around(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """Self-attention over the tokens."""
+        shift, scale, gate = (m + row for m, row in zip(context.modulation[:3], self.table[:3]))
+        h = norm(x) * (1 + scale) + shift
+        return x + (1 + gate) * self.self_attention(h, h, context.token_rotation, context.token_rotation, context.token_mask)
+
+    def cross_weights(self, x: torch.Tensor, text: torch.Tensor, context: Context) -> torch.Tensor:
+        """The weights (B, N, S) of the cross-attention, for looking at; the mean over heads."""
+        x = norm(self.look_around(x, context))
+        q, k, _ = self.cross_attention.project(x, text, context.token_rotation, context.text_rotation)
+        scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~context.text_mask, -math.inf)
+        return scores.softmax(-1).mean(1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normalised queries and keys, rotated by their positions (QK-norm, RoPE)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.out = zero(nn.Linear(width, width, bias=False))
+
+    def forward(self, x, source, x_rotation, source_rotation, mask) -> torch.Tensor:
+        """x (B, N, D) attends to source (B, S, D) where mask (B, 1, 1, S)."""
+        q, k, v = self.project(x, source, x_rotation, source_rotation)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)               # (B, H, N, D / H)
+        return self.out(rearrange(attended, "b h n d -> b n (h d)"))
+
+    def project(self, x, source, x_rotation, source_rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = (rearrange(f(s), "b n (h d) -> b h n d", h=self.heads) for f, s in ((self.q, x), (self.k, source), (self.v, source)))
+        return rotate(norm(q), x_rotation), rotate(norm(k), source_rotation), v
+
+
+class MLP(nn.Module):
+    """Two matrices around a squared ReLU (Primer, arXiv 2109.08668)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = zero(nn.Linear(4 * width, width, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.relu(self.up(x)).square())
+
+
+def upsample(text: torch.Tensor, centres: torch.Tensor, positions: torch.Tensor, token_mask: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+    """text (B, S, D) at its centres (B, S) -> (B, N, D) at positions (N,), blurred over half the mean duration of a byte."""
+    blur = 0.5 * token_mask.sum(1) / text_mask.sum(1)                                    # (B,) in tokens
+    distance = (positions[None, :, None] - centres[:, None]) / blur[:, None, None]       # (B, N, S)
+    weights = (-0.5 * distance.square()).masked_fill(~text_mask[:, None], -math.inf).softmax(-1)
+    return weights.to(text.dtype) @ text
+
+
+def sinusoids(t: torch.Tensor, width: int) -> torch.Tensor:
+    """t (B,) -> (B, width): cosines and sines of geometrically spaced frequencies from 1 to 1/10000."""
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def rotation(positions: torch.Tensor, half: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (B, N), whole or not -> cosines and sines (B, 1, N, half) of rotary embeddings (Su et al. 2021)."""
+    angles = positions.float()[:, None, :, None] * torch.exp(-math.log(10000) * torch.arange(half, device=positions.device) / half)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate pairs (i, i + half) of x (B, H, N, 2 half)."""
+    cos, sin = (c.to(x.dtype) for c in cos_sin)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm without weights: what follows has its own."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def zero(linear: nn.Linear) -> nn.Linear:
+    """A layer that starts by saying nothing, so that a residual block starts as the identity."""
+    nn.init.zeros_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+    return linear

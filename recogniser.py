@@ -1,0 +1,268 @@
+"""Speech to text by openai-whisper: one path for its published models and for the tiny one in assets/, which is trained here.
+
+A machine without a hub still needs an error rate in the loop, so `python recogniser.py train` makes a checkpoint in
+Whisper's own format (width 64, Whisper's vocabulary and 30-second window) on the demo voice. Half of what it hears is words in
+random order, so that it has to listen: no grammar tells it the answer. `python recogniser.py assess` prints its floors.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pickle
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import whisper
+from whisper.normalizers import EnglishTextNormalizer
+from whisper.tokenizer import get_tokenizer
+
+import audio
+import data
+import metric
+from config import Mel, UserError, run_main
+
+TINY = Path(__file__).parent / "assets" / "whisper-demo.pt"
+RATE = whisper.audio.SAMPLE_RATE     # Hz: Whisper listens at 16 kHz
+normalise = EnglishTextNormalizer()  # Whisper's own: case, punctuation, numbers, British spelling
+
+
+class Recogniser:
+    """A resident Whisper model: `transcribe` waves in batches, at temperature 0, in English."""
+
+    def __init__(self, name: str, device: torch.device):
+        self.name = Path(name).stem
+        self.model = whisper.load_model(name, device=device)
+        self.options = whisper.DecodingOptions(language="en", temperature=0.0, without_timestamps=True, fp16=device.type == "cuda")
+
+    @torch.inference_mode()
+    def transcribe(self, waves: list[torch.Tensor], sample_rate: int, batch_size: int = 16) -> list[str]:
+        """waves: tensors (N,) at `sample_rate` Hz, up to 30 s each. returns the texts as heard, not normalised."""
+        texts = []
+        for start in range(0, len(waves), batch_size):
+            heard = [whisper.pad_or_trim(to_whisper_rate(w, sample_rate)) for w in waves[start:start + batch_size]]
+            mels = torch.stack([whisper.log_mel_spectrogram(w, self.model.dims.n_mels) for w in heard]).to(self.model.device)
+            texts += [result.text for result in whisper.decode(self.model, mels, self.options)]
+        return texts
+
+
+class PocketSphinx:
+    """CMU's small recogniser with the English model that its wheel carries: weak, but offline and of open vocabulary."""
+
+    name = "pocketsphinx"
+
+    def __init__(self):
+        try:
+            import pocketsphinx                # an extra: pip install pocketsphinx
+        except ImportError as e:
+            raise UserError("eval.recogniser pocketsphinx is not installed: pip install pocketsphinx") from e
+        self.decoder = pocketsphinx.Decoder(samprate=RATE, loglevel="FATAL")
+
+    def transcribe(self, waves: list[torch.Tensor], sample_rate: int) -> list[str]:
+        """As Recogniser.transcribe; each wave is scaled to the same peak."""
+        texts = []
+        for wave in waves:
+            wave = to_whisper_rate(wave, sample_rate)
+            pcm = (wave / wave.abs().max().clamp_min(1e-5) * 29000).short().numpy().tobytes()
+            self.decoder.start_utt()
+            self.decoder.process_raw(pcm, full_utt=True)
+            self.decoder.end_utt()
+            texts.append(self.decoder.hyp().hypstr if self.decoder.hyp() else "")
+        return texts
+
+
+def load(name: str, device: torch.device) -> Recogniser | PocketSphinx:
+    """A Whisper model by name ("base.en") or .pt file, or "pocketsphinx".
+
+    A Whisper that cannot be downloaded is replaced by the tiny one, with one line that says so.
+    raises UserError for a file that is missing or is no Whisper checkpoint, and for an unknown name.
+    """
+    if name == "pocketsphinx":
+        return PocketSphinx()
+    is_file = name.endswith(".pt")
+    if is_file and not Path(name).exists():
+        raise UserError(f"eval.recogniser {name}: no such file")
+    if not is_file and name not in whisper.available_models():
+        raise UserError(f"eval.recogniser {name!r} is neither a .pt file, nor pocketsphinx, nor one of {', '.join(whisper.available_models())}")
+    try:
+        return Recogniser(name, device)
+    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as e:     # urllib's errors are OSErrors, a wrong checksum a RuntimeError
+        if is_file:
+            raise UserError(f"{name}: not a Whisper checkpoint ({str(e).splitlines()[0]})") from e
+        print(f"recogniser: Whisper {name} cannot be downloaded ({str(e).splitlines()[0]}); {TINY.name} listens instead, "
+              "which knows only the demo's voice and words", flush=True)
+        return Recogniser(str(TINY), device)
+
+
+def to_whisper_rate(wave: torch.Tensor, sample_rate: int) -> torch.Tensor:
+    wave = wave.detach().float().cpu()
+    return audio.torchaudio.functional.resample(wave, sample_rate, RATE) if sample_rate != RATE else wave
+
+
+# Training the tiny one
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the tiny recogniser is trained; found by trial, see docs/log.md."""
+    clips: int = 9000                # spoken once, heard again and again under fresh noise
+    steps: int = 2400
+    batch_size: int = 32
+    lr: float = 3e-3
+    ctc_weight: float = 0.5          # letters read off the encoder: it learns to listen before the decoder learns to speak
+    full_window: int = 150           # last steps hear the 30-second window that whisper.decode pads to
+
+
+DIMS = whisper.model.ModelDimensions(n_mels=80, n_audio_ctx=1500, n_audio_state=64, n_audio_head=4, n_audio_layer=6,
+                                     n_vocab=51864, n_text_ctx=96, n_text_state=64, n_text_head=4, n_text_layer=3)
+
+
+def train(out: str, recipe: Recipe, seed: int = 0) -> None:
+    """Train the tiny recogniser and write it to `out` in Whisper's format, float16."""
+    torch.manual_seed(seed)
+    started = time.time()
+    with ProcessPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        clips = list(pool.map(functools.partial(speak_clip, seed), range(recipe.clips), chunksize=50))
+    print(f"{len(clips)} clips spoken in {time.time() - started:.0f} s", flush=True)
+    model, letters = whisper.model.Whisper(DIMS), torch.nn.Linear(DIMS.n_audio_state, 28)
+    torch.nn.init.normal_(model.decoder.token_embedding.weight, std=0.05)
+    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.02)
+    parameters = [*model.parameters(), *letters.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.steps, pct_start=0.1)
+    rng = random.Random(seed)
+    for step in range(recipe.steps):
+        full = step >= recipe.steps - recipe.full_window
+        batch = [clips[rng.randrange(len(clips))] for _ in range(recipe.batch_size // (4 if full else 1))]
+        loss, ctc = losses(model, letters, batch, rng, full)
+        optimizer.zero_grad()
+        (loss + recipe.ctc_weight * ctc).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == recipe.steps - 1:
+            print(f"step {step}  loss {loss.item():.3f}  letters {ctc.item():.3f}  {time.time() - started:.0f} s", flush=True)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    torch.save({"dims": dataclasses.asdict(DIMS), "model_state_dict": weights}, out)
+    print(f"{out}: {Path(out).stat().st_size / 1e6:.2f} MB", flush=True)
+
+
+def losses(model, letters, batch: list, rng: random.Random, full: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the next token and the CTC loss of the letters, for clips (text, wave at 16 kHz)."""
+    tokenizer = get_tokenizer(multilingual=False)
+    waves = [disturb(wave, rng) for _, wave in batch]
+    width = 480000 if full else max(map(len, waves)) + rng.randrange(RATE)
+    mels = torch.stack([whisper.log_mel_spectrogram(whisper.pad_or_trim(w, width)) for w in waves])
+    mels = mels[:, :, :mels.shape[2] // 2 * 2]
+    tokens = [[tokenizer.sot, tokenizer.no_timestamps, *tokenizer.encode(" " + text), tokenizer.eot] for text, _ in batch]
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in tokens], batch_first=True, padding_value=-100)
+    targets = padded[:, 2:]
+    with torch.autocast("cpu", torch.bfloat16):
+        heard = encode(model.encoder, mels)
+        logits = model.decoder(padded[:, :-1].clamp_min(0), heard)[:, 1:]
+        scores = letters(heard)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, label_smoothing=0.05)
+    spelled = [torch.tensor([ord(c) - 95 for c in text.lower().replace(" ", "`") if c == "`" or "a" <= c <= "z"]) for text, _ in batch]
+    lengths = torch.tensor([len(s) for s in spelled])
+    frames = torch.tensor([min(len(w) // 320 + 1, heard.shape[1]) for w in waves])
+    ctc = F.ctc_loss(scores.float().log_softmax(-1).transpose(0, 1), torch.cat(spelled), frames, lengths, zero_infinity=True)
+    return loss, ctc
+
+
+def encode(encoder, mels: torch.Tensor) -> torch.Tensor:
+    """Whisper's encoder on fewer than 30 seconds: mels (B, M, T) -> (B, T / 2, D). Its own forward insists on the full window."""
+    x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mels)))).permute(0, 2, 1)
+    x = x + encoder.positional_embedding[:x.shape[1]]
+    for block in encoder.blocks:
+        x = block(x)
+    return encoder.ln_post(x)
+
+
+def speak_clip(seed: int, index: int) -> tuple[str, torch.Tensor]:
+    """Clip `index` of the training set: (text, wave at 16 kHz); half of them words in random order, half of them vocoded."""
+    rng = random.Random(f"{seed} {index}")
+    text = salad(rng) if rng.random() < 0.5 else training_sentence(rng)
+    mel = Mel()
+    wave = audio.espeak(text, mel.sample_rate, rate=rng.choice((160, 160, rng.randint(135, 190))), pitch=rng.choice((50, rng.randint(35, 65))))
+    if rng.random() < 0.5:
+        x = audio.log_mel(wave, mel)
+        blur = rng.choice((1, 1, 3, 5))                        # frames: what a voice that has not converged sounds like
+        x = F.avg_pool1d(x.T[None], blur, 1, blur // 2, count_include_pad=False)[0].T
+        x = x + rng.uniform(0, 0.5) * torch.randn(x.shape, generator=torch.Generator().manual_seed(index))
+        wave = audio.griffin_lim(x, mel, iterations=rng.choice((8, 16, 32)))
+    return text, to_whisper_rate(wave, mel.sample_rate)
+
+
+def training_sentence(rng: random.Random) -> str:
+    grammar = rng.choice(("matrix", "open"))
+    while True:
+        sentence = data.make_sentence(grammar, rng)
+        if not data.is_held_out(sentence):
+            return sentence
+
+
+@functools.cache
+def vocabulary() -> list[str]:
+    """All words of the demo's grammars, sorted."""
+    words = set()
+    for grammar in (data.load_grammar("matrix"), data.load_grammar("open")):
+        for entries in grammar.values():
+            for entry in entries:
+                words |= set(data.re.findall(r"[A-Za-z]+", data.re.sub(r"\{.*?\}", " ", entry)))
+    return sorted(words)
+
+
+def salad(rng: random.Random) -> str:
+    """Three to seven words of the vocabulary in random order, as a sentence."""
+    words = " ".join(rng.choice(vocabulary()) for _ in range(rng.randint(3, 7)))
+    return words[0].upper() + words[1:] + "."
+
+
+def disturb(wave: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """Fresh gain, leading and trailing silence and white noise (15 to 50 dB) on a wave."""
+    wave = F.pad(wave, (rng.randrange(RATE // 4), rng.randrange(RATE // 4))) * 10 ** rng.uniform(-0.7, 0.1)
+    if rng.random() < 0.5:
+        level = wave.square().mean().sqrt() * 10 ** (-rng.uniform(15, 50) / 20)
+        wave = wave + level * torch.randn(len(wave), generator=torch.Generator().manual_seed(rng.randrange(2 ** 31)))
+    return wave
+
+
+def assess(name: str, sentences: int = 200) -> dict[str, float]:
+    """Word error rates of a recogniser on held-out sentences of each grammar and on word salad, as spoken and vocoded."""
+    torch.set_num_threads(2)
+    listener, mel, rates = load(name, torch.device("cpu")), Mel(), {}
+    for kind in ("matrix", "open", "salad"):
+        rng, texts = random.Random(f"assess {kind}"), []
+        while len(texts) < sentences:
+            text = salad(rng) if kind == "salad" else data.make_sentence(kind, rng)
+            if kind == "salad" or data.is_held_out(text):
+                texts.append(text)
+        spoken = [audio.espeak(text, mel.sample_rate) for text in texts]
+        vocoded = [audio.griffin_lim(audio.log_mel(w, mel), mel) for w in spoken]
+        for how, waves in (("spoken", spoken), ("vocoded", vocoded)):
+            heard = listener.transcribe(waves, mel.sample_rate)
+            rates[f"{kind}/{how}"] = metric.word_error_rate([(normalise(t), normalise(h)) for t, h in zip(texts, heard)])
+            print(f"{kind:7s}{how:8s} WER {100 * rates[f'{kind}/{how}']:.1f} %   e.g. {texts[0]!r} heard as {heard[0]!r}", flush=True)
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("train", "assess"))
+    parser.add_argument("--out", default=str(TINY), help="train: where the checkpoint goes")
+    parser.add_argument("--model", default=str(TINY), help="assess: a Whisper name or .pt file")
+    parser.add_argument("--sentences", type=int, default=200, help="assess: sentences of each kind")
+    options = parser.parse_args()
+    if options.command == "train":
+        train(options.out, Recipe())
+    else:
+        print(json.dumps(assess(options.model, options.sentences)))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Installs what pyproject.toml lists (once), prepares the corpus and trains. Needs only Python 3.11 or newer and a package index.
+#
+#   ./run.sh                           with GPUs: configs/ljspeech.yaml on all of them; without: configs/demo.yaml on the CPU
+#   ./run.sh --gpus N                  on N GPUs, a rank on each; 0 = the CPU
+#   ./run.sh --config configs/x.yaml   another recipe
+#   ./run.sh --batch_size 32 ...       --key value for any knob of config.py; data.py and train.py read it
+#   ./run.sh --wandb-url URL           log to a W&B server of your own
+#   ./run.sh --nodes N --node_rank R --master HOST[:PORT]     the same on each of N machines, R from 0; HOST is machine 0
+#   ./run.sh --print ...               print the commands instead of running them
+#   ./run.sh test [pytest arguments]   the tests
+#
+# BATCH_SIZE=64 NUM_GPUS=2 CONFIG=configs/x.yaml ./run.sh says it by environment; options win.
+# VENV=/somewhere ./run.sh keeps the environment there instead of in .venv; pip obeys its own variables (PIP_INDEX_URL).
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+VENV=${VENV:-.venv}
+
+main() {
+    if [[ ${1:-} == test ]]; then
+        set_up test
+        export OMP_WAIT_POLICY=PASSIVE                       # idle threads sleep: spinning ones slow each other down
+        exec "$VENV/bin/python" -m pytest -q "${@:2}"
+    fi
+    read_options "$@"
+    [[ $print ]] || set_up
+    ((gpus)) || run export OMP_WAIT_POLICY=PASSIVE
+    run "$VENV/bin/python" data.py prepare "${arguments[@]}"
+    run exec "$VENV/bin/python" ${launcher[@]+"${launcher[@]}"} train.py "${arguments[@]}"     # exec: train.py gets the signals
+}
+
+read_options() {        # sets gpus, print, launcher, arguments; macOS's bash 3.2 takes empty arrays for unset, hence the ${a[@]+...}
+    local config=${CONFIG:-} nodes=1 node_rank=0 master= overrides=() available key value
+    available=$(count_gpus) gpus=${NUM_GPUS:-} print= launcher=()
+    [[ -z ${BATCH_SIZE:-} ]] || overrides+=(--batch_size "$BATCH_SIZE")
+    while (($#)); do
+        case $1 in
+            -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' run.sh; exit ;;
+            --print) print=1; shift; continue ;;
+            --?*=*) key=${1%%=*} value=${1#*=}; shift ;;
+            --?*) (($# > 1)) || die "$1: its value is missing"; key=$1 value=$2; shift 2 ;;
+            *) die "'$1': expected --key value, as ./run.sh --help shows" ;;
+        esac
+        case ${key//-/_} in
+            __gpus) gpus=$value ;;
+            __config) config=$value ;;
+            __nodes) nodes=$value ;;
+            __node_rank) node_rank=$value ;;
+            __master) master=$value ;;
+            __wandb_url) overrides+=(--wandb_url "$value" --wandb online) ;;
+            *) overrides+=("$key" "$value") ;;
+        esac
+    done
+    gpus=${gpus:-$available}
+    for value in "$gpus" "$nodes" "$node_rank"; do
+        [[ $value =~ ^(0|[1-9][0-9]{0,5})$ ]] || die "--gpus, --nodes and --node_rank are whole numbers, got '$value'"
+    done
+    ((gpus <= available)) || die "--gpus $gpus: there are $available here (nvidia-smi -L, CUDA_VISIBLE_DEVICES)"
+    ((node_rank < nodes)) || die "--node_rank $node_rank must be below --nodes $nodes"
+    if ((nodes > 1)); then
+        [[ $master ]] || die "--nodes $nodes: --master HOST[:PORT] is missing"
+        [[ $master == *:* ]] || master+=:29500
+        launcher=(-m torch.distributed.run --nnodes "$nodes" --node_rank "$node_rank" --master_addr "${master%:*}"
+                  --master_port "${master##*:}" --nproc_per_node "$((gpus ? gpus : 1))")
+    elif ((gpus > 1)); then
+        launcher=(-m torch.distributed.run --standalone --nproc_per_node "$gpus")
+    fi
+    if ((gpus)); then arguments=(--config "${config:-configs/ljspeech.yaml}")
+    else arguments=(--config "${config:-configs/demo.yaml}" --device cpu); fi
+    arguments+=(${overrides[@]+"${overrides[@]}"})
+}
+
+count_gpus() {
+    local present visible
+    present=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || true
+    visible=$(tr ',' '\n' <<<"${CUDA_VISIBLE_DEVICES-all}" | grep -c '^[^-]') || true       # "" and -1 hide them all
+    [[ ${CUDA_VISIBLE_DEVICES+set} ]] && ((visible < present)) && present=$visible
+    echo "$present"
+}
+
+set_up() {              # [extra]; a copy of pyproject.toml in the environment says that its installation was finished
+    up_to_date "$@" || (
+        if command -v flock >/dev/null; then flock 9; fi     # of two starts at once the second waits
+        up_to_date "$@" || install "$@"
+    ) 9<run.sh
+}
+
+up_to_date() {
+    local stamp=$VENV/installed${1:+-$1}
+    [[ -f $stamp && $(<"$stamp") == "$(<pyproject.toml)" ]]
+}
+
+install() {
+    local extra=${1:-} python
+    if [[ -e $VENV/unfinished ]]; then
+        say "the installation in $VENV was interrupted: starting over"
+        rm -rf "$VENV"
+    fi
+    if [[ ! -e $VENV ]]; then
+        python=$(find_python)
+        say "making $VENV with $("$python" --version)"
+        mkdir -p "$VENV" && touch "$VENV/unfinished"
+        "$python" -m venv "$VENV"
+    fi
+    [[ -x $VENV/bin/python ]] || die "$VENV has no Python: delete it, or choose another place by VENV="
+    say "installing the dependencies${extra:+ and those of '$extra'} (a few minutes, some GB the first time)"
+    python=$VENV/bin/python
+    rm -f "$VENV"/installed*
+    "$python" - $extra >"$VENV/requirements.txt" <<'PYTHON'
+import sys, tomllib
+with open("pyproject.toml", "rb") as f:
+    project = tomllib.load(f)["project"]
+print(*project["dependencies"], *(r for extra in sys.argv[1:] for r in project["optional-dependencies"][extra]), sep="\n")
+PYTHON
+    "$python" -m pip install --disable-pip-version-check -r "$VENV/requirements.txt"
+    if [[ $extra == test ]]; then      # --no-deps: of what it asks for, its generator needs only librosa
+        "$python" -m pip install --disable-pip-version-check --no-deps bigvgan==2.4.1 ||
+            say "bigvgan cannot be installed: the tests that compare with it are skipped"
+        cp pyproject.toml "$VENV/installed-test"
+    fi
+    cp pyproject.toml "$VENV/installed"
+    rm -f "$VENV/unfinished"
+}
+
+find_python() {
+    local python
+    for python in python3.12 python3.13 python3.11 python3.14 python3; do
+        if "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$python"
+            return
+        fi
+    done
+    die "no Python 3.11 or newer with venv: install one (apt install python3.12-venv, brew install python@3.12)"
+}
+
+run() { if [[ $print ]]; then printf '%q ' "$@"; echo; else "$@"; fi; }
+say() { echo "==> $*"; }
+die() { echo "error: $*" >&2; exit 2; }
+
+main "$@"

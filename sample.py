@@ -1,0 +1,114 @@
+"""Use a trained system: `python sample.py --ckpt out/demo --text "Anna bought two green baskets." --out x.wav`.
+
+Several --text, or --prompt_file with one a line, are made in one batch. A long text is split at its sentences, and joined again.
+"""
+
+import argparse
+import re
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import audio
+import evaluator
+import metric
+import system
+from config import UserError, run_main
+from model import Prompt
+
+LONGEST_TEXT = 5000                  # characters in one text
+LONGEST_SENTENCE = 200               # characters spoken in one go: about 13 seconds, what training has seen
+PAUSE_SEC = 0.15                     # between the sentences of a long text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ckpt", required=True, help="a checkpoint, or the folder of a run")
+    parser.add_argument("--text", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompt_file", default="", help="a text file, a prompt a line")
+    parser.add_argument("--out", default="sample.wav", help="several prompts become sample-0.wav, sample-1.wav, ...")
+    parser.add_argument("--steps", type=int, default=0, help="Euler steps; default: as trained")
+    parser.add_argument("--cfg_scale", type=float, default=-1.0, help="guidance, 1 = none; default: as trained")
+    parser.add_argument("--seconds", type=float, default=0.0, help="length of each text; default: predicted")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
+    parser.add_argument("--png", action="store_true", help="write the spectrogram beside each wav")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    options = parser.parse_args()
+    texts = options.text + (evaluator.read_prompts(options.prompt_file) if options.prompt_file else [])
+    if not texts:
+        raise UserError("nothing to say: give --text or --prompt_file")
+    sentences = [split_text(check_text(text)) for text in texts]
+    changes = {"sample": {"vocoder": options.vocoder}} if options.vocoder else {}
+    config, network, _ = system.load(options.ckpt, system.pick_device(options.device), changes)
+    settings = replace(config.sample, **{name: value for name, value, given in (
+        ("euler_steps", options.steps, options.steps > 0), ("cfg_scale", options.cfg_scale, options.cfg_scale >= 0)) if given})
+    prompts = [Prompt(sentence, options.seconds * len(sentence) / sum(map(len, parts)), options.seed)
+               for parts in sentences for sentence in parts]
+    made = []
+    for start in range(0, len(prompts), config.eval.sample_batch):
+        made += network.sample(prompts[start:start + config.eval.sample_batch], settings)
+    for number, parts in enumerate(sentences):
+        pieces, made = made[:len(parts)], made[len(parts):]
+        path = Path(options.out) if len(texts) == 1 else Path(options.out).with_stem(f"{Path(options.out).stem}-{number}")
+        write(path, pieces, config, options.png)
+
+
+def write(path: Path, pieces: list, config, png: bool) -> None:
+    """The pieces of one text as one wav, with a pause between, and its spectrogram where asked."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rate = pieces[0].sample_rate
+    pause = torch.zeros(int(PAUSE_SEC * rate))
+    wave = torch.cat([part for piece in pieces for part in (piece.wave, pause)][:-1])
+    audio.save_wav(path, wave, rate)
+    print(f"{path}  {len(wave) / rate:.2f} s")
+    if png:
+        metric.spectrogram_png(torch.cat([piece.log_mel for piece in pieces]).numpy(), path.with_suffix(".png"), config.mel)
+
+
+def check_text(text: str) -> str:
+    """The text without superfluous blanks; raises UserError for one that cannot be spoken."""
+    text = " ".join(text.split())
+    unspeakable = [c for c in text if unicodedata.category(c) in ("So", "Cs", "Co", "Cn", "Cc", "Cf")]
+    if unspeakable:
+        raise UserError(f"text {shorten(text)!r}: {unspeakable[0]!r} cannot be spoken; leave it out")
+    if not any(c.isalnum() for c in text):
+        raise UserError(f"text {text!r}: there is nothing to say in it")
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f"text {shorten(text)!r}: {len(text)} characters are more than {LONGEST_TEXT}; use --prompt_file with a paragraph a line")
+    return text
+
+
+def split_text(text: str) -> list[str]:
+    """Its sentences; one that is too long is cut at commas, then between words.
+
+    raises UserError for a word of more than LONGEST_SENTENCE characters.
+    """
+    pieces = re.split(r"(?<=[.!?…])(?<![A-Z][a-z]\.)(?<!Mrs\.)(?<!\b[A-Z]\.)\s+", text)         # not after Dr. or an initial
+    for boundary in (r"(?<=[,;:])\s+", r"\s+"):
+        pieces = [part for piece in pieces for part in (join_short(re.split(boundary, piece)) if len(piece) > LONGEST_SENTENCE else [piece])]
+    for piece in pieces:
+        if len(piece) > LONGEST_SENTENCE:
+            raise UserError(f"text {shorten(piece)!r}: a word of {len(piece)} characters cannot be spoken")
+    return pieces
+
+
+def join_short(parts: list[str]) -> list[str]:
+    """Neighbours joined again while they fit, so that no piece is shorter than it must be."""
+    joined = parts[:1]
+    for part in parts[1:]:
+        if len(joined[-1]) + 1 + len(part) <= LONGEST_SENTENCE:
+            joined[-1] += " " + part
+        else:
+            joined.append(part)
+    return joined
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= 30 else text[:27] + "..."
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,90 @@
+"""The shape of the code base, read from its syntax trees: layers, sizes, what the entry points may know, live knobs."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import config
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = [["config"], ["audio", "flow", "metric"], ["model", "data", "pretrained"], ["recogniser"],
+          ["spectrogram", "music", "speech2image"], ["system"], ["evaluator"], ["train", "sample"]]
+SAME_LAYER = {("metric", "audio"), ("model", "pretrained")}
+LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+SYSTEMS = {"tts", "spectrogram", "music", "speech", "speech2image"}
+TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
+DISTRIBUTION = {"yaml": "pyyaml", "whisper": "openai-whisper", "espeakng_loader": "espeakng-loader"}     # where the names differ
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def lines(name: str) -> int:
+    return len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines())
+
+
+def imports(name: str) -> set[str]:
+    """Top-level names of all modules that a root module imports, also inside functions."""
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "root modules are not a package: no relative imports"
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_there_are_at_most_fifteen_root_modules_and_each_has_a_layer():
+    assert len(TREES) <= 15
+    assert not set(TREES) - set(LAYER), "give the new module a layer above, or put its code where it belongs"
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_imports_only_point_down(name):
+    wrong = [other for other in imports(name) & set(LAYER) if LAYER[other] >= LAYER[name] and (name, other) not in SAME_LAYER]
+    assert not wrong, f"{name} imports what is not below it"
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_what_is_imported_is_in_pyproject(name):
+    with open(ROOT / "pyproject.toml", "rb") as f:
+        project = tomllib.load(f)["project"]
+    listed = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"] + project["optional-dependencies"]["dev"]}
+    foreign = imports(name) - set(LAYER) - sys.stdlib_module_names
+    assert not {DISTRIBUTION.get(module, module) for module in foreign} - listed
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_modules_and_functions_stay_short(name):
+    assert lines(name) <= (200 if name == "train" else 500)
+    long = [f"{node.name}: {node.end_lineno - node.lineno + 1} lines" for node in ast.walk(TREES[name])
+            if isinstance(node, FUNCTION) and node.end_lineno - node.lineno >= 60 and (name, node.name) != ("train", "main")]
+    assert not long
+
+
+@pytest.mark.parametrize("name", sorted({"train", "sample"} & set(TREES)))
+def test_entry_points_know_no_system(name):
+    """Neither by an identifier nor in a string that is a name or a path; prose may speak of speech."""
+    words = set()
+    for node in ast.walk(TREES[name]):
+        for field in ("id", "attr", "arg", "name", "module", "asname"):
+            words |= set(str(getattr(node, field, None)).split("."))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and not re.search(r"\s", node.value):
+            words |= set(re.split(r"[^a-z0-9]+", node.value.lower()))
+    named = words & (SYSTEMS | {"isinstance", "hasattr"})
+    assert not named
+
+
+def test_every_knob_is_read_outside_config():
+    read = {node.attr for name, tree in TREES.items() if name != "config" for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    dead = [key for key in config.keys() if key.split(".")[-1] not in read]
+    assert not dead, "knobs that nothing reads"
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]), ids=lambda path: path.stem)
+def test_every_file_opens_with_a_docstring(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
