@@ -33,7 +33,7 @@ from tqdm import tqdm
 import audio
 import flow
 import pretrained
-from config import Config, Mel, UserError, load, run_main
+from config import Config, Mel, UserError, from_command_line, run_main
 
 FORMAT = 1                                       # of a packed folder
 SHARD = 512                                      # clips in one
@@ -65,8 +65,9 @@ class Corpus:
         index = read_index(self.folder, config.mel)
         self.mean, self.std, self.hash = index["mean"], index["std"], index["hash"]
         shards = [read_shard(self.folder, n, index["plan"]) for n in range(index["shards"])]
-        self.mels = [mels for _, _, mels in shards]
-        clips = sum((found for _, found, _ in shards), [])
+        if None in shards:
+            raise UserError(f"{self.folder}: shard {shards.index(None)} is missing or damaged; pack again, which makes it anew: {PREPARE}")
+        self.mels, clips = [mels for _, _, mels in shards], sum((found for _, found, _ in shards), [])
         clips = [clip._replace(number=n, wav=clip.wav and str(self.folder / clip.wav)) for n, clip in enumerate(clips)]
         limit = config.data.max_seconds * config.mel.sample_rate / config.mel.hop
         self.splits = {split: [c for c in clips if c.split == split and c.frames <= limit] for split in SPLITS}
@@ -139,8 +140,8 @@ class Batches:
 def schedule(lengths: np.ndarray, step: int, batch: int, seed: int) -> np.ndarray:
     """Which clips make the global batch of a step: indices (batch,), shortest first; a pure function.
 
-    An epoch shows every clip once. It sorts by length, give or take 2 %, so that neighbours need little padding and still
-    differ from epoch to epoch, and shuffles the batches. What the last batch lacks is filled up with clips shown again.
+    An epoch shows every clip once: sorted by length, give or take 2 %, so that neighbours need little padding and still differ from
+    epoch to epoch, cut into batches, and these shuffled. What the last batch lacks is filled up with clips shown again.
     """
     steps = math.ceil(len(lengths) / batch)
     epoch, position = divmod(step, steps)
@@ -189,8 +190,8 @@ def cache_features(config: Config, corpus: Corpus) -> None:
     if path.with_suffix(".offsets.npy").exists():
         return
     device = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
-    encoder, tokenizer, width = pretrained.load_text_encoder(config.model.text_encoder, device)
-    tokens = [torch.tensor(ids) for ids in pretrained.tokenize(tokenizer, texts)]
+    encoder, tokenizer, width = pretrained.load_text_encoder(config.model.text_encoder)
+    encoder, tokens = encoder.to(device), [torch.tensor(ids) for ids in pretrained.tokenize(tokenizer, texts)]
     offsets, order = np.cumsum([0, *map(len, tokens)]), sorted(range(len(texts)), key=lambda n: len(tokens[n]))
     with replacing(path) as part:
         values = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=(int(offsets[-1]), width))
@@ -250,34 +251,36 @@ def pack_demo(out: Path, grammar: str, sentences: int, mel: Mel, workers: int) -
 
 def pack(out: Path, corpus: dict, clips: list[Clip], skipped: list[str], mel: Mel, read: Callable[[Clip], torch.Tensor],
          workers: int, strict: bool = False, share: tuple[int, int] = (0, 1)) -> None:
-    """Make the shards that are not there yet, in `workers` processes, and the index when none is missing any more.
+    """Make the shards of a share (i, n: every n-th from the i-th on) that are missing, and the index when no shard is any more.
 
-    corpus: what this is. skipped: what is no clip, and why. read: a clip's wave, or a UserError to skip it, or, if `strict`, to refuse
-    the corpus. share (i, n): make only every n-th shard, from the i-th on.
+    corpus: what this is. skipped: what is no clip, and why. read: a clip's wave, or a UserError to skip it. strict: no index then.
     """
     plan = digest([FORMAT, corpus, asdict(mel), [[clip.id, clip.text, clip.split] for clip in clips]])
     done = (out / "index.json").exists()
     if done and (index := read_index(out, mel))["plan"] != plan:
         raise UserError(f"{out}: already holds another corpus ({index['corpus']}, or other clips); delete it, or choose another folder")
     parts = [clips[start:start + SHARD] for start in range(0, len(clips), SHARD)]
-    todo = [n for n in range(len(parts))[share[0]::share[1]] if not (out / f"clips_{n:05d}.jsonl").exists()]
-    if strict and (refused := index["skipped"] if done else skipped):
-        raise UserError(f"{refused[0]} (--strict refuses it)")
-    if done and not todo:
+    todo = [n for n in range(len(parts))[share[0]::share[1]] if not read_shard(out, n, plan)]
+    if done and not todo and not strict:
         return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be made ({e.strerror})") from e
     print("".join(f"skipped {line}\n" for line in skipped) + f"packing {sum(len(parts[n]) for n in todo)} clips into {out}/", flush=True)
-    make = functools.partial(pack_shard, out, plan, mel, read, strict)
+    make = functools.partial(pack_shard, out, plan, mel, read)
     with (ProcessPoolExecutor(max(1, min(workers, len(todo))), initializer=torch.set_num_threads, initargs=(1,)) as pool,
           tqdm(total=sum(len(parts[n]) for n in todo), unit="clip", disable=None) as bar):
         for count in pool.map(make, todo, [parts[n] for n in todo]):
             bar.update(count)
-    if not all((out / f"clips_{n:05d}.jsonl").exists() for n in range(len(parts))):
+    found = [read_shard(out, n, plan) for n in range(len(parts))]
+    if None in found:
         print(f"{out}: other shares are still to be made", flush=True)
     else:
-        write_index(out, corpus, plan, mel, len(parts), skipped)
+        write_index(out, corpus, plan, mel, found, skipped, strict)
 
 
-def pack_shard(out: Path, plan: str, mel: Mel, read: Callable, strict: bool, shard: int, clips: list[Clip]) -> int:
+def pack_shard(out: Path, plan: str, mel: Mel, read: Callable, shard: int, clips: list[Clip]) -> int:
     """Write one shard, its clips last; returns how many there are, those included that are named and skipped."""
     packed, mels, skipped, sums, offset = [], [np.zeros((0, mel.n_mels), np.float16)], [], np.zeros(3), 0
     for clip in clips:
@@ -286,8 +289,6 @@ def pack_shard(out: Path, plan: str, mel: Mel, read: Callable, strict: bool, sha
             if not SHORTEST_SEC <= len(wave) / mel.sample_rate <= LONGEST_SEC:
                 raise UserError(f"{len(wave) / mel.sample_rate:.2f} s is not between {SHORTEST_SEC} and {LONGEST_SEC}")
         except UserError as e:
-            if strict:
-                raise UserError(f"{clip.id}: {e} (--strict refuses it)") from e
             skipped.append(f"{clip.id}: {e}")
             print(f"skipped {skipped[-1]}", flush=True)
             continue
@@ -308,17 +309,18 @@ def pack_shard(out: Path, plan: str, mel: Mel, read: Callable, strict: bool, sha
     return len(clips)
 
 
-def write_index(out: Path, corpus: dict, plan: str, mel: Mel, shards: int, skipped: list[str]) -> None:
-    """Sum up all shards; raises UserError when too little is left for a corpus."""
-    found = [read_shard(out, n, plan) for n in range(shards)]
-    headers, clips = [header for header, _, _ in found], sum((clips for _, clips, _ in found), [])
+def write_index(out: Path, corpus: dict, plan: str, mel: Mel, shards: list[tuple], skipped: list[str], strict: bool) -> None:
+    """Sum up all shards; raises UserError when too little is left, or, if `strict`, anything was skipped."""
+    headers, clips = [header for header, _, _ in shards], sum((found for _, found, _ in shards), [])
     skipped = skipped + sum((header["skipped"] for header in headers), [])
     counts = {split: sum(clip.split == split for clip in clips) for split in SPLITS}
-    if len(skipped) > len(clips) or not counts["train"] or not counts["val"]:
-        raise UserError(f"{out}: {counts['train']} train and {counts['val']} val clips are too few; {len(skipped)} were skipped: {skipped[:1]}")
+    if strict and skipped or len(skipped) > len(clips) or not counts["train"] or not counts["val"]:
+        for n in [n for n, header in enumerate(headers) if header["skipped"]]:
+            (out / f"clips_{n:05d}.jsonl").unlink()    # the next run tries again
+        raise UserError(f"{out}: not a corpus yet: {counts}, and {len(skipped)} clips had to be skipped. {'; '.join(skipped[:1])}")
     mean, square, _ = np.sum([header["sums"] for header in headers], 0) / sum(header["sums"][2] for header in headers)
-    index = {"format": FORMAT, "corpus": corpus, "plan": plan, "hash": digest([header["hash"] for header in headers]), "shards": shards,
-             "clips": counts, "mel": asdict(mel), "mean": float(mean), "std": math.sqrt(square - mean ** 2), "skipped": skipped}
+    index = {"format": FORMAT, "corpus": corpus, "clips": counts, "mean": float(mean), "std": math.sqrt(square - mean ** 2),
+             "mel": asdict(mel), "shards": len(shards), "plan": plan, "hash": digest([h["hash"] for h in headers]), "skipped": skipped}
     with replacing(out / "index.json") as part:
         part.write_text(json.dumps(index, ensure_ascii=False, indent=1), encoding="utf-8")
     for leftover in out.glob("*.part"):          # of processes that were killed
@@ -339,17 +341,15 @@ def read_index(folder: Path, mel: Mel) -> dict:
     return index
 
 
-def read_shard(folder: Path, shard: int, plan: str) -> tuple[dict, list[Clip], np.ndarray]:
-    """A shard's header, its clips, and their log-mels (frames, M), memory-mapped; raises UserError when not whole."""
-    path = folder / f"clips_{shard:05d}.jsonl"
+def read_shard(folder: Path, shard: int, plan: str) -> tuple[dict, list[Clip], np.ndarray] | None:
+    """A shard's header, its clips, and their log-mels (frames, M), memory-mapped; None when it is not whole, or of another plan."""
     try:
-        header, *lines = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
+        header, *lines = map(json.loads, (folder / f"clips_{shard:05d}.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
         clips, mels = [Clip(**line) for line in lines], np.load(folder / f"mel_{shard:05d}.npy", mmap_mode="r")
-        if (header["plan"], header["clips"], header["frames"]) != (plan, len(clips), len(mels)):
-            raise ValueError("part of it, or of another corpus")
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as e:
-        raise UserError(f"{path} or its mel is missing, truncated or corrupt ({e}); delete {path.name} and pack again") from e
-    return header, clips, mels
+        whole = (header["plan"], header["clips"], header["frames"]) == (plan, len(clips), len(mels))
+        return (header, clips, mels) if whole else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return None
 
 
 @contextlib.contextmanager
@@ -357,7 +357,6 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name to write to that becomes `path` when the block ends well, so that nobody ever sees half a file."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
@@ -432,7 +431,7 @@ def speak(clip: Clip, out: Path, mel: Mel) -> torch.Tensor:
     loud, margin = (wave.abs() > 0.01).nonzero(), mel.sample_rate // 20
     wave = wave[max(0, loud[0].item() - margin):loud[-1].item() + margin + 1]
     if clip.wav:
-        (out / "wavs").mkdir(parents=True, exist_ok=True)
+        (out / "wavs").mkdir(exist_ok=True)
         audio.save_wav(out / clip.wav, wave, mel.sample_rate)
     return wave
 
@@ -482,10 +481,10 @@ def main() -> None:
     for command in (lj, demo):
         command.add_argument("--out", required=True, type=Path)
         command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    commands.add_parser("prepare", help="--config FILE [--key value ...]", allow_abbrev=False).add_argument("--config", default="")
+    commands.add_parser("prepare", help="--config FILE [--key value ...]: make all that it needs to train", allow_abbrev=False)
     o, rest = parser.parse_known_args()
     if o.command == "prepare":
-        prepare(load(o.config, rest))
+        prepare(from_command_line(rest))
     elif rest:
         raise UserError(f"{rest[0]}: unknown option; see `python data.py {o.command} --help`")
     elif o.command == "demo":
