@@ -114,15 +114,15 @@ class Recipe:
     batch_size: int = 32
     lr: float = 3e-3
     ctc_weight: float = 0.5          # letters read off the encoder: it learns to listen before the decoder learns to speak
-    full_window: int = 100           # last steps hear the 30-second window that whisper.decode pads to
+    full_window: float = 0.05        # share of steps, and the last ones, that hear the 30-second window of whisper.decode
 
 
 DIMS = whisper.model.ModelDimensions(n_mels=80, n_audio_ctx=1500, n_audio_state=64, n_audio_head=4, n_audio_layer=5,
                                      n_vocab=51864, n_text_ctx=96, n_text_state=64, n_text_head=4, n_text_layer=2)
 
 
-def train(out: str, recipe: Recipe, seed: int = 0) -> None:
-    """Train the tiny recogniser and write it to `out` in Whisper's format, float16."""
+def train(out: str, init: str, recipe: Recipe, seed: int) -> None:
+    """Train the tiny recogniser, from the checkpoint `init` or from nothing (""), and write it to `out` in Whisper's format."""
     torch.manual_seed(seed)
     started = time.time()
     with ProcessPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -132,12 +132,14 @@ def train(out: str, recipe: Recipe, seed: int = 0) -> None:
     model.decoder.token_embedding = torch.nn.Embedding(len(known_tokens()) + 1, DIMS.n_text_state)     # the last row: any other token
     torch.nn.init.normal_(model.decoder.token_embedding.weight, std=0.05)
     torch.nn.init.normal_(model.decoder.positional_embedding, std=0.02)
+    if init:
+        restore(model, init)
     parameters = [*model.parameters(), *letters.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.steps, pct_start=0.1)
     rng = random.Random(seed)
     for step in range(recipe.steps):
-        full = step >= recipe.steps - recipe.full_window
+        full = rng.random() < recipe.full_window or step >= recipe.steps * (1 - recipe.full_window)
         batch = [clips[rng.randrange(len(clips))] for _ in range(recipe.batch_size // (4 if full else 1))]
         loss, ctc = losses(model, letters, batch, rng, full)
         optimizer.zero_grad()
@@ -162,6 +164,15 @@ def save(model, out: str) -> None:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     torch.save({"dims": dataclasses.asdict(DIMS), "model_state_dict": weights}, f"{out}.part")
     Path(f"{out}.part").replace(out)
+
+
+def restore(model, path: str) -> None:
+    """Load what `save` wrote into a model that has rows for the known tokens only."""
+    weights = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
+    table = weights["decoder.token_embedding.weight"]
+    unknown = min(set(range(DIMS.n_vocab)) - set(known_tokens()))
+    weights["decoder.token_embedding.weight"] = table[[*known_tokens(), unknown]]
+    model.load_state_dict(weights)
 
 
 def losses(model, letters, batch: list, rng: random.Random, full: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,7 +236,7 @@ def speak_clip(seed: int, index: int) -> tuple[str, torch.Tensor]:
 
 
 def training_sentence(rng: random.Random) -> str:
-    grammar = rng.choice(("matrix", "open"))
+    grammar = rng.choice(("matrix", "open", "open"))
     while True:
         sentence = data.make_sentence(grammar, rng)
         if not data.is_held_out(sentence):
@@ -281,11 +292,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("train", "assess"))
     parser.add_argument("--out", default=str(TINY), help="train: where the checkpoint goes")
+    parser.add_argument("--init", default="", help="train: go on from this checkpoint")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="train: updates")
+    parser.add_argument("--seed", type=int, default=0, help="train: of sentences, noise and weights")
     parser.add_argument("--model", default=str(TINY), help="assess: a Whisper name or .pt file")
     parser.add_argument("--sentences", type=int, default=200, help="assess: sentences of each kind")
     options = parser.parse_args()
     if options.command == "train":
-        train(options.out, Recipe())
+        train(options.out, options.init, Recipe(steps=options.steps), options.seed)
     else:
         print(json.dumps(assess(options.model, options.sentences)))
 

@@ -1,9 +1,12 @@
-"""For all tests: the modules of the repository's root importable from anywhere, a few polite threads, no downloads.
+"""For all tests: the modules of the repository's root importable from anywhere, a few polite threads, no downloads; and, made once,
+a small corpus, a trained run, and runs of one and of two ranks, by the commands that a user types.
 
 The environment is set before the first import of torch, and processes that tests start inherit it.
 """
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +17,58 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # idle threads sleep: spinning ones slow the other ranks down
 os.environ.setdefault("OMP_NUM_THREADS", "2")           # tests are small: more threads cost more than they bring
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # a model that is not cached is an error at once, not minutes of retries
+TINY = {"corpus": "demo", "sentences": 24, "text_encoder": "scratch", "width": 32, "layers": 2, "heads": 2, "frame_stack": 4, "batch_size": 4,
+        "euler_steps": 2, "warmup": 2, "log_interval": 1, "eval_interval": 0, "limit": 4, "recogniser": ROOT / "assets" / "whisper-demo.pt",
+        "device": "cpu", "dtype": "fp32", "wandb": "disabled"}
+THREE_STEPS = {"steps": 3, "eval_interval": 3, "limit": 3,
+               "muon_lr": 5e-4}                          # torch's Muon rounds to bf16: at 0.02 the last bit of a sum moves a weight by 2e-4
+
+
+def options(knobs: dict) -> list[str]:
+    """{"width": 32} -> ["--width=32"]."""
+    return [f"--{key}={value}" for key, value in knobs.items()]
+
+
+def start(script: str, *words: str, ranks: int = 0) -> subprocess.Popen:
+    """`python SCRIPT WORDS` as a user starts it, from another folder; under torchrun where `ranks` are given."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / script), *words], cwd="/", text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What a process printed, once it has ended well."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def call(module, *words: str) -> None:
+    """What `python MODULE.py WORDS` does, in this process, which saves the start; what it did to signals is undone."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
+        try:
+            module.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+@pytest.fixture
+def refusal(capsys):
+    """A function that runs an entry point as `call`, and returns the one line with which it ends, with exit code 2."""
+    import config
+
+    def refused(module, *words: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            config.run_main(lambda: call(module, *words))
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return refused
 
 
 @pytest.fixture(scope="session")
@@ -22,4 +77,49 @@ def recordings() -> Path:
     folder = ROOT.parent / "shared" / "data" / "LJSpeech-64"
     if not folder.exists():
         pytest.skip("no recordings beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> dict:
+    """The knobs of a tiny system on a small demo corpus: 24 sentences to train on, 64 to validate."""
+    folder = tmp_path_factory.mktemp("corpus")
+    finish(start("data.py", "demo", "--sentences=24", f"--out={folder}", "--workers=1"))
+    return TINY | {"data_dir": folder}
+
+
+@pytest.fixture(scope="session")
+def run(tiny, tmp_path_factory) -> Path:
+    """The folder of a run of six steps, saved every two, validated every three, sampled at the end."""
+    folder = tmp_path_factory.mktemp("run")
+    finish(start("train.py", *options(tiny | {"out_dir": folder, "steps": 6, "save_interval": 2, "val_interval": 3, "eval_interval": 6})))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tiny, tmp_path_factory) -> Path:
+    """The folder of a run of three steps by two ranks, validated, and sampled from three prompts: their shares are not equal."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    finish(start("train.py", *options(tiny | THREE_STEPS | {"out_dir": folder}), ranks=2))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def double_batch(tiny, tmp_path_factory) -> Path:
+    """As `two_ranks`, by one process with the double batch."""
+    import train
+    folder = tmp_path_factory.mktemp("double_batch")
+    call(train, *options(tiny | THREE_STEPS | {"out_dir": folder, "batch_size": 8}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory) -> Path:
+    """A random T5 encoder with ByT5's tokenizer, on disk as the published ones are."""
+    import transformers
+    folder = tmp_path_factory.mktemp("t5")
+    shape = transformers.T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+                                  feed_forward_proj="gated-gelu", dropout_rate=0.5)
+    transformers.T5EncoderModel(shape).save_pretrained(folder)
+    transformers.ByT5Tokenizer().save_pretrained(folder)
     return folder

@@ -1,0 +1,133 @@
+"""Speaking: one text or many, long texts, seeds, and one line for whatever cannot be spoken."""
+
+import pickle
+import random
+
+import pytest
+import soundfile
+
+import sample
+from conftest import call, finish, options, start
+
+LONG = ("Dr. Watson met Mr. J. R. Smith at half past nine. Had he slept? No! The U.S. ambassador, who had come by an earlier train, "
+        "waited in the hall with a very long letter that nobody was going to read; it spoke of hats, of baskets, of the weather in the "
+        "north and of the weather in the south, and of nothing else at all, as letters of that kind so often do when they are long… So it was.")
+
+
+@pytest.fixture
+def speak(run, tmp_path):
+    """A function that runs sample.py on the trained run; returns the wavs made, by name."""
+    def spoken(*words: str, **knobs) -> dict:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        call(sample, f"--ckpt={run}", f"--out={folder / 'x.wav'}", *words, *options(knobs))
+        return {path.stem: soundfile.read(path) for path in sorted(folder.glob("*.wav"))}
+
+    return spoken
+
+
+def seconds(sound) -> float:
+    return len(sound[0]) / sound[1]
+
+
+def test_one_text_is_one_wav_and_a_picture_where_asked(run, tmp_path):
+    out = finish(start("sample.py", f"--ckpt={run}", "--text", "Anna bought two green baskets.", "--out", str(tmp_path / "new" / "x.wav"), "--png"))
+    wave, rate = soundfile.read(tmp_path / "new" / "x.wav")
+    assert out == f"{tmp_path}/new/x.wav  {len(wave) / rate:.2f} s\n"
+    assert rate == 22050 and 1 < len(wave) / rate < 4 and wave.std() > 1e-3
+    assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG") and len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_several_texts_and_a_prompt_file_are_numbered_and_each_is_as_alone(speak, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Two hats.\n\nA much longer sentence about twenty hats.\n")
+    made = speak("--text=Hello.", f"--prompt_file={tmp_path / 'prompts.txt'}")
+    assert list(made) == ["x-0", "x-1", "x-2"] and seconds(made["x-0"]) < seconds(made["x-1"]) < seconds(made["x-2"])
+    alone = speak("--text=Two hats.")["x"][0]
+    assert len(alone) == len(made["x-1"][0]) and abs(alone - made["x-1"][0]).max() < 0.02
+
+
+def test_a_seed_is_a_wave(speak):
+    one, same, other = (speak("--text=Hello there.", seed=seed)["x"][0] for seed in (5, 5, 6))
+    assert (one == same).all() and (one != other).any()
+
+
+def test_steps_and_guidance_are_heard(speak):
+    plain, finer, guided = (speak("--text=Hello there.", **knobs)["x"][0] for knobs in ({}, {"steps": 5}, {"cfg_scale": 1.0}))
+    assert (plain != finer).any() and (plain != guided).any()
+
+
+def test_the_length_is_what_was_asked_for(speak):
+    assert seconds(speak("--text=Hello there.", seconds=1.5)["x"]) == pytest.approx(1.5, abs=0.02)
+
+
+def test_a_long_text_is_its_sentences_with_pauses_between(speak):
+    texts = sample.split_text(LONG)
+    whole, parts = speak(f"--text={LONG}")["x"], speak(*(f"--text={text}" for text in texts))
+    assert len(parts) == len(texts) == 6
+    assert seconds(whole) == pytest.approx(sum(map(seconds, parts.values())) + (len(texts) - 1) * sample.PAUSE_SEC, abs=0.01)
+    asked = seconds(speak(f"--text={LONG}", seconds=6)["x"])
+    assert asked == pytest.approx(6 + (len(texts) - 1) * sample.PAUSE_SEC, abs=0.1)
+
+
+# Splitting
+
+def test_sentences_end_at_their_marks_but_not_after_abbreviations_and_numbers():
+    assert sample.split_text("Go! Why? Yes.") == ["Go!", "Why?", "Yes."]
+    assert sample.split_text("Dr. Jones met J. K. Poe at No. 5. He left.") == ["Dr. Jones met J. K. Poe at No. 5.", "He left."]
+    assert sample.split_text("It rose by 3.5 per cent.") == ["It rose by 3.5 per cent."]
+
+
+def test_a_sentence_that_is_too_long_is_cut_at_commas_first_and_then_between_words():
+    phrase = "and so he went on and on"
+    commas = sample.split_text(", ".join([phrase] * 12) + ".")
+    assert all(part[-1] in ",." for part in commas) and max(map(len, commas)) <= sample.LONGEST_SENTENCE
+    words = sample.split_text(" ".join([phrase] * 12) + ".")
+    assert len(words) == 2 and len(words[0]) > sample.LONGEST_SENTENCE - len("went ")
+
+
+def test_splitting_loses_no_word():
+    rng = random.Random(0)
+    for _ in range(200):
+        text = " ".join("".join(rng.choices("abcdeABC", k=rng.randint(1, 12))) + rng.choice(["", "", "", ",", ".", "!", "?", "…", ";"])
+                        for _ in range(rng.randint(1, 150)))
+        parts = sample.split_text(text)
+        assert " ".join(parts) == text and all(0 < len(part) <= sample.LONGEST_SENTENCE for part in parts)
+
+
+# Bad input
+
+@pytest.mark.parametrize("text, complaint", [
+    ("", "nothing to say"), (" \n ", "nothing to say"), ("?! ...", "nothing to say"), ("😀", "cannot be spoken"), ("A smile 😀 here.", "'😀'"),
+    ("👩‍🚀", "cannot be spoken"), ("Hello\x07.", "cannot be spoken"), ("\udce4", "cannot be spoken"),
+    ("word " * 2000, "9999 characters"), ("x" * 300, "a word of 300 characters")], ids=lambda value: ascii(value)[:24])
+def test_what_cannot_be_spoken_is_said_in_one_line(run, refusal, text, complaint):
+    line = refusal(sample, f"--ckpt={run}", f"--text={text}")
+    assert complaint in line and len(line) < 200
+
+
+def test_one_bad_text_of_several_stops_before_anything_is_spoken(run, refusal, tmp_path):
+    refusal(sample, f"--ckpt={run}", "--text=Hello.", "--text=😀", f"--out={tmp_path / 'x.wav'}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_text_at_all_is_an_error(run, refusal):
+    assert "--text or --prompt_file" in refusal(sample, f"--ckpt={run}")
+
+
+def test_a_checkpoint_that_is_none_is_an_error(refusal, run, tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"\x80\x04N.")
+    assert f"{tmp_path / 'x.pt'}: not a" in refusal(sample, f"--ckpt={tmp_path / 'x.pt'}", "--text=Hello.")
+    assert f"{tmp_path / 'y.pt'}: no such checkpoint" in refusal(sample, f"--ckpt={tmp_path / 'y.pt'}", "--text=Hello.")
+    assert "nobody/no-such-vocoder" in refusal(sample, f"--ckpt={run}", "--text=Hello.", "--vocoder=nobody/no-such-vocoder")
+
+
+@pytest.mark.parametrize("out", ["x.txt", "x", "x.mp3", "taken/x.wav"])
+def test_an_output_that_cannot_be_written_is_an_error(run, refusal, tmp_path, out):
+    (tmp_path / "taken").touch()
+    assert str(tmp_path / out) in refusal(sample, f"--ckpt={run}", "--text=Hello.", f"--out={tmp_path / out}")
+
+
+def test_real_processes_end_with_code_2_and_one_line(run, tmp_path):
+    (tmp_path / "x.pt").write_bytes(pickle.dumps({"model": [1, 2]}))
+    for process in (start("sample.py", f"--ckpt={run}", "--text=😀"), start("sample.py", f"--ckpt={tmp_path / 'x.pt'}", "--text=Hello.")):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
