@@ -31,19 +31,16 @@ class Evaluator:
         self.config, self.corpus, self.device, self.rank, self.world = config, corpus, device, rank, world
         self.prompts = read_prompts(config.eval.prompts)[:config.eval.limit] if config.eval.prompts else []
         self.clips = [] if self.prompts else corpus.clips(config.eval.split)[:config.eval.limit]
-        self.recogniser = None
+        if rank != 0:
+            dist.barrier()                                     # rank 0 downloads it, the others find it
+        self.recogniser = recogniser.load(config.eval.recogniser, device)
+        if world > 1 and rank == 0:
+            dist.barrier()
         self.floors = {}
 
     def run(self, network, step: int) -> dict[str, float | str]:
         """Sample every prompt with `network`, transcribe, score; returns metrics on rank 0, {} on the others."""
-        e = self.config.eval
-        if self.recogniser is None:
-            if self.rank != 0:
-                dist.barrier()                                 # rank 0 downloads, the others find it
-            self.recogniser = recogniser.load(e.recogniser, self.device)
-            if self.world > 1 and self.rank == 0:
-                dist.barrier()
-            self.floors = self.measure_floors(network)
+        self.floors = self.floors or self.measure_floors(network)
         folder = Path(self.config.out_dir, "eval", f"step_{step:07d}")
         folder.mkdir(parents=True, exist_ok=True)
         rows = self.sample_share(network, folder)
@@ -68,7 +65,7 @@ class Evaluator:
         e, rows = self.config.eval, []
         texts = self.prompts or [clip.text for clip in self.clips]
         mine = sorted(range(self.rank, len(texts), self.world), key=lambda n: -len(texts[n]))
-        bar = tqdm(total=len(mine), desc="speaking", disable=self.rank != 0, leave=False)
+        bar = tqdm(total=len(mine), desc="speaking", unit="prompt", disable=None if self.rank == 0 else True, leave=False)
         for start in range(0, len(mine), e.sample_batch):
             numbers = mine[start:start + e.sample_batch]
             made = network.sample([self.prompt(n, texts[n]) for n in numbers], self.config.sample)

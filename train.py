@@ -44,7 +44,7 @@ def main() -> None:
     if rank == 0:
         system.record_run(config, network, device, world)
         writer = metric.Writer(out, configs.to_dict(config), config.wandb, config.wandb_project, config.wandb_url, start)
-    judge = evaluator.Evaluator(config, corpus, device, rank, world)
+    judge = evaluator.Evaluator(config, corpus, device, rank, world) if t.eval_interval else None
     stop = catch_signals()
 
     def save(step: int) -> None:

@@ -17,9 +17,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # idle threads sleep: spinning ones slow the other ranks down
 os.environ.setdefault("OMP_NUM_THREADS", "2")           # tests are small: more threads cost more than they bring
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # a model that is not cached is an error at once, not minutes of retries
-TINY = {"corpus": "demo", "sentences": 24, "text_encoder": "scratch", "width": 32, "layers": 2, "heads": 2, "frame_stack": 4, "batch_size": 4,
-        "euler_steps": 2, "warmup": 2, "log_interval": 1, "eval_interval": 0, "limit": 4, "recogniser": ROOT / "assets" / "whisper-demo.pt",
-        "device": "cpu", "dtype": "fp32", "wandb": "disabled"}
+TINY = {"corpus": "demo", "sentences": 24, "text_encoder": "scratch", "width": 32, "layers": 2, "heads": 2, "frame_stack": 4,
+        "batch_size": 4, "euler_steps": 2, "warmup": 2, "log_interval": 1, "eval_interval": 0, "limit": 4,
+        "recogniser": ROOT / "assets" / "whisper-demo.pt", "device": "cpu", "dtype": "fp32", "wandb": "disabled"}
 THREE_STEPS = {"steps": 3, "eval_interval": 3, "limit": 3,
                "muon_lr": 5e-4}                          # torch's Muon rounds to bf16: at 0.02 the last bit of a sum moves a weight by 2e-4
 

@@ -46,7 +46,8 @@ def test_two_ranks_speak_and_score_the_prompts_as_one_does(two_ranks, double_bat
 
 
 def test_validation_loss_does_not_depend_on_the_number_of_ranks(two_ranks, double_batch):
-    shared, alone = ({key: value for key, value in metrics(folder).items() if key.startswith("val/")} for folder in (two_ranks, double_batch))
+    shared, alone = ({key: value for key, value in metrics(folder).items() if key.startswith("val/")}
+                     for folder in (two_ranks, double_batch))
     assert len(shared) == 12 and shared == pytest.approx(alone, rel=1e-4)
 
 
@@ -108,17 +109,18 @@ def test_the_command_repeats_what_the_loop_measured(run, tiny, tmp_path):
 # Bad input
 
 def test_prompts_that_are_missing_empty_or_no_text_are_named(run, tmp_path, refusal):
-    (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    for name, complaint in (("missing.txt", "not a readable text file"), ("empty.txt", "has no prompt"), ("binary.txt", "not a readable text file")):
+    for name, content, complaint in (("empty", b"\n \n", "has no prompt"), ("binary", b"\xff\xfe\x00", "not a readable text file")):
+        (tmp_path / name).write_bytes(content)
         assert f"{tmp_path / name}: {complaint}" in refusal(evaluator, f"--ckpt={run}", f"--prompts={tmp_path / name}")
+    assert f"{tmp_path / 'none'}: not a readable text file" in refusal(evaluator, f"--ckpt={run}", f"--prompts={tmp_path / 'none'}")
 
 
 def test_a_corpus_that_moved_is_named_and_found_again(run, tiny, tmp_path, refusal):
     line = refusal(evaluator, f"--ckpt={run}", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}")
     assert str(tmp_path) in line
     moved = shutil.copytree(tiny["data_dir"], tmp_path / "moved")
-    evaluator.Evaluator(*[(config := system.load(str(run), CPU, {"data": {"data_dir": str(moved)}})[0]), system.open_corpus(config)], CPU)
+    config, _, _ = system.load(str(run), CPU, {"data": {"data_dir": str(moved)}})
+    assert system.open_corpus(config).folder == moved
 
 
 def test_a_limit_of_nothing_is_an_error(run, refusal):

@@ -10,8 +10,8 @@ import sample
 from conftest import call, finish, options, start
 
 LONG = ("Dr. Watson met Mr. J. R. Smith at half past nine. Had he slept? No! The U.S. ambassador, who had come by an earlier train, "
-        "waited in the hall with a very long letter that nobody was going to read; it spoke of hats, of baskets, of the weather in the "
-        "north and of the weather in the south, and of nothing else at all, as letters of that kind so often do when they are long… So it was.")
+        "waited in the hall with a very long letter that nobody was going to read; it spoke of hats, of baskets, of the weather in the north "
+        "and of the weather in the south, and of nothing else at all, as letters of that kind so often do when they are long… So it was.")
 
 
 @pytest.fixture
@@ -30,15 +30,16 @@ def seconds(sound) -> float:
 
 
 def test_one_text_is_one_wav_and_a_picture_where_asked(run, tmp_path):
-    out = finish(start("sample.py", f"--ckpt={run}", "--text", "Anna bought two green baskets.", "--out", str(tmp_path / "new" / "x.wav"), "--png"))
-    wave, rate = soundfile.read(tmp_path / "new" / "x.wav")
-    assert out == f"{tmp_path}/new/x.wav  {len(wave) / rate:.2f} s\n"
+    wav = tmp_path / "new" / "x.wav"
+    out = finish(start("sample.py", f"--ckpt={run}", "--text", "Anna bought two green baskets.", "--out", str(wav), "--png"))
+    wave, rate = soundfile.read(wav)
+    assert out == f"{wav}  {len(wave) / rate:.2f} s\n"
     assert rate == 22050 and 1 < len(wave) / rate < 4 and wave.std() > 1e-3
     assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG") and len(list((tmp_path / "new").iterdir())) == 2
 
 
 def test_several_texts_and_a_prompt_file_are_numbered_and_each_is_as_alone(speak, tmp_path):
-    (tmp_path / "prompts.txt").write_text("Two hats.\n\nA much longer sentence about twenty hats.\n")
+    (tmp_path / "prompts.txt").write_text("\ufeffTwo hats.\n\nA much longer sentence about twenty hats.\n")
     made = speak("--text=Hello.", f"--prompt_file={tmp_path / 'prompts.txt'}")
     assert list(made) == ["x-0", "x-1", "x-2"] and seconds(made["x-0"]) < seconds(made["x-1"]) < seconds(made["x-2"])
     alone = speak("--text=Two hats.")["x"][0]

@@ -9,6 +9,7 @@ import torch
 import config as configs
 import system
 from config import UserError
+from conftest import options
 
 CPU = torch.device("cpu")
 SHAPE = {"model": {"text_encoder": "scratch", "width": 16, "layers": 1, "heads": 2, "frame_stack": 2}}
@@ -110,10 +111,11 @@ def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):
 
 def test_a_save_that_fails_leaves_the_older_checkpoint_whole(tmp_path):
     folder = tmp_path / "checkpoints"
-    system.save_checkpoint(folder / "step_0000001.pt", {"config": {}, "model": {}, "step": 1}, keep=1)
+    system.save_checkpoint(folder / "step_0000001.pt", {"config": {}, "model": {}, "ema": {}, "step": 1}, keep=1)
     with pytest.raises((AttributeError, pickle.PicklingError)):
-        system.save_checkpoint(folder / "step_0000002.pt", {"config": {}, "model": {"big": torch.zeros(1000)}, "step": lambda: 2}, keep=1)
-    assert system.newest_checkpoint(tmp_path) == folder / "step_0000001.pt" and system.load_checkpoint(folder / "step_0000001.pt")["step"] == 1
+        system.save_checkpoint(folder / "step_0000002.pt", {"model": torch.zeros(1000), "step": lambda: 2}, keep=1)
+    assert system.newest_checkpoint(tmp_path) == folder / "step_0000001.pt"
+    assert system.load_checkpoint(folder / "step_0000001.pt")["step"] == 1
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -180,6 +182,17 @@ def test_every_trained_parameter_has_exactly_one_optimizer():
     network = system.build(config)
     given = [id(p) for o in system.optimizers(network, config) for group in o.param_groups for p in group["params"]]
     assert sorted(given) == sorted(id(p) for p in network.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("alignment", ["learned", "uniform", "none"])
+@pytest.mark.parametrize("upsample_text", ["true", "false"])
+def test_every_trained_parameter_gets_a_gradient(tiny, alignment, upsample_text):
+    """With one that gets none, several ranks cannot train: DistributedDataParallel waits for it."""
+    config = configs.load("", options(tiny | {"alignment": alignment, "upsample_text": upsample_text}))
+    corpus = system.open_corpus(config)
+    network = system.build(config, corpus.mean, corpus.std)
+    network(system.open_batches(config, corpus, network, 0, 1).train(0))["loss"].backward()
+    assert not [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
