@@ -143,7 +143,8 @@ def show(found: dict) -> None:
         print(f"  validation: flow loss {found['val/flow_loss']:.4f}  duration loss {found['val/duration_loss']:.4f}", flush=True)
     if "eval/wer" not in found:
         return
-    floors = [f"{label} {100 * found[key]:.1f} %" for label, key in (("recordings", "eval/wer_ground_truth"), ("vocoded", "eval/wer_vocoded")) if key in found]
+    floors = [f"{what} {100 * found[key]:.1f} %" for what, key in (("recordings", "eval/wer_ground_truth"), ("vocoded", "eval/wer_vocoded"))
+              if key in found]
     print(f"  word error rate {100 * found['eval/wer']:.1f} % [{100 * found['eval/wer_low']:.1f}, {100 * found['eval/wer_high']:.1f}]"
           f"  by {found['eval/recogniser']}  floors: {', '.join(floors) or 'none'}", flush=True)
 
@@ -168,7 +169,7 @@ def gather(share: list, world: int) -> list:
 def read_prompts(path: str) -> list[str]:
     """The lines of a text file that are not empty; raises UserError when it is missing or has none."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not a readable text file of prompts, one a line") from e
     if not any(lines):
@@ -191,9 +192,10 @@ def main() -> None:
     parser.add_argument("--out_dir", default="", help="default: the run's")
     parser.add_argument("--device", default="auto")
     o = parser.parse_args()
-    changes = {"eval": {"prompts": o.prompts, "split": o.split, "limit": o.limit, "recogniser": o.recogniser, "true_durations": o.true_durations}}
-    changes["sample"] = {key: value for key, value, given in (("euler_steps", o.steps, o.steps > 0), ("cfg_scale", o.cfg_scale, o.cfg_scale >= 0),
-                                                              ("vocoder", o.vocoder, o.vocoder)) if given}
+    changes = {"eval": {"prompts": o.prompts, "split": o.split, "limit": o.limit, "recogniser": o.recogniser,
+                        "true_durations": o.true_durations},
+               "sample": {name: value for name, value, given in (("euler_steps", o.steps, o.steps > 0), ("vocoder", o.vocoder, o.vocoder),
+                                                                 ("cfg_scale", o.cfg_scale, o.cfg_scale >= 0)) if given}}
     if o.data_dir:
         changes["data"] = {"data_dir": o.data_dir}
     device = system.pick_device(o.device)

@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+import audio
 import flow
 import pretrained
 from config import Config, Sample
@@ -87,33 +88,43 @@ class TextToSpeech(nn.Module):
 
     def sample_log_mels(self, prompts: Sequence[Prompt], settings: Sample) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """returns: log-mels (T, M), natural log, and cross-attention (N, S), one of each a prompt, on the CPU."""
-        device, c, stack = self.mean.device, self.config, self.config.model.frame_stack
-        ids = pretrained.tokenize(self.tokenizer, [*(p.text for p in prompts), *[""] * len(prompts)])
-        padded = nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True).to(device)
-        lengths = torch.tensor([len(i) for i in ids], device=device)
-        text_mask = torch.arange(padded.shape[1], device=device) < lengths[:, None]
-        text, durations = self.text(self.text_encoder(padded, text_mask).float(), text_mask)
-        rate = c.mel.sample_rate / c.mel.hop
-        wanted = torch.tensor([p.seconds * rate for p in prompts], device=device)
-        frames = torch.where(wanted > 0, wanted, durations.sum(1)[:len(prompts)]).round().clamp(stack, c.data.max_seconds * rate).long()
-        centres = self.align(durations, text_mask, frames.repeat(2))
-        x_mask = torch.arange(math.ceil(frames.max().item() / stack) * stack, device=device) < frames.repeat(2)[:, None]
-        noise = torch.zeros(len(prompts), x_mask.shape[1], c.mel.n_mels)
-        for row, (prompt, n) in enumerate(zip(prompts, frames.tolist())):
+        c, count = self.config, len(prompts)
+        condition, frames, bytes_ = self.condition(prompts)
+        x_mask, noise = condition[2], torch.zeros(count, condition[2].shape[1], c.mel.n_mels)
+        for row, (prompt, n) in enumerate(zip(prompts, frames)):
             noise[row, :n] = torch.randn(n, c.mel.n_mels, generator=torch.Generator().manual_seed(prompt.seed))
+        noise = noise.to(x_mask.device)
 
         def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            b = len(x_t)                       # the conditional rows come first, so B of 2 B rows leave guidance out
-            output = self.decoder(x_t, t, text[:b], centres[:b], x_mask[:b], text_mask[:b])
-            return flow.velocity(output.float(), x_t, t, c.flow.predict, c.flow.min_t) * x_mask[:b, :, None]
+            rows = len(x_t)                    # the conditional rows come first, so B of 2 B rows leave guidance out
+            output = self.decoder(x_t, t, *(part[:rows] for part in condition))
+            return flow.velocity(output.float(), x_t, t, c.flow.predict, c.flow.min_t) * x_mask[:rows, :, None]
 
         grid = flow.times(settings.euler_steps, settings.sway, settings.shift)
-        x = flow.euler(network, noise.to(device), grid, settings.cfg_scale, settings.cfg_from, settings.cfg_to)
-        halfway = torch.full((len(prompts),), 0.5, device=device)
-        b = len(prompts)
-        weights = self.decoder.attention(flow.interpolate(x, noise.to(device), halfway), halfway, text[:b], centres[:b], x_mask[:b], text_mask[:b])
-        log_mels = [(x[i, :n] * self.std + self.mean).float().cpu() for i, n in enumerate(frames.tolist())]
-        return log_mels, [weights[i, :math.ceil(n / stack), :s].float().cpu() for i, (n, s) in enumerate(zip(frames.tolist(), lengths.tolist()))]
+        x = flow.euler(network, noise, grid, settings.cfg_scale, settings.cfg_from, settings.cfg_to)
+        t = torch.full((count,), 0.5, device=x.device)         # where to look at the attention: halfway
+        weights = self.decoder.attention(flow.interpolate(x, noise, t), t, *(part[:count] for part in condition)).float().cpu()
+        log_mels = audio.denormalise(x, self.mean, self.std).float().cpu()
+        tokens = [math.ceil(n / c.model.frame_stack) for n in frames]
+        return [m[:n] for m, n in zip(log_mels, frames)], [w[:n, :s] for w, n, s in zip(weights, tokens, bytes_)]
+
+    def condition(self, prompts: Sequence[Prompt]) -> tuple[tuple[torch.Tensor, ...], list[int], list[int]]:
+        """What the decoder is given beside x_t and t for 2 B rows, the prompts and then the empty text for guidance.
+
+        returns: (text, centres, x_mask, text_mask), the B lengths in frames, the B lengths in bytes.
+        """
+        c, device = self.config, self.mean.device
+        ids = pretrained.tokenize(self.tokenizer, [prompt.text for prompt in prompts] + [""] * len(prompts))
+        padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
+        text_mask = torch.arange(padded.shape[1], device=device) < torch.tensor([[len(row)] for row in ids], device=device)
+        text, durations = self.text(self.text_encoder(padded, text_mask), text_mask)
+        rate, predicted = c.mel.sample_rate / c.mel.hop, durations.sum(1).tolist()
+        longest = int(c.data.max_seconds * rate)
+        frames = [min(max(round(p.seconds * rate or n), c.model.frame_stack), longest) for p, n in zip(prompts, predicted)]
+        both = torch.tensor(frames * 2, device=device)
+        padded_frames = math.ceil(max(frames) / c.model.frame_stack) * c.model.frame_stack
+        x_mask = torch.arange(padded_frames, device=device) < both[:, None]
+        return (text, self.align(durations, text_mask, both), x_mask, text_mask), frames, [len(row) for row in ids[:len(prompts)]]
 
     def vocode(self, log_mel: torch.Tensor) -> torch.Tensor:
         """log-mel (T, M), natural log -> wave (T * hop,), by the vocoder of the config."""
@@ -169,9 +180,9 @@ class MelFlow(nn.Module):
 
     def __init__(self, n_mels: int, frame_stack: int, width: int, layers: int, heads: int, upsample_text: bool):
         super().__init__()
-        self.frame_stack, self.head_width, self.upsample_text = frame_stack, width // heads, upsample_text
+        self.frame_stack, self.head_width = frame_stack, width // heads
         self.in_proj = nn.Linear(frame_stack * n_mels, width)
-        self.text_proj = nn.Linear(width, width)
+        self.text_proj = nn.Linear(width, width) if upsample_text else None
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.modulation = zero(nn.Linear(width, 6 * width))        # one for all blocks, each adds a table of its own (PixArt)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
@@ -201,7 +212,7 @@ class MelFlow(nn.Module):
         token_mask = x_mask[:, ::self.frame_stack]                                       # (B, N)
         positions = torch.arange(tokens.shape[1], device=x_t.device).float() + 0.5       # (N,) in tokens
         h = self.in_proj(tokens)                                                         # (B, N, D)
-        if self.upsample_text:
+        if self.text_proj is not None:
             h = h + self.text_proj(upsample(text, centres, positions, token_mask, text_mask))
         half = self.head_width // 2
         context = Context(self.modulation(self.time_mlp(sinusoids(1000 * t, 256).to(h.dtype))).unsqueeze(1).chunk(6, -1),
@@ -279,7 +290,8 @@ class MLP(nn.Module):
         return self.down(F.relu(self.up(x)).square())
 
 
-def upsample(text: torch.Tensor, centres: torch.Tensor, positions: torch.Tensor, token_mask: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+def upsample(text: torch.Tensor, centres: torch.Tensor, positions: torch.Tensor, token_mask: torch.Tensor,
+             text_mask: torch.Tensor) -> torch.Tensor:
     """text (B, S, D) at its centres (B, S) -> (B, N, D) at positions (N,), blurred over half the mean duration of a byte."""
     blur = 0.5 * token_mask.sum(1) / text_mask.sum(1)                                    # (B,) in tokens
     distance = (positions[None, :, None] - centres[:, None]) / blur[:, None, None]       # (B, N, S)

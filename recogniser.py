@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import pickle
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +23,7 @@ from whisper.tokenizer import get_tokenizer
 import audio
 import data
 import metric
+import pretrained
 from config import Mel, UserError, run_main
 
 TINY = Path(__file__).parent / "assets" / "whisper-demo.pt"
@@ -87,13 +87,13 @@ def load(name: str, device: torch.device) -> Recogniser | PocketSphinx:
     if is_file and not Path(name).exists():
         raise UserError(f"eval.recogniser {name}: no such file")
     if not is_file and name not in whisper.available_models():
-        raise UserError(f"eval.recogniser {name!r} is neither a .pt file, nor pocketsphinx, nor one of {', '.join(whisper.available_models())}")
+        raise UserError(f"eval.recogniser {name!r} is no .pt file, nor pocketsphinx, nor one of {', '.join(whisper.available_models())}")
     try:
         return Recogniser(name, device)
-    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as e:     # urllib's errors are OSErrors, a wrong checksum a RuntimeError
+    except Exception as e:                     # a network and a damaged file fail in every way there is
         if is_file:
-            raise UserError(f"{name}: not a Whisper checkpoint ({str(e).splitlines()[0]})") from e
-        print(f"recogniser: Whisper {name} cannot be downloaded ({str(e).splitlines()[0]}); {TINY.name} listens instead, "
+            raise UserError(f"{name}: not a Whisper checkpoint ({pretrained.brief(e)})") from e
+        print(f"recogniser: Whisper {name} cannot be downloaded ({pretrained.brief(e)}); {TINY.name} listens instead, "
               "which knows only the demo's voice and words", flush=True)
         return Recogniser(str(TINY), device)
 
@@ -148,7 +148,8 @@ def train(out: str, init: str, recipe: Recipe, seed: int) -> None:
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            print(f"step {step}/{recipe.steps}  loss {loss.item():.3f}  letters {ctc.item():.3f}  {time.time() - started:.0f} s", flush=True)
+            seconds = time.time() - started
+            print(f"step {step}/{recipe.steps}  loss {loss.item():.3f}  letters {ctc.item():.3f}  {seconds:.0f} s", flush=True)
         if (step + 1) % 250 == 0 or step == recipe.steps - 1:
             save(model, out)
     print(f"{out}: {Path(out).stat().st_size / 1e6:.2f} MB", flush=True)
@@ -184,7 +185,8 @@ def losses(model, letters, batch: list, rng: random.Random, full: bool) -> tuple
     mels = mels[:, :, :mels.shape[2] // 2 * 2]
     number = {token: i for i, token in enumerate(known_tokens())}
     tokens = [[tokenizer.sot, tokenizer.no_timestamps, *tokenizer.encode(" " + text), tokenizer.eot] for text, _ in batch]
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor([number[t] for t in row]) for row in tokens], batch_first=True, padding_value=-100)
+    rows = [torch.tensor([number[token] for token in row]) for row in tokens]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
     targets = padded[:, 2:]
     heard = encode(model.encoder, mels)
     logits = model.decoder(padded[:, :-1].clamp_min(0), heard)[:, 1:]
@@ -225,7 +227,8 @@ def speak_clip(seed: int, index: int) -> tuple[str, torch.Tensor]:
     rng = random.Random(f"{seed} {index}")
     text = salad(rng) if rng.random() < 0.5 else training_sentence(rng)
     mel = Mel()
-    wave = audio.espeak(text, mel.sample_rate, rate=rng.choice((160, 160, rng.randint(135, 190))), pitch=rng.choice((50, rng.randint(35, 65))))
+    rate, pitch = rng.choice((160, 160, rng.randint(135, 190))), rng.choice((50, rng.randint(35, 65)))       # the demo's is 160, 50
+    wave = audio.espeak(text, mel.sample_rate, rate=rate, pitch=pitch)
     if rng.random() < 0.5:
         x = audio.log_mel(wave, mel)
         blur = rng.choice((1, 1, 3, 5))                        # frames: what a voice that has not converged sounds like

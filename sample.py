@@ -35,14 +35,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
     parser.add_argument("--png", action="store_true", help="write the spectrogram beside each wav")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args()
     texts = options.text + (evaluator.read_prompts(options.prompt_file) if options.prompt_file else [])
     if not texts:
         raise UserError("nothing to say: give --text or --prompt_file")
     sentences = [split_text(check_text(text)) for text in texts]
+    check_output(Path(options.out))
     changes = {"sample": {"vocoder": options.vocoder}} if options.vocoder else {}
     config, network, _ = system.load(options.ckpt, system.pick_device(options.device), changes)
+    if not 0 <= options.seconds <= config.data.max_seconds or not 0 <= options.seed < 2 ** 63:
+        raise UserError(f"--seconds goes from 0 to {config.data.max_seconds}, --seed from 0 to 2^63 - 1")
     settings = replace(config.sample, **{name: value for name, value, given in (
         ("euler_steps", options.steps, options.steps > 0), ("cfg_scale", options.cfg_scale, options.cfg_scale >= 0)) if given})
     prompts = [Prompt(sentence, options.seconds * len(sentence) / sum(map(len, parts)), options.seed)
@@ -58,7 +61,6 @@ def main() -> None:
 
 def write(path: Path, pieces: list, config, png: bool) -> None:
     """The pieces of one text as one wav, with a pause between, and its spectrogram where asked."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rate = pieces[0].sample_rate
     pause = torch.zeros(int(PAUSE_SEC * rate))
     wave = torch.cat([part for piece in pieces for part in (piece.wave, pause)][:-1])
@@ -68,16 +70,28 @@ def write(path: Path, pieces: list, config, png: bool) -> None:
         metric.spectrogram_png(torch.cat([piece.log_mel for piece in pieces]).numpy(), path.with_suffix(".png"), config.mel)
 
 
+def check_output(path: Path) -> None:
+    """raises UserError for what cannot be written, before any work is done."""
+    if path.suffix != ".wav":
+        raise UserError(f"--out {path}: its name must end in .wav")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {path}: its folder cannot be made ({e.strerror})") from e
+
+
 def check_text(text: str) -> str:
     """The text without superfluous blanks; raises UserError for one that cannot be spoken."""
     text = " ".join(text.split())
-    unspeakable = [c for c in text if unicodedata.category(c) in ("So", "Cs", "Co", "Cn", "Cc", "Cf")]
+    kinds = ((c, unicodedata.category(c)) for c in text)
+    unspeakable = [c for c, kind in kinds if kind == "Cc" or ord(c) >= 0x2000 and kind in ("So", "Sk", "Cs", "Co", "Cn", "Cf")]
     if unspeakable:
         raise UserError(f"text {shorten(text)!r}: {unspeakable[0]!r} cannot be spoken; leave it out")
     if not any(c.isalnum() for c in text):
         raise UserError(f"text {text!r}: there is nothing to say in it")
     if len(text) > LONGEST_TEXT:
-        raise UserError(f"text {shorten(text)!r}: {len(text)} characters are more than {LONGEST_TEXT}; use --prompt_file with a paragraph a line")
+        raise UserError(f"text {shorten(text)!r}: {len(text)} characters are more than {LONGEST_TEXT}; "
+                        "use --prompt_file with a paragraph a line")
     return text
 
 
@@ -86,13 +100,26 @@ def split_text(text: str) -> list[str]:
 
     raises UserError for a word of more than LONGEST_SENTENCE characters.
     """
-    pieces = re.split(r"(?<=[.!?…])(?<![A-Z][a-z]\.)(?<!Mrs\.)(?<!\b[A-Z]\.)\s+", text)         # not after Dr. or an initial
+    pieces = re.split(r"(?<=[.!?…])(?<![A-Z][a-z]\.)(?<!Mrs\.)(?<!Prof\.)(?<!\b[A-Z]\.)\s+(?=[^a-z])", text)   # not after Dr., e.g., J.
+    pieces = join_wordless(pieces)
     for boundary in (r"(?<=[,;:])\s+", r"\s+"):
-        pieces = [part for piece in pieces for part in (join_short(re.split(boundary, piece)) if len(piece) > LONGEST_SENTENCE else [piece])]
+        pieces = [part for piece in pieces
+                  for part in (join_short(re.split(boundary, piece)) if len(piece) > LONGEST_SENTENCE else [piece])]
     for piece in pieces:
         if len(piece) > LONGEST_SENTENCE:
             raise UserError(f"text {shorten(piece)!r}: a word of {len(piece)} characters cannot be spoken")
     return pieces
+
+
+def join_wordless(parts: list[str]) -> list[str]:
+    """Parts without a letter or digit ("...") joined to the one before them, or after."""
+    joined = []
+    for part in parts:
+        if joined and not (any(map(str.isalnum, part)) and any(map(str.isalnum, joined[-1]))):
+            joined[-1] += " " + part
+        else:
+            joined.append(part)
+    return joined
 
 
 def join_short(parts: list[str]) -> list[str]:

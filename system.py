@@ -7,11 +7,11 @@ temporary file and renamed, so there is never half of one, and read with `weight
 import datetime
 import json
 import os
-import pickle
 import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -133,13 +133,14 @@ def load_checkpoint(path: Path) -> dict:
     raises UserError for a file that is missing, truncated, a pickle, or something else.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):         # about a pickle, which is refused
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such checkpoint") from e
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+    except Exception as e:                                     # garbage fails in every way there is
         raise UserError(f"{path}: not a readable checkpoint; it is truncated, or was not written by nanoaudio") from e
-    if not isinstance(state, dict) or not {"config", "model", "step"} <= state.keys():
-        raise UserError(f"{path}: not a nanoaudio checkpoint: it has no config, model and step")
+    if not isinstance(state, dict) or not {"config", "model", "ema", "step"} <= state.keys():
+        raise UserError(f"{path}: not a nanoaudio checkpoint: it lacks config, model, ema or step")
     return state
 
 
@@ -186,7 +187,7 @@ def load(path: str, device: torch.device, overrides: dict[str, dict], out_dir: s
     state = load_checkpoint(Path(path))
     values = {**state["config"], **({"out_dir": out_dir} if out_dir else {})}
     for section, changes in overrides.items():
-        values = {**values, section: {**values[section], **changes}}
+        values = {**values, section: {**values.get(section, {}), **changes}}
     config = configs.from_dict(values, where=str(path))
     network = build(config)
     load_weights(network, {**state["model"], **state["ema"]}, str(path))
@@ -202,12 +203,14 @@ def record_run(config: Config, network: nn.Module, device: torch.device, world: 
     (out / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(config), sort_keys=False))
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=here, capture_output=True, text=True)
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    run = {"command": " ".join(sys.argv), "commit": git.stdout.strip() or "unknown", "hardware": f"{world} x {hardware}", "parameters": parameters,
+    on_gpu = device.type == "cuda"
+    hardware = f"{world} x {torch.cuda.get_device_name(device)}" if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
+    libraries = {name: version(name) for name in ("torch", "transformers", "openai-whisper", "numpy")}
+    run = {"command": " ".join(sys.argv), "commit": git.stdout.strip() or "unknown", "hardware": hardware, "parameters": parameters,
            "started": datetime.datetime.now().isoformat(timespec="seconds"),
-           "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "openai-whisper", "numpy")}}}
+           "versions": {"python": platform.python_version(), **libraries}}
     (out / "run.json").write_text(json.dumps(run, indent=1))
-    print(f"{config.system}: {parameters / 1e6:.1f} M trained parameters on {world} x {hardware}, into {out}/", flush=True)
+    print(f"{config.system}: {parameters / 1e6:.1f} M trained parameters on {hardware}, into {out}/", flush=True)
 
 
 def pick_device(wanted: str) -> torch.device:

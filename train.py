@@ -55,7 +55,7 @@ def main() -> None:
 
     micro_steps = range(start * t.grad_accum, t.steps * t.grad_accum)
     stream = data.prefetch(lambda i: batches.train(i // t.grad_accum, i % t.grad_accum), micro_steps, config.data.workers)
-    step, last_step, clock = start, start >= t.steps, time.perf_counter()
+    step, last_step, clock = start, start >= t.steps or 0 < t.max_minutes <= seconds / 60, time.perf_counter()
     logged, frames = start, 0
     while not last_step:
         # One update: the gradient of grad_accum micro-batches, synchronised once

@@ -27,9 +27,11 @@ def make_batch(frames=(24, 16), text_lengths=(9, 5), pad=0, text_pad=0):
     """A batch whose valid part does not depend on its padding."""
     rows, generator = len(frames), torch.Generator().manual_seed(1)
     longest, longest_text = max(frames) + pad, max(text_lengths) + text_pad
-    batch = {"x": torch.zeros(rows, longest, 80), "noise": torch.zeros(rows, longest, 80), "ids": torch.zeros(rows, longest_text, dtype=torch.long),
+    batch = {"x": torch.zeros(rows, longest, 80), "noise": torch.zeros(rows, longest, 80),
+             "ids": torch.zeros(rows, longest_text, dtype=torch.long),
              "t": torch.linspace(0.2, 0.8, rows), "frames": torch.tensor(frames), "text_dropped": torch.zeros(rows, dtype=torch.bool),
-             "x_mask": torch.arange(longest) < torch.tensor(frames)[:, None], "text_mask": torch.arange(longest_text) < torch.tensor(text_lengths)[:, None]}
+             "x_mask": torch.arange(longest) < torch.tensor(frames)[:, None],
+             "text_mask": torch.arange(longest_text) < torch.tensor(text_lengths)[:, None]}
     for row, (n, s) in enumerate(zip(frames, text_lengths)):
         batch["x"][row, :n] = torch.randn(n, 80, generator=generator)
         batch["noise"][row, :n] = torch.randn(n, 80, generator=generator)
@@ -135,7 +137,8 @@ def test_muon_gets_hidden_matrices_only():
     names = {id(p): name for name, p in network.named_parameters()}
     hidden = {names[id(p)] for p in network.hidden_matrices()}
     assert "decoder.blocks.0.mlp.up.weight" in hidden and all(p.dim() == 2 for p in network.hidden_matrices())
-    for outer in ("decoder.in_proj.weight", "decoder.out_proj.weight", "decoder.modulation.weight", "text.log_duration.weight", "decoder.blocks.0.table"):
+    for outer in ("decoder.in_proj.weight", "decoder.out_proj.weight", "decoder.modulation.weight", "text.log_duration.weight",
+                  "decoder.blocks.0.table"):
         assert outer not in hidden, outer
 
 

@@ -163,9 +163,9 @@ def test_progress_is_by_steps_or_by_the_clock_whichever_is_ahead():
 
 def test_a_run_leaves_all_that_tells_of_it(run):
     seen = {key for line in (run / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
-    assert seen >= {"step", "train/loss", "train/flow_loss", "train/duration_loss", "train/grad_norm", "train/lr", "perf/frames_per_sec",
-                    "perf/step_ms", "val/flow_loss", "eval/wer", "eval/wer_low", "eval/wer_high", "eval/wer_ground_truth", "eval/wer_vocoded",
-                    "eval/recogniser", "eval/mcd"}
+    assert seen >= {"step", "train/loss", "train/flow_loss", "train/duration_loss", "train/grad_norm", "train/lr", "val/flow_loss",
+                    "perf/frames_per_sec", "perf/step_ms", "eval/wer", "eval/wer_low", "eval/wer_high", "eval/wer_ground_truth",
+                    "eval/wer_vocoded", "eval/recogniser", "eval/mcd"}
     assert len(rows(run, "train/loss")) == 6 and len(rows(run, "val/flow_loss")) == 2 and len(rows(run, "eval/wer")) == 1
     assert "<audio" in (run / "report.html").read_text() and (run / "sample.wav").stat().st_size > 1000
     assert (run / "source" / "train.py").read_bytes() == Path(train.__file__).read_bytes()
