@@ -25,13 +25,17 @@ def load_wav(path: str, sample_rate: int) -> torch.Tensor:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, RuntimeError) as e:
         raise UserError(f"{path}: not a readable sound file ({str(e).splitlines()[0]})") from e
-    wave = torch.from_numpy(samples).mean(1)
-    return torchaudio.functional.resample(wave, rate, sample_rate) if rate != sample_rate else wave
+    return resample(torch.from_numpy(samples).mean(1), rate, sample_rate)
 
 
 def save_wav(path: str, wave: torch.Tensor, sample_rate: int) -> None:
     """Write a wave (N,) as 16-bit PCM; what lies outside [-1, 1] is clipped."""
     soundfile.write(str(path), wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
+
+
+def resample(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
+    """A wave (N,) at `rate` Hz -> the same sound at `new_rate` Hz."""
+    return wave if rate == new_rate else torchaudio.functional.resample(wave, rate, new_rate)
 
 
 def log_mel(wave: torch.Tensor, mel: Mel) -> torch.Tensor:
@@ -117,8 +121,7 @@ def espeak(text: str, sample_rate: int, voice: str = "en-us", rate: int = 160, p
         utf8 = 1
         library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, utf8, None, None)
         pcm = torch.frombuffer(bytearray(b"".join(chunks)), dtype=torch.int16) if chunks else torch.zeros(0, dtype=torch.int16)
-    wave = pcm.float() / 32768
-    return torchaudio.functional.resample(wave, native_rate, sample_rate) if native_rate != sample_rate else wave
+    return resample(pcm.float() / 32768, native_rate, sample_rate)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import random
+import re
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -44,7 +45,7 @@ class Recogniser:
         """waves: tensors (N,) at `sample_rate` Hz, up to 30 s each. returns the texts as heard, not normalised."""
         texts = []
         for start in range(0, len(waves), batch_size):
-            heard = [whisper.pad_or_trim(to_whisper_rate(w, sample_rate)) for w in waves[start:start + batch_size]]
+            heard = [whisper.pad_or_trim(audio.resample(w, sample_rate, RATE)) for w in waves[start:start + batch_size]]
             mels = torch.stack([whisper.log_mel_spectrogram(w, self.model.dims.n_mels) for w in heard]).to(self.model.device)
             texts += [result.text for result in whisper.decode(self.model, mels, self.options)]
         return texts
@@ -66,7 +67,7 @@ class PocketSphinx:
         """As Recogniser.transcribe; each wave is scaled to the same peak."""
         texts = []
         for wave in waves:
-            wave = to_whisper_rate(wave, sample_rate)
+            wave = audio.resample(wave, sample_rate, RATE)
             pcm = (wave / wave.abs().max().clamp_min(1e-5) * 29000).short().numpy().tobytes()
             self.decoder.start_utt()
             self.decoder.process_raw(pcm, full_utt=True)
@@ -87,7 +88,7 @@ def load(name: str, device: torch.device) -> Recogniser | PocketSphinx:
     if is_file and not Path(name).exists():
         raise UserError(f"eval.recogniser {name}: no such file")
     if not is_file and name not in whisper.available_models():
-        raise UserError(f"eval.recogniser {name!r} is no .pt file, nor pocketsphinx, nor one of {', '.join(whisper.available_models())}")
+        raise UserError(f"eval.recogniser {name!r} is neither a .pt file, pocketsphinx, nor one of {', '.join(whisper.available_models())}")
     try:
         return Recogniser(name, device)
     except Exception as e:                     # a network and a damaged file fail in every way there is
@@ -96,11 +97,6 @@ def load(name: str, device: torch.device) -> Recogniser | PocketSphinx:
         print(f"recogniser: Whisper {name} cannot be downloaded ({pretrained.brief(e)}); {TINY.name} listens instead, "
               "which knows only the demo's voice and words", flush=True)
         return Recogniser(str(TINY), device)
-
-
-def to_whisper_rate(wave: torch.Tensor, sample_rate: int) -> torch.Tensor:
-    wave = wave.detach().float().cpu()
-    return audio.torchaudio.functional.resample(wave, sample_rate, RATE) if sample_rate != RATE else wave
 
 
 # Training the tiny one
@@ -235,7 +231,7 @@ def speak_clip(seed: int, index: int) -> tuple[str, torch.Tensor]:
         x = F.avg_pool1d(x.T[None], blur, 1, blur // 2, count_include_pad=False)[0].T
         x = x + rng.uniform(0, 0.5) * torch.randn(x.shape, generator=torch.Generator().manual_seed(index))
         wave = audio.griffin_lim(x, mel, iterations=rng.choice((8, 16, 32)))
-    return text, to_whisper_rate(wave, mel.sample_rate)
+    return text, audio.resample(wave, mel.sample_rate, RATE)
 
 
 def training_sentence(rng: random.Random) -> str:
@@ -253,7 +249,7 @@ def vocabulary() -> list[str]:
     for grammar in (data.load_grammar("matrix"), data.load_grammar("open")):
         for entries in grammar.values():
             for entry in entries:
-                words |= set(data.re.findall(r"[A-Za-z]+", data.re.sub(r"\{.*?\}", " ", entry)))
+                words |= set(re.findall(r"[A-Za-z]+", re.sub(r"\{.*?\}", " ", entry)))
     return sorted(words)
 
 

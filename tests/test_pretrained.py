@@ -25,16 +25,6 @@ SNAKE |= {"resblock": "2", "activation": "snake", "upsample_rates": [8, 2], "ups
           "resblock_dilation_sizes": [[1, 3], [1, 5]], "fmax": 8000}
 
 
-@pytest.fixture(scope="module")
-def t5_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("t5")
-    shape = transformers.T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-                                  feed_forward_proj="gated-gelu", dropout_rate=0.5)
-    transformers.T5EncoderModel(shape).save_pretrained(folder)
-    transformers.ByT5Tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def bigvgan_folder(tmp_path):
     torch.manual_seed(0)
