@@ -118,7 +118,7 @@ def main() -> None:
     if rank == 0:
         (out / "STOP").unlink(missing_ok=True)
         writer.close()
-        print(f"report: {metric.write_report(out)}", flush=True)
+        print("made:", *sorted(out.glob("sample.*")), metric.write_report(out), flush=True)
     if world > 1:
         dist.destroy_process_group()
 
