@@ -260,18 +260,18 @@ def pack(out: Path, corpus: dict, clips: list[Clip], skipped: list[str], mel: Me
     if done and (index := read_index(out, mel))["plan"] != plan:
         raise UserError(f"{out}: already holds another corpus ({index['corpus']}, or other clips); delete it, or choose another folder")
     parts = [clips[start:start + SHARD] for start in range(0, len(clips), SHARD)]
-    todo = [n for n in range(len(parts))[share[0]::share[1]] if not read_shard(out, n, plan)]
-    if done and not todo and not strict:
+    undone = [n for n in range(len(parts))[share[0]::share[1]] if not read_shard(out, n, plan)]
+    if done and not undone and not strict:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"{out}: cannot be made ({e.strerror})") from e
-    print("".join(f"skipped {line}\n" for line in skipped) + f"packing {sum(len(parts[n]) for n in todo)} clips into {out}/", flush=True)
+    print("".join(f"skipped {line}\n" for line in skipped) + f"packing {sum(len(parts[n]) for n in undone)} clips into {out}/", flush=True)
     make = functools.partial(pack_shard, out, plan, mel, read)
-    with (ProcessPoolExecutor(max(1, min(workers, len(todo))), initializer=torch.set_num_threads, initargs=(1,)) as pool,
-          tqdm(total=sum(len(parts[n]) for n in todo), unit="clip", disable=None) as bar):
-        for count in pool.map(make, todo, [parts[n] for n in todo]):
+    with (ProcessPoolExecutor(max(1, min(workers, len(undone))), initializer=torch.set_num_threads, initargs=(1,)) as pool,
+          tqdm(total=sum(len(parts[n]) for n in undone), unit="clip", disable=None) as bar):
+        for count in pool.map(make, undone, [parts[n] for n in undone]):
             bar.update(count)
     found = [read_shard(out, n, plan) for n in range(len(parts))]
     if None in found:
