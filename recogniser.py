@@ -199,7 +199,7 @@ def losses(model, letters, batch: list, rng: random.Random, full: bool) -> tuple
 def known_tokens() -> list[int]:
     """The tokens that the demo's words are made of, at the end of a sentence or not, and the special ones, sorted.
 
-    Only these have rows while training: the other 50,000 of Whisper's table share one, which is cheaper and all the same.
+    Only these have rows while training: the other 50,000 of Whisper's table share one.
     """
     tokenizer = get_tokenizer(multilingual=False)
     known = {tokenizer.sot, tokenizer.no_timestamps, tokenizer.eot}
