@@ -1,20 +1,35 @@
-"""Sound in and out: wav files, log-mel, Griffin-Lim, and espeak-ng for corpora made on the spot.
+"""Sound in and out: wav files, log-mel, sound as a picture and back, Griffin-Lim, and espeak-ng for corpora made on the spot.
 
 A wave is a float32 tensor (N,) in [-1, 1]; a log-mel is (T, M), natural log, frame m centred on sample (m + 1/2) hop,
 T = N // hop: exactly what NVIDIA's BigVGAN is trained on (meldataset.py, mel_spectrogram with center=False).
+A picture is (3, H, W) in [0, 1], as sonic-plantain paints them: row 0 is 0 Hz, frame m is centred on sample m hop, T = N // hop + 1, and
+[-80, 0] dB is a walk along seven edges of the RGB cube. `python audio.py encode a.wav a.png`, `decode a.png a.wav`, `roundtrip a.wav`.
 """
 
+import argparse
 import ctypes
 import functools
+import itertools
+import json
 import math
+import os
+import random
+import re
+import tempfile
 import threading
+import warnings
+import zlib
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio.functional
+import yaml
+from PIL import Image, PngImagePlugin
 
-from config import Mel, UserError
+from config import Mel, Picture, UserError, from_dict, run_main
 
 LOG_FLOOR = 1e-5                     # magnitudes below are clamped: silence is ln 1e-5 = -11.51
 
@@ -29,8 +44,11 @@ def load_wav(path: str, sample_rate: int) -> torch.Tensor:
 
 
 def save_wav(path: str, wave: torch.Tensor, sample_rate: int) -> None:
-    """Write a wave (N,) as 16-bit PCM; what lies outside [-1, 1] is clipped."""
-    soundfile.write(str(path), wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
+    """Write a wave (N,) as 16-bit PCM; what lies outside [-1, 1] is clipped. raises UserError where it cannot be written."""
+    try:
+        soundfile.write(str(path), wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
+    except (soundfile.LibsndfileError, OSError) as e:
+        raise UserError(f"{path}: cannot be written ({e})") from e
 
 
 def resample(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
@@ -58,20 +76,28 @@ def denormalise(x: torch.Tensor, mean: float, std: float) -> torch.Tensor:
 
 
 def griffin_lim(x: torch.Tensor, mel: Mel, iterations: int = 32, momentum: float = 0.99) -> torch.Tensor:
-    """log-mel (T, M) -> wave (T * hop,): phase by fast Griffin-Lim (Perraudin, Balazs, Sondergaard 2013), from a fixed start."""
+    """log-mel (T, M) -> wave (T * hop,)."""
     magnitude = invert_mel(x.float().cpu(), mel)                                         # (n_fft / 2 + 1, T)
     if magnitude.shape[1] < 2:
         return torch.zeros(magnitude.shape[1] * mel.hop)
-    hann, length = window(mel.n_fft), (magnitude.shape[1] - 1) * mel.hop
-    noise = torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(0))
-    phase, previous = torch.polar(torch.ones_like(noise), 2 * math.pi * noise), torch.zeros(())
+    wave = find_phase(magnitude, mel.n_fft, mel.hop, iterations, momentum)
+    return F.pad(wave, (mel.hop // 2, mel.hop - mel.hop // 2))     # find_phase centres frame m on m hop, log_mel on (m + 1/2) hop
+
+
+def find_phase(magnitude: torch.Tensor, n_fft: int, hop: int, iterations: int, momentum: float = 0.99) -> torch.Tensor:
+    """magnitude (n_fft / 2 + 1, T) -> wave ((T - 1) * hop,), frame m centred on sample m hop, T at least 2.
+
+    Phase by fast Griffin-Lim (Perraudin, Balazs, Sondergaard 2013), from a fixed start.
+    """
+    hann, length = window(n_fft).to(magnitude.device), (magnitude.shape[1] - 1) * hop
+    noise = torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(0)).to(magnitude.device)
+    phase, previous = torch.polar(torch.ones_like(noise), 2 * math.pi * noise), torch.zeros((), device=magnitude.device)
     for _ in range(iterations):
-        wave = torch.istft(magnitude * phase, mel.n_fft, mel.hop, window=hann, length=length)
-        rebuilt = torch.stft(wave, mel.n_fft, mel.hop, window=hann, pad_mode="constant", return_complex=True)
+        wave = torch.istft(magnitude * phase, n_fft, hop, window=hann, length=length)
+        rebuilt = torch.stft(wave, n_fft, hop, window=hann, pad_mode="constant", return_complex=True)
         ahead = rebuilt + momentum * (rebuilt - previous)
         phase, previous = ahead / ahead.abs().clamp_min(1e-9), rebuilt
-    wave = torch.istft(magnitude * phase, mel.n_fft, mel.hop, window=hann, length=length)
-    return F.pad(wave, (mel.hop // 2, mel.hop - mel.hop // 2))     # istft centres frame m on m hop, log_mel on (m + 1/2) hop
+    return torch.istft(magnitude * phase, n_fft, hop, window=hann, length=length)
 
 
 def invert_mel(x: torch.Tensor, mel: Mel, iterations: int = 30) -> torch.Tensor:
@@ -97,6 +123,145 @@ def mel_filters(mel: Mel) -> torch.Tensor:
     """(M, n_fft / 2 + 1) triangles on Slaney's scale, each of unit area, as librosa and BigVGAN."""
     return torchaudio.functional.melscale_fbanks(mel.n_fft // 2 + 1, mel.fmin, mel.fmax, mel.n_mels, mel.sample_rate,
                                                  norm="slaney", mel_scale="slaney").T.contiguous()
+
+
+# Sound as a picture
+
+FLOOR_DB = -80.0                     # black; quieter is painted black too
+PATH = ((0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 0), (1, 1, 0), (1, 0, 0), (1, 0, 1), (1, 1, 1))    # black blue cyan green yellow red ...
+CHUNK = "nanoaudio"                  # tEXt chunk of a PNG: the Picture and other facts, as JSON
+
+
+def paint(wave: torch.Tensor, p: Picture) -> torch.Tensor:
+    """wave (N,) or (B, N), ended by silence or cut to p.seconds -> picture (..., 3, H, W) in [0, 1], black where nothing is."""
+    db = levels(F.pad(wave, (0, int(p.seconds * p.sample_rate) - wave.shape[-1])), p)[..., :p.canvas_height, :]
+    picture = colour(1 - db.repeat_interleave(p.stretch, -1) / FLOOR_DB).movedim(-1, -3)
+    return F.pad(picture, (0, p.canvas_width - picture.shape[-1], 0, p.canvas_height - picture.shape[-2]))
+
+
+def unpaint(picture: torch.Tensor, p: Picture) -> tuple[torch.Tensor, torch.Tensor]:
+    """picture (..., 3, H, W) -> dB (..., bins, T) in [-80, 0], and how far off the path each colour was: 0 is sure, 0.71 a mere guess.
+
+    bins: n_fft / 2 + 1, or H where the canvas is lower. A frame is the mean of its columns: measured better than one of them.
+    """
+    bins = min(p.canvas_height, p.n_fft // 2 + 1)
+    u, distance = nearest(picture[..., :bins, :frames(p) * p.stretch].float().movedim(-3, -1))
+    u, distance = (x.unflatten(-1, (-1, p.stretch)).mean(-1) for x in (u, distance))
+    return FLOOR_DB * (1 - u), distance
+
+
+def colour(u: torch.Tensor) -> torch.Tensor:
+    """u (...) in [0, 1], the share of the path that is walked -> RGB (..., 3)."""
+    rgb = [torch.zeros_like(u) for _ in range(3)]
+    for edge, (start, end) in enumerate(itertools.pairwise(PATH)):
+        channel = moving(start, end)
+        rgb[channel] = rgb[channel] + (end[channel] - start[channel]) * (7 * u - edge).clamp(0, 1)
+    return torch.stack(rgb, -1)
+
+
+def nearest(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """RGB (..., 3), clamped to [0, 1] -> u (...) of the nearest point of the path and the Euclidean distance to it (...)."""
+    rgb = rgb.clamp(0, 1).unbind(-1)
+    squares = [(x.square(), (1 - x).square()) for x in rgb]        # of each channel's distance to 0 and to 1
+    u, best = torch.zeros_like(rgb[0]), torch.full_like(rgb[0], torch.inf)
+    for edge, (start, end) in enumerate(itertools.pairwise(PATH)):
+        channel = moving(start, end)
+        apart = sum(squares[c][start[c]] for c in range(3) if c != channel)
+        along = rgb[channel] if end[channel] else 1 - rgb[channel]
+        u, best = torch.where(apart < best, edge + along, u), torch.minimum(apart, best)
+    return u / 7, best.sqrt()
+
+
+def moving(start: tuple, end: tuple) -> int:
+    """The one channel in which two neighbouring corners differ: the path is a Gray code."""
+    return [a != b for a, b in zip(start, end, strict=True)].index(True)
+
+
+def frames(p: Picture) -> int:
+    """Frames of p.seconds."""
+    return int(p.seconds * p.sample_rate) // p.hop + 1
+
+
+def magnitude(wave: torch.Tensor, p: Picture) -> torch.Tensor:
+    """wave (N,) or (B, N) -> (..., n_fft / 2 + 1, T), T = N // hop + 1, frame m centred on sample m hop, silence beyond both ends."""
+    hann = window(p.n_fft).to(wave.device)
+    return torch.stft(wave, p.n_fft, p.hop, window=hann, pad_mode="constant", return_complex=True).abs()
+
+
+def zero_db(magnitude: torch.Tensor, p: Picture) -> torch.Tensor:
+    """The magnitude (..., 1, 1) that is 0 dB: the clip's own peak, or that of a sine of full scale, which a Hann window makes n_fft / 4."""
+    peak = magnitude.amax((-2, -1), keepdim=True).clamp_min(1e-9)
+    return peak if p.reference == "peak" else torch.full_like(peak, p.n_fft / 4)
+
+
+def levels(wave: torch.Tensor, p: Picture) -> torch.Tensor:
+    """wave (N,) or (B, N) -> dB (..., n_fft / 2 + 1, T) in [-80, 0]: what `paint` paints."""
+    x = magnitude(wave, p)
+    return (20 * (x / zero_db(x, p)).clamp_min(1e-9).log10()).clamp(FLOOR_DB, 0)
+
+
+def log_spectral_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean over frames of the RMS over bins of the difference of two dB (bins, T); the longer one's end is left out."""
+    length = min(a.shape[1], b.shape[1])
+    return (a[:, :length] - b[:, :length]).square().mean(0).sqrt().mean().item()
+
+
+def listen(level: torch.Tensor, p: Picture, peak: float = 0.0, iterations: int = 60) -> torch.Tensor:
+    """dB (bins, T) -> wave ((T - 1) * hop,), phase by Griffin-Lim.
+
+    A frame that is all black is silence, and so are the rows that a low canvas left out. Black among colours sounds as -80 dB: were it
+    nothing, PocketSphinx would miss 5 (peak) to 10 (fixed) more words of 100.
+    peak: the magnitude of 0 dB; 0 where it is not known: with p.reference "peak" the wave then peaks at 0.9.
+    """
+    x = 10 ** (level.float() / 20) * (level.amax(0) > FLOOR_DB)
+    x = F.pad(x, (0, 0, 0, p.n_fft // 2 + 1 - x.shape[0]))
+    if x.shape[1] < 2:
+        return level.new_zeros(0)
+    known = peak or (p.n_fft / 4 if p.reference == "fixed" else 0.0)
+    wave = find_phase(x * (known or 1.0), p.n_fft, p.hop, iterations)
+    return wave if known else 0.9 * wave / wave.abs().max().clamp_min(1e-9)
+
+
+def save_png(path: str, picture: torch.Tensor, p: Picture, **facts) -> None:
+    """Write a picture (3, H, W) as 8-bit PNG with its parameters inside.
+
+    facts: JSON values that go along; `peak`, the magnitude of 0 dB, gives `listen` the loudness back.
+    raises UserError where it cannot be written.
+    """
+    pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    chunks, part = PngImagePlugin.PngInfo(), Path(f"{path}.{os.getpid()}.part")
+    chunks.add_text(CHUNK, json.dumps({"picture": asdict(p)} | facts))
+    try:
+        Image.fromarray(pixels).save(part, "png", pnginfo=chunks)
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from e
+
+
+def load_png(path: str) -> tuple[torch.Tensor, Picture | None, dict]:
+    """A picture (3, H, W) in [0, 1], its parameters, None where the file has none, and the facts of `save_png`.
+
+    raises UserError for a file that is no picture, or another one than its parameters say.
+    """
+    try:
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), \
+                Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            chunk, pixels = image.info.get(CHUNK, ""), image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise UserError(f"{path}: not a readable picture ({' '.join(str(e).split())})") from e
+    picture = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8).view(pixels.height, pixels.width, 3).permute(2, 0, 1) / 255
+    if not chunk:
+        return picture, None, {}
+    try:
+        facts = json.loads(chunk)
+        p = from_dict({"picture": facts.pop("picture")}, where=CHUNK).picture
+        facts["peak"] = float(facts.get("peak", 0.0))
+    except (UserError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as e:
+        raise UserError(f"{path}: the parameters in it are damaged ({e})") from e
+    if (p.canvas_height, p.canvas_width) != picture.shape[1:] or not 0 <= facts["peak"] < math.inf:
+        raise UserError(f"{path}: not as it was painted ({p.canvas_width} x {p.canvas_height} pixels): do not scale or cut such a picture")
+    return picture, p, facts
 
 
 # espeak-ng by ctypes: the wheel `espeakng-loader` carries the library and its voices; constants from espeak-ng's speak_lib.h.
@@ -143,3 +308,163 @@ def espeak_library() -> tuple[ctypes.CDLL, int, list[bytes]]:
     library.espeak_SetSynthCallback(receive)
     library.receive = receive                                  # the C side holds no reference: keep the callback alive here
     return library, rate, chunks
+
+
+# What the demo says
+GRAMMARS = Path(__file__).parent / "assets" / "demo_grammar.yaml"
+
+
+def speak(text: str, sample_rate: int, voice: str) -> torch.Tensor:
+    """A sentence of the demo, with at most 50 ms of silence before and after it."""
+    wave = espeak(text, sample_rate, voice, rate=160, pitch=50)
+    loud, margin = (wave.abs() > 0.01).nonzero(), sample_rate // 20
+    return wave[max(0, loud[0].item() - margin):loud[-1].item() + margin + 1]
+
+
+def distinct_sentences(grammar: str, count: int, held_out: bool) -> list[str]:
+    rng, found = random.Random(f"{grammar} {held_out}"), {}    # in the order made: a longer list begins with a shorter one
+    for _ in range(100 * count + 10_000):
+        sentence = make_sentence(grammar, rng)
+        if is_held_out(sentence) == held_out:
+            found[sentence] = None
+        if len(found) == count:
+            return list(found)
+    raise UserError(f"data.sentences {count}: the grammar {grammar} does not make that many")
+
+
+@functools.cache
+def load_grammar(name: str) -> dict[str, list[str]]:
+    """{"patterns": [...], slot: [words...]} of `matrix` or `open` in assets/demo_grammar.yaml."""
+    grammar = yaml.safe_load(GRAMMARS.read_text())[name]
+    return {slot: v if isinstance(v, list) else v.split("|") if "|" in v else v.split() for slot, v in grammar.items()}
+
+
+def make_sentence(name: str, rng: random.Random) -> str:
+    """A sentence of a grammar: a pattern with a word drawn for each slot."""
+    grammar = load_grammar(name)
+    sentence = re.sub(r"\{(\w+)\}", lambda slot: rng.choice(grammar[slot[1]]), rng.choice(grammar["patterns"]))
+    return sentence[0].upper() + sentence[1:]
+
+
+def is_held_out(sentence: str) -> bool:
+    """Every tenth sentence is never trained on, neither by a voice nor by the recogniser: a property of the text alone."""
+    return zlib.crc32(sentence.encode()) % 10 == 0
+
+
+# Commands
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Sound as a picture, and back.")
+    parser.add_argument("command", choices=("encode", "decode", "roundtrip"), help="wav to PNG | PNG to wav | what both together lose")
+    parser.add_argument("source", help="a sound file; decode: a PNG")
+    parser.add_argument("target", nargs="?", default="", help="default: beside the source; roundtrip: the rebuilt wav, written where given")
+    for f in fields(Picture):
+        default = "that of the sound" if f.name == "seconds" else f.default
+        parser.add_argument(f"--{f.name}", type=f.type, help=f"default: {default}; decode: as painted")
+    parser.add_argument("--recogniser", default="", help="roundtrip: Whisper name or .pt file that listens before and after")
+    parser.add_argument("--text", default="", help="roundtrip: what is said; default: what the recogniser hears in the source")
+    options = parser.parse_args()
+    kind = ".png" if options.command == "encode" else ".wav"
+    target = Path(options.target or Path(options.source).with_suffix(kind))
+    if target.suffix != kind:
+        raise UserError(f"{target}: its name must end in {kind}")
+    given = {f.name: getattr(options, f.name) for f in fields(Picture) if getattr(options, f.name) is not None}
+    if options.command == "encode":
+        encode(options.source, target, given)
+    elif options.command == "decode":
+        decode(options.source, target, given)
+    else:
+        roundtrip(options.source, target if options.target else None, given, options.recogniser, options.text)
+
+
+def encode(source: str, target: Path, given: dict) -> None:
+    wave, p = read(source, given)
+    save_png(target, paint(wave, p), p, peak=zero_db(magnitude(wave, p), p).item())
+    bins, kept = p.n_fft // 2 + 1, min(p.n_fft // 2 + 1, p.canvas_height)
+    print(f"{target}  {frames(p)} frames, {kept} of {bins} frequencies, on {p.canvas_width} x {p.canvas_height} pixels")
+
+
+def decode(source: str, target: Path, given: dict) -> None:
+    picture, found, facts = load_png(source)
+    p = replace(found or Picture(), **given)
+    picture = F.pad(picture, (0, -picture.shape[2] % 16, 0, -picture.shape[1] % 16))
+    p = replace(p, canvas_height=picture.shape[1], canvas_width=picture.shape[2])
+    if not (found or "seconds" in given):
+        check(replace(p, seconds=1e-9))                # before it is divided by: seconds come from the width
+        p = replace(p, seconds=min(p.seconds, seconds((p.canvas_width // p.stretch - 1) * p.hop, p.sample_rate)))
+    check(p)
+    level, distance = unpaint(picture, p)
+    wave = listen(level, p, facts.get("peak", 0.0))
+    save_wav(target, wave, p.sample_rate)
+    print(f"{target}  {len(wave) / p.sample_rate:.2f} s, mean distance to the path {distance.mean():.4f}")
+
+
+def roundtrip(source: str, target: Path | None, given: dict, recogniser: str, text: str) -> None:
+    """Print what a sound loses on its way through an 8-bit PNG and Griffin-Lim."""
+    wave, p = read(source, given)
+    with tempfile.TemporaryDirectory() as folder:
+        save_png(f"{folder}/x.png", paint(wave, p), p, peak=zero_db(magnitude(wave, p), p).item())
+        picture, _, facts = load_png(f"{folder}/x.png")
+    level, distance = unpaint(picture, p)
+    error = level - levels(wave, p)[:len(level)]
+    rebuilt = listen(level, p, facts["peak"])
+    before, after = magnitude(wave, p), magnitude(rebuilt, p)
+    print(f"picture      {error.square().mean().sqrt():.4f} dB RMSE, {error.abs().max():.4f} dB at most, "
+          f"mean distance to the path {distance.mean():.4f}")
+    print(f"Griffin-Lim  {(before - after).norm() / before.norm():.4f} spectral convergence, "
+          f"{log_spectral_distance(levels(wave, p), levels(rebuilt, p)):.2f} dB log-spectral distance")
+    if target:
+        save_wav(target, rebuilt, p.sample_rate)
+    if recogniser:
+        compare_hearing(wave, rebuilt, p.sample_rate, recogniser, text)
+
+
+def compare_hearing(wave: torch.Tensor, rebuilt: torch.Tensor, sample_rate: int, name: str, text: str) -> None:
+    """Print what Whisper `name` hears in both, 30 s at a time, and its word errors; recogniser.py is above this file, hence these lines."""
+    import jiwer
+    import whisper
+    from whisper.normalizers import EnglishTextNormalizer
+    try:
+        model = whisper.load_model(name, device="cpu")
+    except Exception as e:                             # a network and a damaged file fail in every way there is
+        raise UserError(f"--recogniser {name}: not a Whisper that can be had ({' '.join(str(e).split())[:120]})") from e
+    options = whisper.DecodingOptions(language="en", temperature=0.0, without_timestamps=True, fp16=False)
+    normalise, heard = EnglishTextNormalizer(), []
+    for sound in (wave, rebuilt):
+        pieces = resample(sound, sample_rate, whisper.audio.SAMPLE_RATE).split(whisper.audio.N_SAMPLES)
+        mels = torch.stack([whisper.log_mel_spectrogram(whisper.pad_or_trim(piece), model.dims.n_mels) for piece in pieces])
+        heard.append(" ".join(result.text.strip() for result in whisper.decode(model, mels, options)))
+    print(f"heard before {heard[0]!r}\nheard after  {heard[1]!r}")
+    said = normalise(text) or normalise(heard[0])
+    print(f"WER          {100 * jiwer.wer(said, normalise(heard[1])):.1f} %" if said else "WER          none: nothing was heard before")
+
+
+def read(source: str, given: dict) -> tuple[torch.Tensor, Picture]:
+    """The wave, cut to --seconds, and a Picture as long as it, on a canvas as wide as it needs."""
+    p = replace(Picture(), **given)
+    check(replace(p, canvas_width=2 ** 40))            # before anything is divided by: the width follows from the rest
+    wave = load_wav(source, p.sample_rate)
+    if "seconds" in given:
+        wave = wave[:int(p.seconds * p.sample_rate)]
+    if len(wave) < p.hop:
+        raise UserError(f"{source}: {len(wave)} samples are less than a frame of {p.hop}")
+    p = replace(p, seconds=seconds(len(wave), p.sample_rate))
+    p = replace(p, canvas_width=max(p.canvas_width, math.ceil(frames(p) * p.stretch / 16) * 16))
+    check(p)
+    if p.canvas_height * p.canvas_width > Image.MAX_IMAGE_PIXELS:
+        raise UserError(f"{source}: {p.canvas_width} x {p.canvas_height} pixels are more than programs open; give less --seconds")
+    return wave, p
+
+
+def seconds(samples: int, sample_rate: int) -> float:
+    """The duration that int(seconds * sample_rate) makes `samples` again."""
+    return math.nextafter(samples / sample_rate, math.inf)
+
+
+def check(p: Picture) -> None:
+    """raises UserError as config.check."""
+    from_dict({"picture": asdict(p)}, where="options")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -29,11 +29,26 @@ class Mel:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A clip as an RGB picture of its magnitude spectrogram, top-left on a canvas: sonic-plantain's, for system `spectrogram`."""
+    sample_rate: int = 16000         # Hz
+    n_fft: int = 1024                # samples: rows are its frequencies, 0 Hz the first
+    hop: int = 256                   # samples a frame
+    seconds: float = 5.0             # of a clip; shorter ones end in silence
+    canvas_height: int = 768         # pixels; 512 leaves out the highest of 513 frequencies
+    canvas_width: int = 768          # pixels; 320 x 512 is 640 tokens, 768 x 768 is 2304
+    stretch: int = 1                 # columns a frame: 2 survives the VAE better
+    reference: str = "peak"          # 0 dB is: peak (the clip's own, as sonic-plantain) | fixed (a sine of full scale)
+
+
+@dataclass(frozen=True)
 class Data:
-    corpus: str = "ljspeech"         # ljspeech | demo (spoken by espeak-ng on the spot)
-    data_dir: str = "data/ljspeech"  # packed shards, or a folder in LJSpeech's layout, which is packed on first use
-    download: bool = False           # fetch LJSpeech-1.1 when data_dir does not exist
+    corpus: str = "ljspeech"         # ljspeech | librispeech | demo (spoken by espeak-ng on the spot)
+    data_dir: str = "data/ljspeech"  # packed shards, or a folder in the corpus's published layout, which is packed on first use
+    download: bool = False           # fetch LJSpeech-1.1 or LibriSpeech train-clean-100 when data_dir does not exist
+    align: str = ""                  # Whisper that cuts long clips between words, for pictures; "" = leave out what is too long
     grammar: str = "matrix"          # demo: matrix (60 words, one pattern) | open (500 words and more, many patterns)
+    voice: str = "en-us"             # demo: of espeak-ng
     sentences: int = 4000            # demo: training sentences to speak
     overfit: int = 0                 # train, validate and sample on this many clips only; 0 = the corpus's own split
     max_seconds: float = 20.0        # longer clips are left out
@@ -56,12 +71,29 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Klein:
+    """FLUX.2 Klein, for system `spectrogram`."""
+    base: str = "black-forest-labs/FLUX.2-klein-base-4B"   # hub id or folder of a Flux2KleinPipeline | scratch: random weights of the
+                                     # size of model.width, heads, layers
+    vae: str = "own"                 # own: the pipeline's | patches: 16 x 16 pixels are a token as they are, nothing is lost
+    tune: str = "lora"               # lora | full: every weight of the transformer
+    rank: int = 256                  # of the LoRA on all attention projections of the transformer
+    alpha: float = 256.0             # the LoRA's output is scaled by alpha / rank
+    text_rank: int = 0               # of a LoRA on the text encoder's layers that are read; 0 = frozen, its features cached
+    text_tokens: int = 512           # Klein attends to the padding too, so this is part of the model
+    double_layers: int = 5           # scratch: of model.layers, how many have a stream for the text and one for the picture
+    prompt: str = 'Generate a magnitude spectrogram of speech reading: "{text}"'
+    checkpointing: bool = False      # compute activations again in the backward pass instead of keeping them
+
+
+@dataclass(frozen=True)
 class Flow:
-    predict: str = "x"               # x | v: what the network puts out; the loss is in v either way
+    predict: str = "x"               # x | v: what the network puts out; the loss is in v either way; published Kleins put out v
     min_t: float = 0.05              # predicting x: v = (x_t - x) / max(t, min_t)
     timestep_logit_mean: float = 0.0
     timestep_logit_std: float = 1.0
     timestep_uniform: float = 0.1    # share of times drawn uniformly, so that both ends are trained
+    timestep_shift: float = 1.0      # SD3's time shift of what was drawn: above 1 trains more near the noise, as large pictures want
     text_condition_dropout: float = 0.1
     duration_weight: float = 0.1
 
@@ -73,7 +105,7 @@ class Sample:
     cfg_from: float = 0.0            # guidance acts where cfg_from <= t <= cfg_to
     cfg_to: float = 1.0
     sway: float = 0.0                # F5's sway coefficient in [-1, 1]: negative spends more steps near the noise
-    shift: float = 1.0               # SD3's time shift: t' = shift t / (1 + (shift - 1) t)
+    shift: float = 1.0               # SD3's time shift: t' = shift t / (1 + (shift - 1) t); Klein's own comes on top
     vocoder: str = "griffinlim"      # griffinlim | BigVGAN hub id or folder
 
 
@@ -120,22 +152,25 @@ class Config:
     wandb_url: str = ""              # a W&B server of your own
     wandb_project: str = "nanoaudio"
     mel: Mel = field(default_factory=Mel)
+    picture: Picture = field(default_factory=Picture)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
+    klein: Klein = field(default_factory=Klein)
     flow: Flow = field(default_factory=Flow)
     sample: Sample = field(default_factory=Sample)
     train: Train = field(default_factory=Train)
     eval: Eval = field(default_factory=Eval)
 
 
-CHOICES = {"system": ("tts",), "device": ("auto", "cpu", "cuda"), "wandb": ("offline", "online", "disabled"),
-           "data.corpus": ("ljspeech", "demo"), "data.grammar": ("matrix", "open"),
+CHOICES = {"system": ("tts", "spectrogram"), "device": ("auto", "cpu", "cuda"), "wandb": ("offline", "online", "disabled"),
+           "picture.reference": ("peak", "fixed"), "klein.vae": ("own", "patches"), "klein.tune": ("lora", "full"),
+           "data.corpus": ("ljspeech", "librispeech", "demo"), "data.grammar": ("matrix", "open"),
            "model.alignment": ("learned", "uniform", "none"), "flow.predict": ("x", "v"),
            "train.schedule": ("cosine", "trapezoid"), "train.dtype": ("bf16", "fp32"), "eval.split": ("val", "test")}
 MAY_BE_ZERO = {"seed", "mel.fmin", "data.overfit", "data.workers", "data.silence_prob", "data.max_silence_sec", "flow.timestep_uniform",
-               "flow.text_condition_dropout", "flow.duration_weight", "model.text_layers", "sample.cfg_scale", "sample.cfg_from",
-               "train.max_minutes", "train.weight_decay", "train.warmup", "train.decay", "train.grad_clip", "train.ema",
-               "train.muon_lr", "train.lr", "train.val_interval", "train.eval_interval"}
+               "flow.text_condition_dropout", "flow.duration_weight", "model.text_layers", "klein.text_rank", "sample.cfg_scale",
+               "sample.cfg_from", "train.max_minutes", "train.weight_decay", "train.warmup", "train.decay", "train.grad_clip",
+               "train.ema", "train.muon_lr", "train.lr", "train.val_interval", "train.eval_interval"}
 MAY_BE_NEGATIVE = {"flow.timestep_logit_mean", "sample.sway"}
 
 
@@ -297,7 +332,7 @@ def check(config: Config) -> None:
                 raise UserError(f"{name} must not be negative, got {value}")
             if value == 0 and name not in MAY_BE_ZERO | MAY_BE_NEGATIVE:
                 raise UserError(f"{name} must be positive, got {value}")
-    m, d, f, s, t = config.model, config.data, config.flow, config.sample, config.train
+    m, d, f, s, t, p, k = config.model, config.data, config.flow, config.sample, config.train, config.picture, config.klein
     rules = [
         (m.width % (2 * m.heads) == 0, f"model.width {m.width} must be a multiple of twice model.heads {m.heads}"),
         (d.pad_multiple % m.frame_stack == 0, f"data.pad_multiple {d.pad_multiple} is no multiple of model.frame_stack {m.frame_stack}"),
@@ -308,6 +343,15 @@ def check(config: Config) -> None:
         (config.mel.fmin < config.mel.fmax <= config.mel.sample_rate / 2,
          f"mel.fmax {config.mel.fmax} must lie between mel.fmin and half of mel.sample_rate"),
         (config.mel.hop <= config.mel.n_fft, f"mel.hop {config.mel.hop} is above mel.n_fft {config.mel.n_fft}"),
+        (p.hop <= p.n_fft / 2, f"picture.hop {p.hop} is above half of picture.n_fft {p.n_fft}: no phase fits such a spectrogram"),
+        (p.canvas_height % 16 == p.canvas_width % 16 == 0,
+         f"picture.canvas_height {p.canvas_height} and picture.canvas_width {p.canvas_width} must be multiples of 16"),
+        ((int(p.seconds * p.sample_rate) // p.hop + 1) * p.stretch <= p.canvas_width,
+         f"picture.canvas_width {p.canvas_width} is too narrow for picture.seconds {p.seconds} at hop {p.hop} and stretch {p.stretch}"),
+        (k.double_layers < m.layers or config.system != "spectrogram" or k.base != "scratch",
+         f"klein.double_layers {k.double_layers} must be below model.layers {m.layers}"),
+        (config.system == "tts" or s.vocoder == "griffinlim", f"sample.vocoder {s.vocoder}: system {config.system} has griffinlim only"),
+        (k.prompt.count("{text}") == 1, f"klein.prompt {k.prompt!r} must have {{text}} in it, once"),
     ]
     for holds, message in rules:
         if not holds:

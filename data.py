@@ -1,8 +1,8 @@
-"""Corpora: packed once into shards (`python data.py ljspeech | demo | prepare`), then read in batches.
+"""Corpora: read as published, packed once into shards, then read in batches; and caches of what frozen networks make of them.
 
-A packed folder holds mel_*.npy (float16 log-mels (T, M) of some 512 clips after one another, memory-mapped), clips_*.jsonl (a
-header, a line a clip) and, last, index.json. A file is whole or absent: written under another name, flushed, renamed.
-What is random in a batch comes from (seed, step, row of the global batch) and from nothing else.
+A packed folder holds rows_*.npy (float16 log-mels, or int16 waves in rows of `hop` samples, of some 512 clips after one another,
+memory-mapped), clips_*.jsonl (a header, a line a clip) and, last, index.json. A file is whole or absent: written under another name,
+flushed, renamed. What is random in a batch comes from (seed, step, row of the global batch) and from nothing else.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import tarfile
 import urllib.request
@@ -27,22 +26,20 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 import torch
-import yaml
 from tqdm import tqdm
 
 import audio
-import flow
-import pretrained
-from config import Config, Mel, UserError, from_command_line, run_main
+from config import Config, Mel, Picture, UserError, load, run_main
 
-FORMAT = 1                                       # of a packed folder
+FORMAT = 2                                       # of a packed folder
 SHARD = 512                                      # clips in one
 SHORTEST_SEC, LONGEST_SEC = 0.1, 60.0            # what is packed; data.max_seconds decides what is read
 SPLITS = ("train", "val", "test")
-ORDER, TRAIN, VALIDATION = range(3)              # what a random stream is for
+ORDER, TRAIN, VALIDATION = range(3)              # what a random stream of batches is for
 ASSETS = Path(__file__).parent / "assets"
-PREPARE = "run `python data.py prepare --config ...`"
-LJSPEECH_URL = "https://data.keithito.com/data/speech/LJSpeech-1.1.tar.bz2"
+PREPARE = "run `python system.py prepare --config ...`"
+ARCHIVES = {"ljspeech": ("https://data.keithito.com/data/speech/LJSpeech-1.1.tar.bz2", "LJSpeech-1.1"),      # and the folder in it
+            "librispeech": ("https://www.openslr.org/resources/12/train-clean-100.tar.gz", "LibriSpeech")}
 
 
 class Clip(NamedTuple):
@@ -50,27 +47,28 @@ class Clip(NamedTuple):
     text: str
     split: str
     wav: str | None              # the recording, where there is one to listen to
-    frames: int = 0              # the rest is known when it is packed
+    start: float = 0.0           # of the clip in it, seconds
+    stop: float = 0.0            # 0 = its end
+    frames: int = 0              # rows; this and what follows is known when it is packed
     shard: int = 0
-    offset: int = 0              # frames before it in its shard
+    offset: int = 0              # rows before it in its shard
     number: int = 0              # clips before it in the corpus
 
 
-class Corpus:
-    """A packed corpus: `mean` and `std` of its training log-mels, `hash` of its content, its clips."""
+class Packed:
+    """A packed corpus: its clips, the rows of each, and the mean and deviation of all numbers that are trained on."""
 
-    def __init__(self, config: Config):
-        """raises UserError for a folder that is missing, damaged, or packed with another mel than config.mel."""
-        self.folder = packed_dir(config)
-        index = read_index(self.folder, config.mel)
-        self.mean, self.std, self.hash = index["mean"], index["std"], index["hash"]
+    def __init__(self, config: Config, form: dict, longest: float):
+        """longest: clips of more rows are left out. raises UserError for a folder that is missing, damaged, or packed in another form."""
+        self.folder = packed_dir(config, form)
+        index = read_index(self.folder, form)
+        self.mean, self.std, self.rate = index["mean"], index["std"], form["sample_rate"]
         shards = [read_shard(self.folder, n, index["plan"]) for n in range(index["shards"])]
         if None in shards:
             raise UserError(f"{self.folder}: shard {shards.index(None)} is missing or damaged; pack again, which makes it anew: {PREPARE}")
-        self.mels, clips = [mels for _, _, mels in shards], sum((found for _, found, _ in shards), [])
+        self.shards, clips = [rows for _, _, rows in shards], sum((found for _, found, _ in shards), [])
         clips = [clip._replace(number=n, wav=clip.wav and str(self.folder / clip.wav)) for n, clip in enumerate(clips)]
-        limit = config.data.max_seconds * config.mel.sample_rate / config.mel.hop
-        self.splits = {split: [c for c in clips if c.split == split and c.frames <= limit] for split in SPLITS}
+        self.splits = {split: [c for c in clips if c.split == split and c.frames <= longest] for split in SPLITS}
         if config.data.overfit:
             self.splits = dict.fromkeys(SPLITS, sum(self.splits.values(), [])[:config.data.overfit])
 
@@ -78,63 +76,27 @@ class Corpus:
         """The clips of train | val | test in the corpus's order; with data.overfit, every split is its first clips."""
         return self.splits[split]
 
-    def log_mel(self, clip: Clip) -> torch.Tensor:
-        """(T, M), natural log, float32."""
-        return torch.from_numpy(self.mels[clip.shard][clip.offset:clip.offset + clip.frames].astype(np.float32))
+    def rows(self, clip: Clip) -> torch.Tensor:
+        """(T, M) float32."""
+        return torch.from_numpy(self.shards[clip.shard][clip.offset:clip.offset + clip.frames].astype(np.float32))
 
 
-class Batches:
-    """Batches of a corpus as dicts of CPU tensors:
+class Waves(Packed):
+    """Speech as waves of at most picture.seconds; `statistics`: none, pictures are in [0, 1] as they are."""
 
-    x, noise (B, T, M), 0 where x_mask (B, T) is False; t (B,); ids (B, S) int64, text_mask (B, S); text_dropped (B,): rows that
-    carry the tokens of "" instead of their text; frames (B,): the clip's length without the silence appended to it; number (B,):
-    of the clip. With a frozen text encoder also its features (B, S, D). T is a multiple of data.pad_multiple, S of 8.
-    """
+    statistics = ()
 
-    def __init__(self, config: Config, corpus: Corpus, tokenizer, rank: int = 0, world: int = 1):
-        self.config, self.corpus, self.tokenizer, self.rank, self.world = config, corpus, tokenizer, rank, world
-        for split in ("train", config.eval.split):
-            if not corpus.clips(split):
-                raise UserError(f"{corpus.folder}: has no {split} clip of at most data.max_seconds {config.data.max_seconds}")
-        self.lengths = np.array([clip.frames for clip in corpus.clips("train")])
-        self.features = open_features(config, corpus) if config.model.text_encoder != "scratch" else None
-        pretrained.tokenize(tokenizer, [""])     # its first call sets a tokenizer's options, which is not for several threads
+    def __init__(self, config: Config):
+        seconds = min(config.data.max_seconds, config.picture.seconds)
+        super().__init__(config, wave_form(config.picture), math.ceil(seconds * config.picture.sample_rate / config.picture.hop))
+        self.longest = int(seconds * self.rate)                # samples
 
-    def train(self, step: int, micro: int = 0) -> dict[str, torch.Tensor]:
-        """This rank's part of micro-batch `micro`; those of all ranks and micro-batches are the step's global batch."""
-        c, size, clips = self.config, self.config.train.batch_size, self.corpus.clips("train")
-        order = schedule(self.lengths, step, size * self.world * c.train.grad_accum, c.seed)
-        rows = np.arange(size) + (micro * self.world + self.rank) * size
-        return self.collate([self.row(clips[order[n]], np.random.default_rng((c.seed, TRAIN, step, n))) for n in rows])
+    def wave(self, clip: Clip) -> torch.Tensor:
+        """(N,) float32 at `rate` Hz."""
+        return self.rows(clip).flatten()[:self.longest] / 32767
 
-    def validation(self) -> list[dict[str, torch.Tensor]]:
-        """This rank's share of the split that is validated on: whole clips, the same noise and times, evenly spread, every time."""
-        c, clips, golden = self.config, self.corpus.clips(self.config.eval.split), (math.sqrt(5) - 1) / 2
-        order = sorted(range(len(clips)), key=lambda n: clips[n].frames)[self.rank::self.world]
-        rows = [self.row(clips[n], np.random.default_rng((c.seed, VALIDATION, n)), min(max(n * golden % 1, 0.001), 0.999)) for n in order]
-        return [self.collate(rows[start:start + c.train.batch_size]) for start in range(0, len(rows), c.train.batch_size)]
-
-    def row(self, clip: Clip, rng: np.random.Generator, t: float | None = None) -> dict:
-        """A clip and all that is drawn for it. t: given, the text is kept and no silence appended, as for validation."""
-        d, f, mel, x = self.config.data, self.config.flow, self.config.mel, self.corpus.log_mel(clip)
-        dropped = t is None and rng.random() < f.text_condition_dropout
-        if t is None:
-            silence = int((rng.random() < d.silence_prob) * rng.random() * d.max_silence_sec * mel.sample_rate / mel.hop)
-            x = torch.cat([x, torch.full((silence, mel.n_mels), math.log(audio.LOG_FLOOR))])
-            t = flow.sample_time(rng, f.timestep_logit_mean, f.timestep_logit_std, f.timestep_uniform)
-        noise = torch.from_numpy(rng.standard_normal(tuple(x.shape), dtype=np.float32))    # the last draw: padding changes nothing
-        return {"x": audio.normalise(x, self.corpus.mean, self.corpus.std), "noise": noise, "t": t, "frames": clip.frames,
-                "number": clip.number, "text_dropped": dropped, "text": "" if dropped else clip.text}
-
-    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = {key: torch.tensor([row[key] for row in rows]) for key in ("t", "frames", "number", "text_dropped")}
-        batch["x"], batch["x_mask"] = pad([row["x"] for row in rows], self.config.data.pad_multiple)
-        batch["noise"], _ = pad([row["noise"] for row in rows], self.config.data.pad_multiple)
-        tokens = pretrained.tokenize(self.tokenizer, [row["text"] for row in rows])
-        batch["ids"], batch["text_mask"] = pad([torch.tensor(ids) for ids in tokens], 8)
-        if self.features:
-            batch["features"], _ = pad([self.features(row["text"]) for row in rows], 8)
-        return batch
+    def recording(self, clip: Clip) -> tuple[torch.Tensor, int]:
+        return self.wave(clip), self.rate
 
 
 def schedule(lengths: np.ndarray, step: int, batch: int, seed: int) -> np.ndarray:
@@ -164,6 +126,11 @@ def prefetch(make: Callable, steps: Iterable[int], workers: int) -> Iterator:
             yield ahead.popleft().result()
 
 
+def golden(number: int) -> float:
+    """A time in (0, 1) for each validation clip: the same every time, and any few of them spread evenly."""
+    return min(max(number * (math.sqrt(5) - 1) / 2 % 1, 0.001), 0.999)
+
+
 def pad(rows: list[torch.Tensor], multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tensors (N, ...) -> (B, N', ...) filled up with 0, N' a multiple, and the mask (B, N') of what is valid."""
     size = math.ceil(max(map(len, rows)) / multiple) * multiple
@@ -173,91 +140,127 @@ def pad(rows: list[torch.Tensor], multiple: int) -> tuple[torch.Tensor, torch.Te
     return padded, torch.arange(size) < torch.tensor([[len(row)] for row in rows])
 
 
-def open_features(config: Config, corpus: Corpus) -> Callable[[str], torch.Tensor]:
-    """What the frozen text encoder made of "" and of every text of a corpus: a function from text to (S, D) float32."""
-    path, texts = features_file(config, corpus)
-    try:
-        offsets, values = np.load(path.with_suffix(".offsets.npy")), np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{path}: features of {config.model.text_encoder}, missing, or damaged and to be deleted; {PREPARE}") from e
-    spans = {text: slice(*offsets[n:n + 2]) for n, text in enumerate(texts)}
-    return lambda text: torch.from_numpy(values[spans[text]].astype(np.float32))
+def cache_rows(path: Path, lengths: list[int], width: int | None, encode: Callable[[list[int]], Iterable[np.ndarray]],
+               batch: int, what: str) -> None:
+    """Write what `encode` makes of items 0, 1, ... to `path`, unless that is done; what was interrupted is taken up again.
 
-
-def cache_features(config: Config, corpus: Corpus) -> None:
-    """Run the frozen text encoder over all texts, on the GPU if there is one, unless that was done before."""
-    path, texts = features_file(config, corpus)
-    if path.with_suffix(".offsets.npy").exists():
+    path: .npy, to be named by all that its content depends on. lengths: rows of each item. width: of a row, None = as encode makes them.
+    encode: the numbers of `batch` items, alike in length -> their rows (length, width), kept as float16. what: for the progress bar.
+    """
+    if path.exists():
         return
-    device = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
-    encoder, tokenizer, width = pretrained.load_text_encoder(config.model.text_encoder)
-    encoder, tokens = encoder.to(device), [torch.tensor(ids) for ids in pretrained.tokenize(tokenizer, texts)]
-    offsets, order = np.cumsum([0, *map(len, tokens)]), sorted(range(len(texts)), key=lambda n: len(tokens[n]))
-    with replacing(path) as part:
-        values = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=(int(offsets[-1]), width))
-        for start in tqdm(range(0, len(texts), 32), desc=f"features of {config.model.text_encoder}", unit="batch", disable=None):
-            ids, mask = pad([tokens[n] for n in order[start:start + 32]], 8)
-            for n, found in zip(order[start:], encoder(ids.to(device), mask.to(device)).half().cpu().numpy()):
-                values[offsets[n]:offsets[n + 1]] = found[:len(tokens[n])]
-    with replacing(path.with_suffix(".offsets.npy")) as part, open(part, "wb") as f:
-        np.save(f, offsets)
+    order, unfinished = sorted(range(len(lengths)), key=lambda n: lengths[n]), path.with_suffix(".unfinished")
+    stops, done = np.cumsum([lengths[n] for n in order]), 0
+    try:
+        with open(unfinished, "ab+") as f, tqdm(total=len(order), desc=what, disable=None) as bar:
+            f.seek(0)
+            with contextlib.suppress(ValueError):              # an empty file, or half a header
+                np.lib.format.read_magic(f)
+                shape, _, _ = np.lib.format.read_array_header_1_0(f)
+                if shape == (stops[-1], width or shape[1]):    # whole items stay: the file is written from front to end
+                    done = int(np.searchsorted(stops, (unfinished.stat().st_size - f.tell()) // (2 * shape[1]), side="right"))
+            f.seek(f.truncate(f.tell() + 2 * shape[1] * int(stops[done - 1]) if done else 0))
+            bar.update(done)
+            for start in range(done, len(order), batch):
+                items = order[start:start + batch]
+                for n, rows in zip(items, encode(items), strict=True):
+                    if rows.shape != (lengths[n], width or rows.shape[1]) or not (np.abs(rows) < 65504).all():
+                        raise ValueError(f"{what}: item {n} is {rows.shape} instead of {lengths[n], width}, or too large for float16")
+                    if not f.tell():
+                        shape = int(stops[-1]), rows.shape[1]
+                        np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": shape})
+                    f.write(np.ascontiguousarray(rows, dtype="<f2"))
+                bar.update(len(items))
+            f.flush()
+            os.fsync(f.fileno())
+        with replacing(path.with_suffix(".spans.npy")) as part, open(part, "wb") as f:
+            np.save(f, np.stack([stops - [lengths[n] for n in order], stops], 1)[np.argsort(order)])
+        os.replace(unfinished, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e})") from e
 
 
-def features_file(config: Config, corpus: Corpus) -> tuple[Path, list[str]]:
-    """The cache, named by what is in it, and the texts in it."""
-    texts = sorted({"", *(clip.text for split in SPLITS for clip in corpus.clips(split))})
-    return corpus.folder / f"features_{digest([config.model.text_encoder, texts])[:8]}.npy", texts
+def open_rows(path: Path, remedy: str) -> Callable[[int], torch.Tensor]:
+    """What `cache_rows` wrote: a function from an item's number to its rows (S, D), float32; UserError, with the remedy, without it."""
+    try:
+        spans, values = np.load(path.with_suffix(".spans.npy")), np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"{path}: missing, or damaged and to be deleted; {remedy}") from e
+    return lambda n: torch.from_numpy(values[slice(*spans[n])].astype(np.float32))
 
 
-def prepare(config: Config) -> None:
-    """Make whatever a config's training needs and does not find: the corpus, packed, and the features of its texts."""
-    d, root = config.data, Path(config.data.data_dir)
-    if d.corpus == "demo":
-        pack_demo(root, d.grammar, d.sentences, config.mel, d.workers)
-    elif (folder := packed_dir(config)) != root and (root.exists() or not folder.exists()):
-        pack_ljspeech(root, folder, config.mel, d.workers, d.download)
-    corpus = Corpus(config)
-    if config.model.text_encoder != "scratch":
-        cache_features(config, corpus)
+def prepare_speech(config: Config, form: dict, cut: Callable[[Config, list[Clip], Path], list[Clip]]) -> None:
+    """Pack data.corpus, unless that was done. cut: makes shorter clips of what is too long, and may keep notes in the folder."""
+    d, root, out = config.data, Path(config.data.data_dir), packed_dir(config, form)
+    if d.corpus != "demo" and (out == root or out.exists() and not root.exists()):
+        return                                                 # there are no recordings, or none any more
+    corpus, clips, skipped = read_corpus(config)
+    pack(out, corpus, cut(config, clips, out), skipped, form, functools.partial(read_speech, out, corpus, form), d.workers)
 
 
-def packed_dir(config: Config) -> Path:
-    """data.data_dir, or where prepare packs it to when that is a folder in LJSpeech's layout."""
+def packed_dir(config: Config, form: dict) -> Path:
+    """data.data_dir itself where it is packed, or to be spoken; else a folder named by what is packed there and how."""
     root = Path(config.data.data_dir)
     if config.data.corpus == "demo" or (root / "index.json").exists():
         return root
-    return Path("data/packed", f"{root.resolve().name}-{digest([str(root.resolve()), asdict(config.mel)])[:8]}")
+    return Path("data/packed", f"{root.resolve().name}-{digest([str(root.resolve()), form, config.data.align])[:8]}")
 
 
-def pack_ljspeech(root: Path, out: Path, mel: Mel, workers: int, download: bool = False, resample: bool = False,
-                  strict: bool = False, share: tuple[int, int] = (0, 1)) -> None:
-    """Pack a folder in LJSpeech's layout: metadata.csv (id|transcript|normalised, of which the last is the text), wavs/<id>.wav."""
-    if download and not root.exists():
-        download_ljspeech(root)
-    clips, skipped = read_metadata(root)
-    read = functools.partial(read_recording, mel=mel, resample=resample)
-    pack(out, {"name": "ljspeech", "resample": resample}, clips, skipped, mel, read, workers, strict, share)
+def wave_form(picture: Picture) -> dict:
+    return {"sample_rate": picture.sample_rate, "hop": picture.hop, "seconds": picture.seconds}
 
 
-def pack_demo(out: Path, grammar: str, sentences: int, mel: Mel, workers: int) -> None:
-    """Speak `sentences` sentences to train on, and 64 to validate and 64 to test on that training never has."""
-    texts = distinct_sentences(grammar, sentences, held_out=False) + distinct_sentences(grammar, 128, held_out=True)
+def read_corpus(config: Config) -> tuple[dict, list[Clip], list[str]]:
+    """What data.corpus is, its clips, not packed yet, and what is wrong with others; fetched first where data.download says so."""
+    d, root = config.data, Path(config.data.data_dir)
+    if d.corpus == "demo":
+        return {"name": "demo", "grammar": d.grammar, "sentences": d.sentences, "voice": d.voice}, demo_clips(d.grammar, d.sentences), []
+    if d.download and not root.exists():
+        download(d.corpus, root)
+    return {"name": d.corpus, "resample": d.corpus != "ljspeech"}, *(read_metadata if d.corpus == "ljspeech" else read_librispeech)(root)
+
+
+def read_speech(out: Path, corpus: dict, form: dict, clip: Clip) -> np.ndarray | None:
+    """A clip as log-mels (T, M), float16, or as a wave (T, hop), int16, its end filled up with 0; None for one that is too long."""
+    rate, hop, longest = form["sample_rate"], form["hop"], form.get("seconds", LONGEST_SEC)
+    if corpus["name"] == "demo":
+        wave = audio.speak(clip.text, rate, corpus["voice"])
+        if clip.wav:
+            (out / "wavs").mkdir(exist_ok=True)
+            audio.save_wav(out / clip.wav, wave, rate)
+    else:
+        wave = read_recording(clip, rate, corpus["resample"] or "seconds" in form)
+    wave = wave[round(clip.start * rate):round(clip.stop * rate) or None]
+    if len(wave) < SHORTEST_SEC * rate:
+        raise UserError(f"{len(wave) / rate:.2f} s is below {SHORTEST_SEC} s")
+    if len(wave) > longest * rate + 1:                         # + 1: a cut is rounded
+        return None
+    if "n_mels" in form:
+        return audio.log_mel(wave, Mel(**form)).numpy().astype(np.float16)
+    samples = np.zeros((math.ceil(len(wave) / hop), hop), np.int16)
+    samples.ravel()[:len(wave)] = (wave.clamp(-1, 1) * 32767).round()
+    return samples
+
+
+def demo_clips(grammar: str, sentences: int) -> list[Clip]:
+    """`sentences` sentences to train on, and 64 to validate and 64 to test on that training never has."""
+    texts = audio.distinct_sentences(grammar, sentences, held_out=False) + audio.distinct_sentences(grammar, 128, held_out=True)
     splits = ["train"] * sentences + ["val"] * 64 + ["test"] * 64
     names = [f"{grammar}-{n:05d}" for n in range(len(texts))]
     wavs = [f"wavs/{name}.wav" if n < 64 or n >= sentences else None for n, name in enumerate(names)]     # to hear beside samples
-    corpus, read = {"name": "demo", "grammar": grammar, "sentences": sentences}, functools.partial(speak, out=out, mel=mel)
-    pack(out, corpus, list(map(Clip, names, texts, splits, wavs)), [], mel, read, workers)
+    return list(map(Clip, names, texts, splits, wavs))
 
 
-def pack(out: Path, corpus: dict, clips: list[Clip], skipped: list[str], mel: Mel, read: Callable[[Clip], torch.Tensor],
+def pack(out: Path, corpus: dict, clips: list[Clip], skipped: list[str], form: dict, read: Callable[[Clip], np.ndarray],
          workers: int, strict: bool = False, share: tuple[int, int] = (0, 1)) -> None:
     """Make the shards of a share (i, n: every n-th from the i-th on) that are missing, and the index when no shard is any more.
 
-    corpus: what this is. skipped: what is no clip, and why. read: a clip's wave, or a UserError to skip it. strict: no index then.
+    corpus, form: what this is, what the rows are; a reader must want the same form. skipped: what is no clip, and why.
+    read: a clip's rows (T, M); None: it is too long, which is counted; a UserError: it is skipped, by name. strict: no index then.
     """
-    plan = digest([FORMAT, corpus, asdict(mel), [[clip.id, clip.text, clip.split] for clip in clips]])
+    plan = digest([FORMAT, corpus, form, [[*clip[:3], *clip[4:6]] for clip in clips]])         # wherever the recordings lie
     done = (out / "index.json").exists()
-    if done and (index := read_index(out, mel))["plan"] != plan:
+    if done and (index := read_index(out, form))["plan"] != plan:
         raise UserError(f"{out}: already holds another corpus ({index['corpus']}, or other clips); delete it, or choose another folder")
     parts = [clips[start:start + SHARD] for start in range(0, len(clips), SHARD)]
     undone = [n for n in range(len(parts))[share[0]::share[1]] if not read_shard(out, n, plan)]
@@ -268,7 +271,7 @@ def pack(out: Path, corpus: dict, clips: list[Clip], skipped: list[str], mel: Me
     except OSError as e:
         raise UserError(f"{out}: cannot be made ({e.strerror})") from e
     print("".join(f"skipped {line}\n" for line in skipped) + f"packing {sum(len(parts[n]) for n in undone)} clips into {out}/", flush=True)
-    make = functools.partial(pack_shard, out, plan, mel, read)
+    make = functools.partial(pack_shard, out, plan, read)
     with (ProcessPoolExecutor(max(1, min(workers, len(undone))), initializer=torch.set_num_threads, initargs=(1,)) as pool,
           tqdm(total=sum(len(parts[n]) for n in undone), unit="clip", disable=None) as bar):
         for count in pool.map(make, undone, [parts[n] for n in undone]):
@@ -277,31 +280,30 @@ def pack(out: Path, corpus: dict, clips: list[Clip], skipped: list[str], mel: Me
     if None in found:
         print(f"{out}: other shares are still to be made", flush=True)
     else:
-        write_index(out, corpus, plan, mel, found, skipped, strict)
+        write_index(out, corpus, plan, form, found, skipped, strict)
 
 
-def pack_shard(out: Path, plan: str, mel: Mel, read: Callable, shard: int, clips: list[Clip]) -> int:
-    """Write one shard, its clips last; returns how many there are, those included that are named and skipped."""
-    packed, mels, skipped, sums, offset = [], [np.zeros((0, mel.n_mels), np.float16)], [], np.zeros(3), 0
+def pack_shard(out: Path, plan: str, read: Callable, shard: int, clips: list[Clip]) -> int:
+    """Write one shard, its clips last; returns how many there are, those included that are skipped."""
+    packed, rows, skipped, too_long, sums, offset = [], [], [], 0, np.zeros(3), 0
     for clip in clips:
         try:
-            wave = read(clip)
-            if not SHORTEST_SEC <= len(wave) / mel.sample_rate <= LONGEST_SEC:
-                raise UserError(f"{len(wave) / mel.sample_rate:.2f} s is not between {SHORTEST_SEC} and {LONGEST_SEC}")
+            x = read(clip)
         except UserError as e:
             skipped.append(f"{clip.id}: {e}")
             print(f"skipped {skipped[-1]}", flush=True)
             continue
-        x = audio.log_mel(wave, mel).numpy().astype(np.float16)
+        if x is None:
+            too_long += 1
+            continue
         packed.append(clip._replace(frames=len(x), shard=shard, offset=offset))
-        mels.append(x)
+        rows.append(x)
         offset += len(x)
         if clip.split == "train":
             sums += x.sum(dtype=np.float64), np.square(x, dtype=np.float64).sum(), x.size
-    x = np.concatenate(mels)
-    content = digest([hashlib.sha256(x).hexdigest(), [clip._replace(wav=None) for clip in packed]])      # wherever the recordings lie
-    header = {"plan": plan, "hash": content, "clips": len(packed), "frames": len(x), "sums": sums.tolist(), "skipped": skipped}
-    with replacing(out / f"mel_{shard:05d}.npy") as part, open(part, "wb") as f:
+    x = np.concatenate(rows) if rows else np.zeros((0, 1), np.float16)
+    header = {"plan": plan, "clips": len(packed), "frames": len(x), "sums": sums.tolist(), "skipped": skipped, "too_long": too_long}
+    with replacing(out / f"rows_{shard:05d}.npy") as part, open(part, "wb") as f:
         np.save(f, x)
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *(clip._asdict() for clip in packed))]
     with replacing(out / f"clips_{shard:05d}.jsonl") as part:
@@ -309,45 +311,47 @@ def pack_shard(out: Path, plan: str, mel: Mel, read: Callable, shard: int, clips
     return len(clips)
 
 
-def write_index(out: Path, corpus: dict, plan: str, mel: Mel, shards: list[tuple], skipped: list[str], strict: bool) -> None:
+def write_index(out: Path, corpus: dict, plan: str, form: dict, shards: list[tuple], skipped: list[str], strict: bool) -> None:
     """Sum up all shards; raises UserError when too little is left, or, if `strict`, anything was skipped."""
     headers, clips = [header for header, _, _ in shards], sum((found for _, found, _ in shards), [])
     skipped = skipped + sum((header["skipped"] for header in headers), [])
-    counts = {split: sum(clip.split == split for clip in clips) for split in SPLITS}
-    if strict and skipped or len(skipped) > len(clips) or not counts["train"] or not counts["val"]:
-        for n in [n for n, header in enumerate(headers) if header["skipped"]]:
+    counts, too_long = {split: sum(clip.split == split for clip in clips) for split in SPLITS}, sum(h["too_long"] for h in headers)
+    if strict and (skipped or too_long) or len(skipped) > len(clips) or not counts["train"]:
+        for n in [n for n, header in enumerate(headers) if header["skipped"] or header["too_long"]]:
             (out / f"clips_{n:05d}.jsonl").unlink()    # the next run tries again
-        raise UserError(f"{out}: not a corpus yet: {counts}, and {len(skipped)} clips had to be skipped. {'; '.join(skipped[:1])}")
+        raise UserError(f"{out}: not a corpus yet: {counts}; {too_long} clips are too long (data.align cuts them for pictures), "
+                        f"{len(skipped)} clips had to be skipped. {'; '.join(skipped[:1])}")
     mean, square, _ = np.sum([header["sums"] for header in headers], 0) / sum(header["sums"][2] for header in headers)
     index = {"format": FORMAT, "corpus": corpus, "clips": counts, "mean": float(mean), "std": math.sqrt(square - mean ** 2),
-             "mel": asdict(mel), "shards": len(shards), "plan": plan, "hash": digest([h["hash"] for h in headers]), "skipped": skipped}
+             "form": form, "shards": len(shards), "plan": plan, "skipped": skipped, "too_long": too_long}
     with replacing(out / "index.json") as part:
         part.write_text(json.dumps(index, ensure_ascii=False, indent=1), encoding="utf-8")
     for leftover in out.glob("*.part"):          # of processes that were killed
         leftover.unlink(missing_ok=True)
-    print(f"{out}: {', '.join(f'{n} {split}' for split, n in counts.items())} clips; {len(skipped)} skipped", flush=True)
+    found = ", ".join(f"{n} {split}" for split, n in counts.items())
+    print(f"{out}: {found} clips; {len(skipped)} skipped, {too_long} too long", flush=True)
 
 
-def read_index(folder: Path, mel: Mel) -> dict:
-    """index.json of a packed folder; raises UserError when it is missing, damaged, or not for `mel`."""
+def read_index(folder: Path, form: dict) -> dict:
+    """index.json of a packed folder; raises UserError when it is missing, damaged, or of another form."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        found = {"format": index["format"], **index["mel"]}
+        found = {"format": index["format"], **(index.get("form") or {})}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{folder}: no packed corpus there, or a damaged index.json, to be deleted; {PREPARE}") from e
-    for key, value in {"format": FORMAT, **asdict(mel)}.items():
+    for key, value in {"format": FORMAT, **form}.items():
         if found.get(key) != value:
             raise UserError(f"{folder}: packed with {key} {found.get(key)}, but {value} is wanted; delete it, or choose another folder")
     return index
 
 
 def read_shard(folder: Path, shard: int, plan: str) -> tuple[dict, list[Clip], np.ndarray] | None:
-    """A shard's header, its clips, and their log-mels (frames, M), memory-mapped; None when it is not whole, or of another plan."""
+    """A shard's header, its clips, and their rows (frames, M), memory-mapped; None when it is not whole, or of another plan."""
     try:
         header, *lines = map(json.loads, (folder / f"clips_{shard:05d}.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
-        clips, mels = [Clip(**line) for line in lines], np.load(folder / f"mel_{shard:05d}.npy", mmap_mode="r")
-        whole = (header["plan"], header["clips"], header["frames"]) == (plan, len(clips), len(mels))
-        return (header, clips, mels) if whole else None
+        clips, rows = [Clip(**line) for line in lines], np.load(folder / f"rows_{shard:05d}.npy", mmap_mode="r")
+        whole = (header["plan"], header["clips"], header["frames"]) == (plan, len(clips), len(rows))
+        return (header, clips, rows) if whole else None
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
@@ -372,127 +376,114 @@ def digest(values) -> str:
 
 
 def read_metadata(root: Path) -> tuple[list[Clip], list[str]]:
-    """The lines of metadata.csv that name a clip and its text, each with its split; and what is wrong with the others."""
-    path, texts, skipped = root / "metadata.csv", {}, []
+    """The lines of metadata.csv (id|transcript|normalised) as clips of wavs/<id>.wav, in the published split; what is wrong with others."""
+    path = root / "metadata.csv"
     if not path.is_file():
         raise UserError(f"{path}: missing; --download (in a config: data.download true) fetches LJSpeech-1.1 where there is no {root}")
-    for number, line in enumerate(path.read_bytes().decode("utf-8-sig", errors="replace").split("\n"), 1):
-        fields = [field.strip() for field in line.split("|")]
-        name, text = fields[0], fields[-1] or "".join(fields[1:2])
-        faults = {"not UTF-8": "\ufffd" in line, f"{len(fields)} fields instead of 3": len(fields) != 3, "empty text": not text,
-                  "no file name": not name or Path(name).name != name or not name.isprintable(), "duplicate id": name in texts}
-        if any(faults.values()) and line.strip():
-            skipped.append(f"{path} line {number} ({name[:40]}): {next(fault for fault, found in faults.items() if found)}")
-        elif line.strip():
-            texts[name] = text
+    texts, skipped = read_transcripts([path], "|", 3)
     published = dict(line.split()[::-1] for line in (ASSETS / "ljspeech_split.txt").read_text().splitlines() if not line.startswith("#"))
-    train = [name for name in texts if name not in published]
-    if not any(published.get(name) == "val" for name in texts):
-        published |= dict.fromkeys(train[19::20] or train[-1:], "val")
-        print(f"{path}: none of LJSpeech's validation clips; every 20th clip validates instead", flush=True)
-    wavs = root.resolve() / "wavs"
-    return [Clip(name, text, published.get(name, "train"), str(wavs / f"{name}.wav")) for name, text in texts.items()], skipped
+    return validate_on_some(root, [Clip(name, text, published.get(name, "train"), str(folder / "wavs" / f"{name}.wav"))
+                                   for name, (text, folder) in texts.items()]), skipped
 
 
-def read_recording(clip: Clip, mel: Mel, resample: bool) -> torch.Tensor:
+def read_librispeech(root: Path) -> tuple[list[Clip], list[str]]:
+    """The utterances below `root`, by <speaker>/<chapter>/<speaker>-<chapter>.trans.txt; what is wrong with others.
+
+    Transcripts are capitals without marks: they become what people type, "A capital first and a mark last.", because prompts will be so.
+    2 % of the speakers validate, 2 % test: no voice, room or book that is known from training makes a validation loss look good.
+    """
+    texts, skipped = read_transcripts(sorted(root.rglob("*.trans.txt")), " ", 2)
+    if not texts:
+        raise UserError(f"{root}: no <speaker>/<chapter>/*.trans.txt below it; --download (in a config: data.download true) fetches "
+                        f"LibriSpeech train-clean-100 where there is no {root}")
+    speakers = sorted({name.split("-")[0] for name in texts}, key=lambda speaker: zlib.crc32(speaker.encode()))
+    held_out = round(len(speakers) / 50)
+    splits = dict.fromkeys(speakers[:held_out], "val") | dict.fromkeys(speakers[held_out:2 * held_out], "test")
+    return validate_on_some(root, [
+        Clip(name, sentence(re.sub(r"\bi\b", "I", text.lower())), splits.get(name.split("-")[0], "train"), str(folder / f"{name}.flac"))
+        for name, (text, folder) in texts.items()]), skipped
+
+
+def read_transcripts(paths: list[Path], separator: str, columns: int) -> tuple[dict[str, tuple[str, Path]], list[str]]:
+    """{name: (its text, the folder)} of the lines of a name and its texts, of which the last counts; and what is wrong with other lines."""
+    texts, skipped = {}, []
+    for path in paths:
+        for number, line in enumerate(path.read_bytes().decode("utf-8-sig", errors="replace").split("\n"), 1):
+            fields = [field.strip() for field in line.split(separator, columns - 1 if separator == " " else -1)]
+            name, text = fields[0], fields[-1] or "".join(fields[1:2])
+            faults = {"not UTF-8": "\ufffd" in line, f"{len(fields)} fields, not {columns}": len(fields) != columns, "empty text": not text,
+                      "no file name": not name or Path(name).name != name or not name.isprintable(), "duplicate id": name in texts}
+            if fault := next((fault for fault, found in faults.items() if found and line.strip()), ""):
+                skipped.append(f"{path} line {number} ({name[:40]}): {fault}")
+            elif line.strip():
+                texts[name] = text, path.parent.resolve()
+    return texts, skipped
+
+
+def validate_on_some(root: Path, clips: list[Clip]) -> list[Clip]:
+    """The clips; where none of them validates, every 20th of those to train on does."""
+    train = [n for n, clip in enumerate(clips) if clip.split == "train"]
+    if len({"train", "val"} & {clip.split for clip in clips}) == 2 or not train:
+        return clips
+    print(f"{root}: the corpus's own split validates on none of these clips; every 20th validates instead", flush=True)
+    held_out = set(train[19::20] or train[-1:])
+    return [clip._replace(split="val") if n in held_out else clip for n, clip in enumerate(clips)]
+
+
+def sentence(text: str) -> str:
+    """Words as a prompt has them: a capital first, a mark last."""
+    return text[:1].upper() + text[1:] + ("." if text[-1:].isalnum() else "")
+
+
+def read_recording(clip: Clip, sample_rate: int, resample: bool) -> torch.Tensor:
     """raises UserError for a recording that is missing, damaged, or at another rate."""
     if not Path(clip.wav).is_file():
         raise UserError(f"{clip.wav} is missing")
-    wave, info = audio.load_wav(clip.wav, mel.sample_rate), soundfile.info(clip.wav, verbose=True)
-    if re.search(r"data : \d+ \(should be", info.extra_info):    # libsndfile reads what is left and only mentions the rest
-        raise UserError(f"{clip.wav} is truncated")
-    if info.samplerate != mel.sample_rate and not resample:
-        raise UserError(f"{clip.wav} has {info.samplerate} Hz instead of {mel.sample_rate}; `python data.py ljspeech --resample` converts")
+    wave, info = audio.load_wav(clip.wav, sample_rate), soundfile.info(clip.wav, verbose=True)
+    if re.search(r"data : \d+ \(should be", info.extra_info) or len(wave) < int(info.frames / info.samplerate * sample_rate):
+        raise UserError(f"{clip.wav} is truncated")              # libsndfile reads what is left and only mentions the rest
+    if info.samplerate != sample_rate and not resample:
+        raise UserError(f"{clip.wav} has {info.samplerate} Hz instead of {sample_rate}; `python data.py ljspeech --resample` converts")
     if not wave.isfinite().all() or not wave.any():
         raise UserError(f"{clip.wav} is silent, or not numbers")
     return wave
 
 
-def download_ljspeech(root: Path) -> None:
-    """Fetch and unpack LJSpeech-1.1 so that it is `root`."""
-    archive, unpacked = root.with_name(f"{root.name}.tar.bz2.part"), root.with_name(f"{root.name}.part")
+def download(corpus: str, root: Path) -> None:
+    """Fetch and unpack the archive of ljspeech | librispeech so that the folder in it is `root`."""
+    (url, folder), archive, unpacked = ARCHIVES[corpus], root.with_name(f"{root.name}.archive.part"), root.with_name(f"{root.name}.part")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        with tqdm(desc=LJSPEECH_URL, unit="B", unit_scale=True, disable=None) as bar:
-            urllib.request.urlretrieve(LJSPEECH_URL, archive, lambda n, block, size: bar.update(block) if n else bar.reset(size))
+        with tqdm(desc=url, unit="B", unit_scale=True, disable=None) as bar:
+            urllib.request.urlretrieve(url, archive, lambda n, block, size: bar.update(block) if n else bar.reset(size))
         print(f"unpacking {archive}", flush=True)
         with tarfile.open(archive) as tar:
             tar.extractall(unpacked, filter="data")
-        (unpacked / "LJSpeech-1.1").rename(root)
+        (unpacked / folder).rename(root)
         unpacked.rmdir()
         archive.unlink()
-    except (OSError, EOFError, tarfile.TarError) as e:
-        raise UserError(f"{LJSPEECH_URL}: cannot be had ({e}); fetch and unpack it by other means, and name its folder") from e
-
-
-def speak(clip: Clip, out: Path, mel: Mel) -> torch.Tensor:
-    """A sentence by espeak-ng, with at most 50 ms of silence before and after it."""
-    wave = audio.espeak(clip.text, mel.sample_rate, voice="en-us", rate=160, pitch=50)
-    loud, margin = (wave.abs() > 0.01).nonzero(), mel.sample_rate // 20
-    wave = wave[max(0, loud[0].item() - margin):loud[-1].item() + margin + 1]
-    if clip.wav:
-        (out / "wavs").mkdir(exist_ok=True)
-        audio.save_wav(out / clip.wav, wave, mel.sample_rate)
-    return wave
-
-
-def distinct_sentences(grammar: str, count: int, held_out: bool) -> list[str]:
-    rng, found = random.Random(f"{grammar} {held_out}"), {}    # in the order made: a longer list begins with a shorter one
-    for _ in range(100 * count + 10_000):
-        sentence = make_sentence(grammar, rng)
-        if is_held_out(sentence) == held_out:
-            found[sentence] = None
-        if len(found) == count:
-            return list(found)
-    raise UserError(f"data.sentences {count}: the grammar {grammar} does not make that many")
-
-
-@functools.cache
-def load_grammar(name: str) -> dict[str, list[str]]:
-    """{"patterns": [...], slot: [words...]} of `matrix` or `open` in assets/demo_grammar.yaml."""
-    grammar = yaml.safe_load((ASSETS / "demo_grammar.yaml").read_text())[name]
-    return {slot: v if isinstance(v, list) else v.split("|") if "|" in v else v.split() for slot, v in grammar.items()}
-
-
-def make_sentence(name: str, rng: random.Random) -> str:
-    """A sentence of a grammar: a pattern with a word drawn for each slot."""
-    grammar = load_grammar(name)
-    sentence = re.sub(r"\{(\w+)\}", lambda slot: rng.choice(grammar[slot[1]]), rng.choice(grammar["patterns"]))
-    return sentence[0].upper() + sentence[1:]
-
-
-def is_held_out(sentence: str) -> bool:
-    """Every tenth sentence is never trained on, neither by a voice nor by the recogniser: a property of the text alone."""
-    return zlib.crc32(sentence.encode()) % 10 == 0
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as e:
+        raise UserError(f"{url}: cannot be had ({e}); fetch and unpack it by other means, and name its folder") from e
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pack a corpus, or prepare all that a config needs.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    lj = commands.add_parser("ljspeech", help="pack a folder in LJSpeech's layout", allow_abbrev=False)
-    lj.add_argument("--root", required=True, type=Path, help="the folder: metadata.csv, wavs/")
-    lj.add_argument("--download", action="store_true", help="fetch LJSpeech-1.1 into --root if that is missing")
-    lj.add_argument("--shard", default="0/1", help="i/n: make every n-th shard only; n machines share --out")
-    lj.add_argument("--resample", action="store_true", help="recordings at another sample rate, instead of skipping them")
-    lj.add_argument("--strict", action="store_true", help="refuse what would be skipped")
-    demo = commands.add_parser("demo", help="speak sentences with espeak-ng", allow_abbrev=False)
-    demo.add_argument("--grammar", default="matrix", choices=("matrix", "open"))
-    demo.add_argument("--sentences", type=int, default=4000, help="to train on")
-    for command in (lj, demo):
-        command.add_argument("--out", required=True, type=Path)
-        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    commands.add_parser("prepare", help="--config FILE [--key value ...]: make all that it needs to train", allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Pack a corpus as log-mels; beside what follows, --key value for the "
+                                     "knobs `data` and `mel` of config.py, as --grammar open.")
+    parser.add_argument("corpus", choices=("ljspeech", "librispeech", "demo"))
+    parser.add_argument("--out", required=True, help="where the shards go")
+    parser.add_argument("--root", default="", help="the folder with the corpus as it is published: metadata.csv, wavs/")
+    parser.add_argument("--download", action="store_true", help="fetch it into --root if that is missing")
+    parser.add_argument("--shard", default="0/1", help="i/n: make every n-th shard only; n machines share --out")
+    parser.add_argument("--resample", action="store_true", help="recordings at another sample rate, instead of skipping them")
+    parser.add_argument("--strict", action="store_true", help="refuse what would be skipped")
     o, rest = parser.parse_known_args()
-    if o.command == "prepare":
-        prepare(from_command_line(rest))
-    elif rest:
-        raise UserError(f"{rest[0]}: unknown option; see `python data.py {o.command} --help`")
-    elif o.command == "demo":
-        pack_demo(o.out, o.grammar, o.sentences, Mel(), o.workers)
-    elif not (share := re.fullmatch(r"(\d+)/(\d+)", o.shard)) or int(share[1]) >= int(share[2]):
+    if not (share := re.fullmatch(r"(\d+)/(\d+)", o.shard)) or int(share[1]) >= int(share[2]):
         raise UserError(f"--shard {o.shard}: expected i/n with i below n, as 0/4")
-    else:
-        pack_ljspeech(o.root, o.out, Mel(), o.workers, o.download, o.resample, o.strict, (int(share[1]), int(share[2])))
+    config = load("", [f"--corpus={o.corpus}", f"--data_dir={o.root or o.out}", f"--download={o.download}", *rest])
+    corpus, clips, skipped = read_corpus(config)
+    corpus, form, out = corpus | ({"resample": True} if o.resample else {}), asdict(config.mel), Path(o.out)
+    read = functools.partial(read_speech, out, corpus, form)
+    pack(out, corpus, clips, skipped, form, read, config.data.workers, o.strict, (int(share[1]), int(share[2])))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ training what the loop does in it. Everything lands in <out_dir>/eval/step_*: wa
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from model import Prompt
 
 SHOWN = 8                            # samples that get pictures and a place in W&B and the report
 BINS = 10                            # of t, for the validation loss
+IN_BIN = re.compile(r"_t\d$")        # a loss in one of them
 
 
 class Evaluator:
@@ -36,7 +38,7 @@ class Evaluator:
         self.recogniser = recogniser.load(config.eval.recogniser, device)
         if world > 1 and rank == 0:
             dist.barrier()
-        self.floors = {}
+        self.floors, self.references = {}, {}
 
     def run(self, network, step: int) -> dict[str, float | str]:
         """Sample every prompt with `network`, transcribe, score; returns metrics on rank 0, {} on the others."""
@@ -47,18 +49,17 @@ class Evaluator:
         rows = sorted(gather(rows, self.world), key=lambda row: row["number"])
         if self.rank != 0:
             return {}
+        keys = dict.fromkeys(key for row in rows for key in row)
+        rows = [dict.fromkeys(keys) | row for row in rows]     # every line has the same keys
         with open(folder / "wer.jsonl", "w", encoding="utf-8") as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if rows:
-            shutil.copy(folder / rows[0]["audio"], Path(self.config.out_dir, "sample.wav"))
+        for name in [row[kind] for row in rows[:1] for kind in (("audio", "picture") if network.paints else ("audio",))]:
+            shutil.copy(folder / name, Path(self.config.out_dir, f"sample{Path(name).suffix}"))
         errors, words = [r["errors"] for r in rows], [r["words"] for r in rows]
         low, high = metric.bootstrap_interval(errors, words)
         found = {"eval/wer": sum(errors) / max(1, sum(words)), "eval/wer_low": low, "eval/wer_high": high, **self.floors,
                  "eval/recogniser": self.recogniser.name}
-        distortions = [r["mcd"] for r in rows if r["mcd"] is not None]
-        if distortions:
-            found["eval/mcd"] = sum(distortions) / len(distortions)
-        return found
+        return found | {f"eval/{key}": value for key, value in mean_scores(rows).items()}
 
     def sample_share(self, network, folder: Path) -> list[dict]:
         """This rank's prompts, longest first in batches of sample_batch: sampled, written, transcribed; a row each."""
@@ -68,93 +69,120 @@ class Evaluator:
         bar = tqdm(total=len(mine), desc="speaking", unit="prompt", disable=None if self.rank == 0 else True, leave=False)
         for start in range(0, len(mine), e.sample_batch):
             numbers = mine[start:start + e.sample_batch]
-            made = network.sample([self.prompt(n, texts[n]) for n in numbers], self.config.sample)
+            made = network.sample([self.prompt(network, n, texts[n]) for n in numbers], self.config.sample)
             heard = self.recogniser.transcribe([a.wave for a in made], made[0].sample_rate)
-            rows += [self.row(n, texts[n], a, h, folder) for n, a, h in zip(numbers, made, heard)]
+            rows += [self.row(network, n, texts[n], a, h, folder) for n, a, h in zip(numbers, made, heard)]
             bar.update(len(numbers))
         bar.close()
         return rows
 
-    def prompt(self, number: int, text: str) -> Prompt:
+    def prompt(self, network, number: int, text: str) -> Prompt:
         true_length = self.config.eval.true_durations and self.clips
-        seconds = self.clips[number].frames * self.config.mel.hop / self.config.mel.sample_rate if true_length else 0.0
-        return Prompt(text, seconds, seed=number)
+        return Prompt(text, self.clips[number].frames / network.frame_rate if true_length else 0.0, seed=number)
 
-    def row(self, number: int, text: str, made, heard: str, folder: Path) -> dict:
-        """Write one sample, and for the first ones its pictures and its reference; returns its line of wer.jsonl."""
+    def row(self, network, number: int, text: str, made, heard: str, folder: Path) -> dict:
+        """Write one sample, and for the first ones the pictures and the reference; returns its line of wer.jsonl."""
         errors, words = metric.word_errors(recogniser.normalise(text), recogniser.normalise(heard))
         row = {"number": number, "id": self.clips[number].id if self.clips else f"prompt-{number}", "text": text, "hypothesis": heard,
-               "errors": errors, "words": words, "mcd": None, "audio": f"{number:03d}.wav",
-               "reference_audio": None, "picture": None, "reference_picture": None, "attention": None}
+               "errors": errors, "words": words, **(network.score(made, self.corpus, self.clips[number]) if self.clips else {}),
+               "audio": f"{number:03d}.wav", "reference_audio": None, "picture": None, "reference_picture": None}
         audio.save_wav(folder / row["audio"], made.wave, made.sample_rate)
-        reference = self.corpus.log_mel(self.clips[number]) if self.clips else None
-        if reference is not None:
-            row["mcd"] = metric.mel_cepstral_distortion(made.log_mel.numpy(), reference.numpy())
         if number < SHOWN:
-            row["picture"], row["attention"] = f"{number:03d}.png", f"{number:03d}.attention.png"
-            metric.spectrogram_png(made.log_mel.numpy(), folder / row["picture"], self.config.mel)
-            metric.attention_png(made.attention.numpy(), text, folder / row["attention"], len(made.wave) / made.sample_rate)
-            if reference is not None:
-                row["reference_picture"] = f"{number:03d}.ref.png"
-                metric.spectrogram_png(reference.numpy(), folder / row["reference_picture"], self.config.mel)
-            if reference is not None and self.clips[number].wav:
+            row |= made.draw(folder / f"{number:03d}")
+        if number < SHOWN and self.clips:
+            drawn = self.reference(network, number).draw(folder / f"{number:03d}.ref")
+            row |= {f"reference_{kind}": name for kind, name in drawn.items()}
+            recording = self.corpus.recording(self.clips[number])
+            if recording is not None:
                 row["reference_audio"] = f"{number:03d}.ref.wav"
-                audio.save_wav(folder / row["reference_audio"], audio.load_wav(self.clips[number].wav, made.sample_rate), made.sample_rate)
+                audio.save_wav(folder / row["reference_audio"], *recording)
         return row
 
+    def reference(self, network, number: int):
+        """A clip through all but the generative network, which training does not change: those that are shown are kept."""
+        if number not in self.references:
+            made = network.reference(self.corpus, self.clips[number])
+            if number >= SHOWN:
+                return made
+            self.references[number] = made
+        return self.references[number]
+
     def measure_floors(self, network) -> dict[str, float]:
-        """The recogniser's own error rate on the references, as recorded and after the vocoder: no voice can be better."""
-        mine, counts = self.clips[self.rank::self.world], {"eval/wer_ground_truth": [], "eval/wer_vocoded": []}
-        mine = [clip for clip in mine if clip.wav and Path(clip.wav).exists()]
-        rate = self.config.mel.sample_rate
-        for name, waves in (("eval/wer_ground_truth", [audio.load_wav(clip.wav, rate) for clip in mine]),
-                            ("eval/wer_vocoded", [network.vocode(self.corpus.log_mel(clip)) for clip in mine])):
-            heard = self.recogniser.transcribe(waves, rate)
-            counts[name] = [metric.word_errors(recogniser.normalise(c.text), recogniser.normalise(h)) for c, h in zip(mine, heard)]
-        totals = {name: gather(pairs, self.world) for name, pairs in counts.items()}
-        return {name: sum(e for e, _ in pairs) / max(1, sum(w for _, w in pairs)) for name, pairs in totals.items() if pairs}
+        """What no voice can be expected to be better than: the recogniser's error rate on the recordings, and on what is left of them
+        after all but the generative network ("vocoded"), and the scores of the latter, where they are not 0 by their nature."""
+        mine = range(self.rank, len(self.clips), self.world)
+        recordings = {n: found for n in mine if (found := self.corpus.recording(self.clips[n])) is not None}
+        vocoded, scores, floors = {}, [], {}
+        for n in recordings:
+            made = self.reference(network, n)
+            vocoded[n] = made.wave, made.sample_rate
+            scores.append(network.score(made, self.corpus, self.clips[n]))
+        for name, sounds in (("ground_truth", recordings), ("vocoded", vocoded)):
+            heard = self.recogniser.transcribe([wave for wave, _ in sounds.values()], next(iter(sounds.values()))[1]) if sounds else []
+            counts = gather([metric.word_errors(recogniser.normalise(self.clips[n].text), recogniser.normalise(h))
+                             for n, h in zip(sounds, heard)], self.world)
+            if counts:
+                floors[f"eval/wer_{name}"] = sum(e for e, _ in counts) / max(1, sum(w for _, w in counts))
+        means = mean_scores(gather(scores, self.world))
+        return floors | {f"eval/{key}_vocoded": value for key, value in means.items() if value > 1e-3}
+
+
+def mean_scores(rows: list[dict]) -> dict[str, float]:
+    """The mean of each of metric.SCORES over the rows that have it."""
+    values = {key: [row[key] for row in rows if row.get(key) is not None] for key in metric.SCORES}
+    return {key: sum(found) / len(found) for key, found in values.items() if found}
 
 
 @torch.no_grad()
 def validate(network, batches, config: Config, device: torch.device, world: int) -> dict[str, float]:
-    """The loss on the validation clips at fixed noise and stratified t: smooth, comparable between steps, binned by t."""
-    sums = torch.zeros(2, BINS + 1, dtype=torch.float64)       # summed losses and their counts: a bin of t each, then durations
+    """The losses on the validation clips at fixed noise and stratified t: smooth, comparable between steps.
+
+    returns: the mean of every scalar but `loss`; where the loss of each clip is known, also its mean in each bin of t.
+    """
+    sums = {}                                                  # name: summed values, and of how many clips
     for batch in batches.validation():
         batch = {name: value.to(device) for name, value in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.dtype == "bf16"):
             losses = network(batch)
-        bins = (batch["t"] * BINS).long().clamp(max=BINS - 1).cpu()
-        sums[0].index_add_(0, bins, losses["flow_loss_per_clip"].double().cpu())
-        sums[1].index_add_(0, bins, torch.ones(len(bins), dtype=torch.float64))
-        sums[0, BINS] += losses["duration_loss"].double().cpu() * len(bins)
-        sums[1, BINS] += len(bins)
-    if world > 1:
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-        sums = sums.cpu()
-    means = (sums[0] / sums[1]).tolist()
-    by_t = {f"val/flow_loss_t{b}": means[b] for b in range(BINS) if sums[1, b] > 0}
-    return {"val/flow_loss": (sums[0, :BINS].sum() / sums[1, :BINS].sum()).item(), "val/duration_loss": means[BINS], **by_t}
+        per_clip, clips = losses.pop("flow_loss_per_clip", torch.zeros(0)), len(batch["t"])
+        bins = (batch["t"] * BINS).long().clamp(max=BINS - 1).tolist()
+        found = [(name, value.item() * clips, clips) for name, value in losses.items() if value.dim() == 0 and name != "loss"]
+        found += [(f"flow_loss_t{b}", value, 1) for b, value in zip(bins, per_clip.tolist())]
+        for name, value, count in found:
+            total, counted = sums.get(name, (0, 0))
+            sums[name] = total + value, counted + count
+    merged = {}
+    for name, (value, count) in gather(list(sums.items()), world):
+        total, counted = merged.get(name, (0, 0))
+        merged[name] = total + value, counted + count
+    in_order = sorted(merged.items(), key=lambda item: item[0] if IN_BIN.search(item[0]) else "")      # the bins come last
+    return {f"val/{name}": total / count for name, (total, count) in in_order}
 
 
 def show(found: dict) -> None:
     """Print what was found."""
-    if "val/flow_loss" in found:
-        print(f"  validation: flow loss {found['val/flow_loss']:.4f}  duration loss {found['val/duration_loss']:.4f}", flush=True)
+    losses = [f"{key[4:].replace('_', ' ')} {value:.4f}" for key, value in found.items()
+              if key.startswith("val/") and not IN_BIN.search(key)]
+    if losses:
+        print(f"  validation: {'  '.join(losses)}", flush=True)
     if "eval/wer" not in found:
         return
     floors = [f"{what} {100 * found[key]:.1f} %" for what, key in (("recordings", "eval/wer_ground_truth"), ("vocoded", "eval/wer_vocoded"))
               if key in found]
     print(f"  word error rate {100 * found['eval/wer']:.1f} % [{100 * found['eval/wer_low']:.1f}, {100 * found['eval/wer_high']:.1f}]"
           f"  by {found['eval/recogniser']}  floors: {', '.join(floors) or 'none'}", flush=True)
+    for key in metric.SCORES:
+        if f"eval/{key}" in found:
+            floor = f"  floor: vocoded {found[f'eval/{key}_vocoded']:.3g}" if f"eval/{key}_vocoded" in found else ""
+            print(f"  {metric.SCORES[key].title} {metric.with_unit(key, found[f'eval/{key}'])}{floor}", flush=True)
 
 
 def log_media(writer: metric.Writer, out_dir: str, step: int) -> None:
     """Hand the first samples to W&B, to hear and to look at."""
     folder = Path(out_dir, "eval", f"step_{step:07d}")
-    writer.media(step, "eval/audio", sorted(folder.glob("00[0-7].wav")))
-    writer.media(step, "eval/spectrogram", sorted(folder.glob("00[0-7].png")))
-    writer.media(step, "eval/attention", sorted(folder.glob("00[0-7].attention.png")))
+    for name, ending in (("audio", "wav"), ("spectrogram", "png"), ("attention", "attention.png"), ("confidence", "confidence.png")):
+        if paths := sorted(folder.glob(f"00[0-{SHOWN - 1}].{ending}")):
+            writer.media(step, f"eval/{name}", paths)
 
 
 def gather(share: list, world: int) -> list:

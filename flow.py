@@ -35,23 +35,26 @@ def loss(v: torch.Tensor, x: torch.Tensor, noise: torch.Tensor, mask: torch.Tens
     return error.sum(1) / mask.sum(1)
 
 
-def sample_time(rng: np.random.Generator, mean: float, std: float, uniform: float) -> float:
-    """A training time: logit-normal (SD3), or, with probability `uniform`, uniform, so that both ends are seen."""
-    if rng.random() < uniform:
-        return rng.random()
-    return 1 / (1 + math.exp(-rng.normal(mean, std)))
+def sample_time(rng: np.random.Generator, mean: float, std: float, uniform: float, shift: float = 1.0) -> float:
+    """A training time: logit-normal (SD3), or, with probability `uniform`, uniform, so that both ends are seen; then shifted."""
+    t = rng.random() if rng.random() < uniform else 1 / (1 + math.exp(-rng.normal(mean, std)))
+    return shift_time(t, shift)
+
+
+def shift_time(t, shift: float):
+    """SD3's time shift a: t' = a t / (1 + (a - 1) t); above 1 it moves times towards the noise (arXiv 2403.03206, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def times(steps: int, sway: float = 0.0, shift: float = 1.0) -> torch.Tensor:
     """The grid that sampling walks, (steps + 1,) from 1 to 0.
 
     sway: F5-TTS's coefficient s in [-1, 1]; negative bends the steps towards the noise (arXiv 2410.06885).
-    shift: SD3's time shift a: t' = a t / (1 + (a - 1) t); above 1 spends more steps near the noise (arXiv 2403.03206).
+    shift: as `shift_time`: above 1 spends more steps near the noise.
     """
     progress = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     progress = progress + sway * (torch.cos(math.pi / 2 * progress) - 1 + progress)
-    t = 1 - progress
-    return (shift * t / (1 + (shift - 1) * t)).float()
+    return shift_time(1 - progress, shift).float()
 
 
 def euler(network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, grid: torch.Tensor,

@@ -16,6 +16,7 @@ import re
 import sys
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,18 @@ from config import Mel, UserError, run_main
 
 BLUE, ORANGE, GREY = "#3d7fd9", "#d97b29", "#7d7d7d"           # legible on white and on black
 INK = "#010203"                                                # in charts, stands for the page's text colour
+
+
+class Score(NamedTuple):
+    """A distance of what was made to the recording, as the report shows it; 0 is equal."""
+    title: str
+    unit: str
+    note: str
+
+
+SCORES = {"mcd": Score("mel-cepstral distortion", "dB", "from log-mels, time-warped: a scale of its own"),
+          "lsd": Score("log-spectral distance", "dB", "of the magnitudes, frame by frame"),
+          "path_distance": Score("distance to the colour path", "", "mean over a picture, whose colours go from 0 to 1")}
 
 
 class Writer:
@@ -240,12 +253,14 @@ def headline(title: str, metrics: list[dict], run: dict) -> str:
     minutes, size = last(metrics, "perf/train_minutes"), run.get("parameters")
     facts = [f"{metrics[-1]['step']:,} steps" if metrics else "", f"{minutes:,.1f} minutes of training" if minutes else "",
              f"{size / 1e6:,.1f} M parameters" if isinstance(size, int) else size, run.get("hardware"), run.get("started")]
-    low, high, heard, mcd = (last(metrics, f"eval/{key}") for key in ("wer_low", "wer_high", "recogniser", "mcd"))
+    low, high, heard = (last(metrics, f"eval/{key}") for key in ("wer_low", "wer_high", "recogniser"))
     notes = ([f"95 % interval {percent(low)} to {percent(high)}"] if low is not None else []) + ([f"heard by {heard}"] if heard else [])
     tiles = [(percent(last(metrics, "eval/wer")), "word error rate", "; ".join(notes)),
-             (percent(last(metrics, "eval/wer_vocoded")), "floor: vocoder", "recordings through the same vocoder"),
-             (percent(last(metrics, "eval/wer_ground_truth")), "floor: recordings", "the recordings themselves"),
-             (f"{mcd:.2f} dB" if mcd is not None else "", "mel-cepstral distortion", "from log-mels, time-warped: a scale of its own")]
+             (percent(last(metrics, "eval/wer_vocoded")), "floor: vocoded", "recordings through all but the network"),
+             (percent(last(metrics, "eval/wer_ground_truth")), "floor: recordings", "the recordings themselves")]
+    for key, score in SCORES.items():
+        floor = with_unit(key, last(metrics, f"eval/{key}_vocoded"))
+        tiles.append((with_unit(key, last(metrics, f"eval/{key}")), score.title, f"{score.note}; floor: {floor}" if floor else score.note))
     cells = "".join(f"<div><dt>{label}</dt><dd>{number}<small>{escape(note)}</small></dd></div>" for number, label, note in tiles if number)
     line = " · ".join(escape(str(fact)) for fact in facts if fact)
     return f"<header><h1>{title}</h1><p>{line}</p>{f'<dl class=tiles>{cells}</dl>' if cells else ''}</header>"
@@ -253,13 +268,15 @@ def headline(title: str, metrics: list[dict], run: dict) -> str:
 
 def sample(folder: Path, entry: dict) -> str:
     """One entry with whatever text, sounds and pictures it has."""
-    name, text, heard, errors, mcd = (entry.get(key) for key in ("id", "text", "hypothesis", "errors", "mcd"))
+    name, text, heard, errors = (entry.get(key) for key in ("id", "text", "hypothesis", "errors"))
     wrong = f"{errors} error{'s' * (errors != 1)} in {entry.get('words')} words" if errors else "every word right"
-    scores = ([wrong] if errors is not None else []) + ([f"{mcd:.2f} dB"] if mcd is not None else [])
+    scores = ([wrong] if errors is not None else []) + [
+        f"{score.title} {with_unit(key, entry[key])}" for key, score in SCORES.items() if entry.get(key) is not None]
     lines = f"<p class=text>{escape(text)}</p>" if text else ""
     lines += f"<p class=heard><b>heard</b> {compared(text or '', heard, errors)}</p>" if heard is not None else ""
     clips = ""
     for kind, sound, picture in (("generated", "audio", "picture"), ("reference", "reference_audio", "reference_picture"),
+                                 ("confidence", "", "confidence"), ("reference confidence", "", "reference_confidence"),
                                  ("attention", "", "attention")):
         sound, picture = (folder / entry[key] if entry.get(key) else None for key in (sound, picture))
         label, inside = escape(f"{kind} {name}"), ""
@@ -268,7 +285,7 @@ def sample(folder: Path, entry: dict) -> str:
         if sound and sound.is_file():
             source = f"data:audio/wav;base64,{base64.b64encode(sound.read_bytes()).decode()}"
             inside += f'<audio controls preload="metadata" aria-label="{label}" src="{source}"></audio>'
-        clips += f"<figure class={kind}><figcaption>{kind}</figcaption>{inside}</figure>" if inside else ""
+        clips += f'<figure class="{kind}"><figcaption>{kind}</figcaption>{inside}</figure>' if inside else ""
     return f"<article><h3>{escape(str(name))} <span>{' · '.join(scores)}</span></h3>{lines}<div class=clips>{clips}</div></article>"
 
 
@@ -292,25 +309,29 @@ def compared(text: str, heard: str, errors: int | None) -> str:
 
 def table(entries: list[dict]) -> str:
     """Every hypothesis, the worst first."""
-    rows = ""
+    rows, measured = "", [key for key in SCORES if any(entry.get(key) is not None for entry in entries)]
     for entry in sorted(entries, key=lambda e: -(e.get("errors") or 0) / max(e.get("words") or 0, 1)):
-        text, errors, mcd = entry.get("text") or "", entry.get("errors"), entry.get("mcd")
+        text, errors = entry.get("text") or "", entry.get("errors")
         cells = [escape(str(entry.get("id", ""))), escape(text), compared(text, entry.get("hypothesis") or "", errors),
-                 "" if errors is None else f"{errors}/{entry.get('words')}", "" if mcd is None else f"{mcd:.2f}"]
+                 "" if errors is None else f"{errors}/{entry.get('words')}", *(with_unit(key, entry.get(key)) for key in measured)]
         rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    head = "".join(f"<th scope=col>{name}</th>" for name in ("id", "text", "heard", "errors", "dB"))
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("id", "text", "heard", "errors", *measured))
     return (f"<details><summary>{len(entries)} sentences, the worst first</summary>"
             f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>")
 
 
 def all_charts(metrics: list[dict]) -> str:
-    """Losses, word error rate with its floors, loss by t, distortion, throughput: those that the run logged."""
+    """Losses, word error rate with its floors, loss by t, scores, throughput: those that the run logged."""
     def losses(key: str) -> list[tuple]:
         return [("training", BLUE, series(metrics, f"train/{key}")), ("validation", ORANGE, series(metrics, f"val/{key}"))]
 
+    def level(name: str, colour: str, over: np.ndarray, value: float | None, scale: float = 1) -> tuple:
+        """A floor: the same value at every step of another line; an empty line where there is none."""
+        return name, colour, np.zeros((2, 0)) if value is None else np.stack([over[0], np.full_like(over[0], scale * value)])
+
     low, wer, high = (series(metrics, key) * [[1], [100]] for key in ("eval/wer_low", "eval/wer", "eval/wer_high"))   # in %
-    floors = [(name, colour, np.stack([wer[0], np.full_like(wer[0], 100 * last(metrics, key))])) for name, colour, key in
-              (("vocoder", ORANGE, "eval/wer_vocoded"), ("recordings", GREY, "eval/wer_ground_truth")) if last(metrics, key) is not None]
+    floors = [level(name, colour, wer, last(metrics, key), 100) for name, colour, key in
+              (("vocoded", ORANGE, "eval/wer_vocoded"), ("recordings", GREY, "eval/wer_ground_truth"))]
     rows = [row for row in metrics if any(key.startswith("val/flow_loss_t") and value is not None for key, value in row.items())]
     bins = [(f"step {row['step']:,}", colour, np.array([(i / 10 + 0.05, row.get(f"val/flow_loss_t{i}")) for i in range(10)], float).T)
             for row, colour in zip(rows[:1] + rows[1:][-1:], (GREY, BLUE), strict=False)]
@@ -322,7 +343,9 @@ def all_charts(metrics: list[dict]) -> str:
         chart("Duration loss", "", losses("duration_loss")),
         chart("Word error rate, %", "shaded: 95 % interval", [("generated", BLUE, wer), *floors], zero=True, band=(low, high)),
         chart("Validation loss by t", "0 is data, 1 is noise", bins, zero=True, x_label="t"),
-        chart("Mel-cepstral distortion, dB", "", [("generated", BLUE, series(metrics, "eval/mcd"))], zero=True),
+        *(chart(", ".join(filter(None, (score.title.capitalize(), score.unit))), "",
+                [("generated", BLUE, found := series(metrics, f"eval/{key}")),
+                 level("vocoded", ORANGE, found, last(metrics, f"eval/{key}_vocoded"))], zero=True) for key, score in SCORES.items()),
         chart("Throughput, frames/s", pace, [("smoothed", BLUE, series(metrics, "perf/frames_per_sec"))], zero=True)])
 
 
@@ -387,6 +410,11 @@ def series(metrics: list[dict], key: str) -> np.ndarray:
 
 def last(metrics: list[dict], key: str):
     return next((row[key] for row in reversed(metrics) if row.get(key) is not None), None)
+
+
+def with_unit(key: str, value: float | None) -> str:
+    """A value of SCORES for reading, "5.43 dB"; nothing for None."""
+    return "" if value is None else f"{value:.3g} {SCORES[key].unit}".strip()
 
 
 def percent(share: float | None) -> str:

@@ -8,18 +8,22 @@ and the flow loss itself moves the durations, because the text that a frame is g
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
 import audio
+import data
 import flow
+import metric
 import pretrained
-from config import Config, Sample
+from config import Config, Mel, Sample, UserError
 
 
 @dataclass
@@ -32,29 +36,44 @@ class Prompt:
 
 @dataclass
 class Artifact:
-    """What was made: a wave (N,) at `sample_rate` Hz, its log-mel (T, M), and where it attended, (N, S) over the bytes."""
+    """What was made of `text`: a wave (N,) at `sample_rate` Hz, its log-mel (T, M), and where it attended, (N, S) over the bytes."""
+    text: str
     wave: torch.Tensor
     sample_rate: int
     log_mel: torch.Tensor
-    attention: torch.Tensor
+    mel: Mel
+    attention: torch.Tensor | None = None      # a recording has none
+
+    def draw(self, stem: Path) -> dict[str, str]:
+        """Write its pictures beside `stem`; returns their kinds and names."""
+        names = {"picture": f"{stem.name}.png"}
+        metric.spectrogram_png(self.log_mel.numpy(), stem.with_name(names["picture"]), self.mel)
+        if self.attention is not None:
+            names["attention"] = f"{stem.name}.attention.png"
+            seconds = len(self.wave) / self.sample_rate
+            metric.attention_png(self.attention.numpy(), self.text, stem.with_name(names["attention"]), seconds)
+        return names
 
 
 class TextToSpeech(nn.Module):
     """Losses out of `forward`, speech out of `sample`."""
 
+    paints = False                             # its pictures are of the sound, not what it makes
+    longest = 200                              # characters spoken in one go: about 13 seconds, what training has seen
+
     def __init__(self, config: Config, mean: float = 0.0, std: float = 1.0):
         """mean, std: of the training set's log-mels; kept in the checkpoint."""
         super().__init__()
-        self.config = config
+        self.config, self.frame_rate = config, config.mel.sample_rate / config.mel.hop
         m = config.model
         self.text_encoder, self.tokenizer, text_width = pretrained.load_text_encoder(m.text_encoder)
-        self.text = TextNet(text_width, m.width, m.text_layers, seconds_a_byte=0.065, frame_rate=config.mel.sample_rate / config.mel.hop)
+        self.text = TextNet(text_width, m.width, m.text_layers, seconds_a_byte=0.065, frame_rate=self.frame_rate)
         self.decoder = MelFlow(config.mel.n_mels, m.frame_stack, m.width, m.layers, m.heads, m.upsample_text)
         self.register_buffer("mean", torch.tensor(float(mean)))
         self.register_buffer("std", torch.tensor(float(std)))
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Losses of a batch of `data.Batches`, in which everything random is already drawn.
+        """Losses of a batch of `Batches`, in which everything random is already drawn.
 
         returns: loss, flow_loss, duration_loss, scalars; flow_loss_per_clip (B,).
         """
@@ -84,7 +103,7 @@ class TextToSpeech(nn.Module):
     def sample(self, prompts: Sequence[Prompt], settings: Sample) -> list[Artifact]:
         """Speak the prompts as one batch; a prompt's noise depends on its own seed alone."""
         log_mels, attention = self.sample_log_mels(prompts, settings)
-        return [Artifact(self.vocode(x), self.config.mel.sample_rate, x, a) for x, a in zip(log_mels, attention)]
+        return [self.artifact(prompt.text, x, a) for prompt, x, a in zip(prompts, log_mels, attention)]
 
     def sample_log_mels(self, prompts: Sequence[Prompt], settings: Sample) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """returns: log-mels (T, M), natural log, and cross-attention (N, S), one of each a prompt, on the CPU."""
@@ -118,13 +137,29 @@ class TextToSpeech(nn.Module):
         padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
         text_mask = torch.arange(padded.shape[1], device=device) < torch.tensor([[len(row)] for row in ids], device=device)
         text, durations = self.text(self.text_encoder(padded, text_mask), text_mask)
-        rate, predicted = c.mel.sample_rate / c.mel.hop, durations.sum(1).tolist()
+        rate, predicted = self.frame_rate, durations.sum(1).tolist()
         longest = int(c.data.max_seconds * rate)
         frames = [min(max(round(p.seconds * rate or n), c.model.frame_stack), longest) for p, n in zip(prompts, predicted)]
         both = torch.tensor(frames * 2, device=device)
         padded_frames = math.ceil(max(frames) / c.model.frame_stack) * c.model.frame_stack
         x_mask = torch.arange(padded_frames, device=device) < both[:, None]
         return (text, self.align(durations, text_mask, both), x_mask, text_mask), frames, [len(row) for row in ids[:len(prompts)]]
+
+    def artifact(self, text: str, log_mel: torch.Tensor, attention: torch.Tensor | None = None) -> Artifact:
+        return Artifact(text, self.vocode(log_mel), self.config.mel.sample_rate, log_mel, self.config.mel, attention)
+
+    def reference(self, corpus: "Corpus", clip: data.Clip) -> Artifact:
+        """The recorded clip's log-mel, and what the vocoder makes of it."""
+        return self.artifact(clip.text, corpus.log_mel(clip))
+
+    def score(self, made: Artifact, corpus: "Corpus", clip: data.Clip) -> dict[str, float]:
+        return {"mcd": metric.mel_cepstral_distortion(made.log_mel.numpy(), corpus.log_mel(clip).numpy())}
+
+    def load_adapter(self, name: str) -> None:
+        raise UserError(f"--lora {name}: system tts takes no LoRA; leave it out")
+
+    def export(self, folder: Path, facts: dict[str, str]) -> None:
+        raise UserError(f"{folder}: no other software loads system tts; its checkpoint is all there is")
 
     def vocode(self, log_mel: torch.Tensor) -> torch.Tensor:
         """log-mel (T, M), natural log -> wave (T * hop,), by the vocoder of the config."""
@@ -329,3 +364,115 @@ def zero(linear: nn.Linear) -> nn.Linear:
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
     return linear
+
+
+class Corpus(data.Packed):
+    """Speech as log-mels, which `statistics` normalise."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, asdict(config.mel), config.data.max_seconds * config.mel.sample_rate / config.mel.hop)
+        self.statistics = self.mean, self.std
+
+    def log_mel(self, clip: data.Clip) -> torch.Tensor:
+        """(T, M), natural log, float32."""
+        return self.rows(clip)
+
+    def recording(self, clip: data.Clip) -> tuple[torch.Tensor, int] | None:
+        """The sound as recorded, (N,), and its rate in Hz; None where it was not kept."""
+        return (audio.load_wav(clip.wav, self.rate), self.rate) if clip.wav and Path(clip.wav).exists() else None
+
+
+class Batches:
+    """The clips of a corpus as batches, dicts of CPU tensors; a subclass says by `row` and `collate` what is in them."""
+
+    def __init__(self, config: Config, corpus: data.Packed, tokenizer, rank: int = 0, world: int = 1):
+        """raises UserError for a split without clips."""
+        self.config, self.corpus, self.tokenizer, self.rank, self.world = config, corpus, tokenizer, rank, world
+        for split in ("train", config.eval.split):
+            if not corpus.clips(split):
+                raise UserError(f"{corpus.folder}: has no {split} clip of at most data.max_seconds {config.data.max_seconds}")
+        self.lengths = np.array([clip.frames for clip in corpus.clips("train")])
+
+    def train(self, step: int, micro: int = 0) -> dict[str, torch.Tensor]:
+        """This rank's part of micro-batch `micro`; those of all ranks and micro-batches are the step's global batch."""
+        c, size, clips = self.config, self.config.train.batch_size, self.corpus.clips("train")
+        order = data.schedule(self.lengths, step, size * self.world * c.train.grad_accum, c.seed)
+        rows = np.arange(size) + (micro * self.world + self.rank) * size
+        return self.collate([self.row(clips[order[n]], np.random.default_rng((c.seed, data.TRAIN, step, n))) for n in rows])
+
+    def validation(self) -> list[dict[str, torch.Tensor]]:
+        """This rank's share of the split that is validated on: whole clips, the same noise and times, evenly spread, every time."""
+        c, clips = self.config, self.corpus.clips(self.config.eval.split)
+        order = sorted(range(len(clips)), key=lambda n: clips[n].frames)[self.rank::self.world]
+        times = {n: flow.shift_time(data.golden(n), c.flow.timestep_shift) for n in order}
+        rows = [self.row(clips[n], np.random.default_rng((c.seed, data.VALIDATION, n)), times[n]) for n in order]
+        return [self.collate(rows[start:start + c.train.batch_size]) for start in range(0, len(rows), c.train.batch_size)]
+
+    def draw_time(self, rng: np.random.Generator) -> float:
+        f = self.config.flow
+        return flow.sample_time(rng, f.timestep_logit_mean, f.timestep_logit_std, f.timestep_uniform, f.timestep_shift)
+
+
+class SpeechBatches(Batches):
+    """x, noise (B, T, M), 0 where x_mask (B, T) is False; t (B,); ids (B, S) int64, text_mask (B, S); text_dropped (B,): rows that
+    carry the tokens of "" instead of their text; frames (B,): the clip's length without the silence appended to it; number (B,):
+    of the clip. With a frozen text encoder also its features (B, S, D). T is a multiple of data.pad_multiple, S of 8.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, tokenizer, rank: int = 0, world: int = 1):
+        super().__init__(config, corpus, tokenizer, rank, world)
+        self.features = open_features(config, corpus) if config.model.text_encoder != "scratch" else None
+        pretrained.tokenize(tokenizer, [""])     # its first call sets a tokenizer's options, which is not for several threads
+
+    def row(self, clip: data.Clip, rng: np.random.Generator, t: float | None = None) -> dict:
+        """A clip and all that is drawn for it. t: given, the text is kept and no silence appended, as for validation."""
+        d, f, mel, x = self.config.data, self.config.flow, self.config.mel, self.corpus.log_mel(clip)
+        dropped = t is None and rng.random() < f.text_condition_dropout
+        if t is None:
+            silence = int((rng.random() < d.silence_prob) * rng.random() * d.max_silence_sec * mel.sample_rate / mel.hop)
+            x = torch.cat([x, torch.full((silence, mel.n_mels), math.log(audio.LOG_FLOOR))])
+            t = self.draw_time(rng)
+        noise = torch.from_numpy(rng.standard_normal(tuple(x.shape), dtype=np.float32))    # the last draw: padding changes nothing
+        return {"x": audio.normalise(x, self.corpus.mean, self.corpus.std), "noise": noise, "t": t, "frames": clip.frames,
+                "number": clip.number, "text_dropped": dropped, "text": "" if dropped else clip.text}
+
+    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = {key: torch.tensor([row[key] for row in rows]) for key in ("t", "frames", "number", "text_dropped")}
+        batch["x"], batch["x_mask"] = data.pad([row["x"] for row in rows], self.config.data.pad_multiple)
+        batch["noise"], _ = data.pad([row["noise"] for row in rows], self.config.data.pad_multiple)
+        tokens = pretrained.tokenize(self.tokenizer, [row["text"] for row in rows])
+        batch["ids"], batch["text_mask"] = data.pad([torch.tensor(ids) for ids in tokens], 8)
+        if self.features:
+            batch["features"], _ = data.pad([self.features(row["text"]) for row in rows], 8)
+        return batch
+
+
+def open_features(config: Config, corpus: Corpus) -> Callable[[str], torch.Tensor]:
+    """What the frozen text encoder made of "" and of every text of a corpus: a function from text to (S, D) float32."""
+    path, texts = features_file(config, corpus)
+    rows, numbers = data.open_rows(path, data.PREPARE), {text: n for n, text in enumerate(texts)}
+    return lambda text: rows(numbers[text])
+
+
+def features_file(config: Config, corpus: Corpus) -> tuple[Path, list[str]]:
+    """The cache, named by what is in it, and the texts in it."""
+    texts = sorted({"", *(clip.text for split in data.SPLITS for clip in corpus.clips(split))})
+    return corpus.folder / f"features_{data.digest([config.model.text_encoder, texts])[:8]}.npy", texts
+
+
+def prepare(config: Config) -> None:
+    """Make whatever a config's training needs and does not find: the packed corpus, and the features of its texts."""
+    data.prepare_speech(config, asdict(config.mel), lambda _, clips, __: clips)
+    corpus = Corpus(config)
+    path, texts = features_file(config, corpus)
+    if config.model.text_encoder == "scratch" or path.exists():
+        return
+    encoder, tokenizer, width = pretrained.load_text_encoder(config.model.text_encoder)
+    device = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
+    encoder, tokens = encoder.to(device), [torch.tensor(ids) for ids in pretrained.tokenize(tokenizer, texts)]
+
+    def encode(items: list[int]) -> list[np.ndarray]:
+        ids, mask = data.pad([tokens[n] for n in items], 8)
+        return [found[:len(tokens[n])] for n, found in zip(items, encoder(ids.to(device), mask.to(device)).float().cpu().numpy())]
+
+    data.cache_rows(path, list(map(len, tokens)), width, encode, 32, f"features of {config.model.text_encoder}")

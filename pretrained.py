@@ -1,4 +1,4 @@
-"""Other people's networks: text encoders and vocoders, each behind one small call, frozen by one wrapper.
+"""Other people's networks: text encoders, vocoders, the parts of FLUX.2 Klein, each behind one small call, frozen by one wrapper.
 
 A network comes from a local folder or from the Hugging Face hub, by one name. What is wrong with either is a UserError,
 and without a network the answer comes at once. BigVGAN is written out below: layout and equations as in
@@ -16,9 +16,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from einops import rearrange
 
 import audio
-from config import Mel, UserError
+from config import Config, Mel, UserError
 
 
 class Frozen(nn.Module):
@@ -261,6 +262,184 @@ class LowPass(nn.Module):
 def conv(channels: int, out_channels: int, kernel: int, dilation: int = 1, bias: bool = True) -> nn.Conv1d:
     """A convolution that keeps the length."""
     return nn.Conv1d(channels, out_channels, kernel, dilation=dilation, padding=dilation * (kernel - 1) // 2, bias=bias)
+
+
+# FLUX.2 Klein: the parts of a diffusers Flux2KleinPipeline, each by itself, because training never needs all of them at once
+
+KLEIN_TAPS = (9, 18, 27)             # hidden states of the text encoder that the transformer reads; what is above is never computed
+KLEIN_CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""            # what Qwen3's own template comes down to for one message
+
+
+def load_klein(config: Config, part: str) -> nn.Module:
+    """One network of the pipeline config.klein.base, on the CPU.
+
+    part: transformer (frozen bf16 or fp32 as train.dtype says, fp32 where it is tuned in full) | text_encoder (a KleinText, as
+    train.dtype says) | vae (a KleinVAE, or Patches; fp32, since latents are made once).
+    """
+    import diffusers                                         # seconds to import: only what needs it waits for it
+    k, half = config.klein, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    if part == "vae" and k.vae == "patches":
+        return Patches()
+    if k.base == "scratch":
+        module = scratch_klein(config, part)
+        return module if part == "transformer" else KleinText(module) if part == "text_encoder" else KleinVAE(module)
+    kinds = {"transformer": diffusers.Flux2Transformer2DModel, "text_encoder": transformers.Qwen3ForCausalLM,
+             "vae": diffusers.AutoencoderKLFlux2}
+    try:
+        dtype = torch.float32 if part == "vae" or part == "transformer" and k.tune == "full" else half
+        module, report = kinds[part].from_pretrained(k.base, subfolder=part, dtype=dtype, local_files_only=klein_is_away(k.base),
+                                                     output_loading_info=True)
+    except Exception as e:                                   # each library below has its own for a missing or damaged file
+        raise UserError(f"klein.base {k.base}: its {part} cannot be loaded ({brief(e)}); give the folder of a Flux2KleinPipeline") from e
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise UserError(f"klein.base {k.base}: its {part} lacks {min(map(str, report['missing_keys'] or report['mismatched_keys']))}")
+    return module if part == "transformer" else KleinText(module) if part == "text_encoder" else KleinVAE(module)
+
+
+def load_klein_tokenizer(base: str):
+    """The tokenizer of the pipeline `base`; of scratch, a byte-level one with Qwen3's special tokens and chat template."""
+    if base == "scratch":
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        letters = [chr(b) if b in printable else chr(256 + b - sum(p < b for p in printable)) for b in range(256)]   # GPT-2's bytes
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+        tokenizer = transformers.Qwen2Tokenizer(vocab={letter: n for n, letter in enumerate(letters + special)}, merges=[],
+                                                eos_token="<|im_end|>", extra_special_tokens=special[1:], padding_side="right")
+        tokenizer.chat_template = KLEIN_CHAT
+        return tokenizer
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base, subfolder="tokenizer", local_files_only=klein_is_away(base))
+        tokenize_prompts(tokenizer, [""], 512)               # needs a template for chats, and padding
+        if tokenizer.decode(tokenizer("speech").input_ids) != "speech":      # without files, AutoTokenizer makes up an empty vocabulary
+            raise ValueError("it has no vocabulary")
+    except Exception as e:
+        raise UserError(f"klein.base {base}: its tokenizer cannot be loaded ({brief(e)}); give the folder of a Flux2KleinPipeline") from e
+    return tokenizer
+
+
+def save_klein(config: Config, transformer: nn.Module, folder: Path) -> None:
+    """A whole pipeline around a tuned transformer, as diffusers' Flux2KleinPipeline.from_pretrained and `klein.base` load it."""
+    import diffusers
+    k, parts = config.klein, {}
+    if k.base == "scratch":
+        parts = {"text_encoder": scratch_klein(config, "text_encoder"), "tokenizer": load_klein_tokenizer(k.base),
+                 "vae": scratch_klein(config, "vae") if k.vae == "own" else None}
+        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)      # without it mu is ignored
+        pipeline = diffusers.Flux2KleinPipeline(transformer=transformer, is_distilled=False, **parts)
+    else:
+        pipeline = diffusers.Flux2KleinPipeline.from_pretrained(k.base, transformer=transformer, local_files_only=klein_is_away(k.base))
+    pipeline.save_pretrained(folder)
+
+
+def klein_is_away(base: str) -> bool:
+    return not Path(base).is_dir() and hub_is_away()
+
+
+def tokenize_prompts(tokenizer, prompts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids (B, length) and mask, the prompts in Qwen3's chat form, padded on the right as Klein was trained.
+
+    raises UserError for a prompt that does not fit.
+    """
+    chats = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
+                                           enable_thinking=False) for prompt in prompts]
+    for prompt, ids in zip(prompts, tokenizer(chats).input_ids):
+        if len(ids) > length:
+            raise UserError(f"prompt {prompt[:40]!r}... has {len(ids)} tokens, klein.text_tokens is {length}: shorten it")
+    found = tokenizer(chats, return_tensors="pt", padding="max_length", max_length=length, truncation=True)
+    return found.input_ids, found.attention_mask.bool()
+
+
+class KleinText(nn.Module):
+    """Qwen3 up to the last layer that Klein reads: 27 of 36, bit for bit the same features for 32 % fewer operations."""
+
+    def __init__(self, qwen: nn.Module):
+        super().__init__()
+        self.model = qwen.model
+        self.model.layers = self.model.layers[:KLEIN_TAPS[-1]]
+        self.model.norm = nn.Identity()                      # or the last tap would be normalised
+        self.model.config.num_hidden_layers = KLEIN_TAPS[-1]
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """ids, mask (B, S) -> (B, S, 3 D)."""
+        states = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+        return torch.cat([states[tap] for tap in KLEIN_TAPS], -1)
+
+
+class KleinVAE(nn.Module):
+    """Pictures (B, 3, H, W) in [0, 1] <-> normalised latents as the transformer's tokens (B, H / 16 * W / 16, 4 C)."""
+
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae = vae
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        latents = self.vae.encode((2 * pictures - 1).to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
+        tokens = rearrange(latents, "b c (h i) (w j) -> b (h w) (c i j)", i=2, j=2)
+        return (tokens - self.vae.bn.running_mean.float()) / self.deviation()
+
+    @torch.no_grad()
+    def decode(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        tokens = tokens.float() * self.deviation() + self.vae.bn.running_mean.float()
+        latents = rearrange(tokens, "b (h w) (c i j) -> b c (h i) (w j)", h=height // 16, w=width // 16, i=2, j=2)
+        return (self.vae.decode(latents.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def deviation(self) -> torch.Tensor:
+        return (self.vae.bn.running_var.float() + self.vae.config.batch_norm_eps).sqrt()
+
+
+class Patches(nn.Module):
+    """In KleinVAE's place: 16 x 16 pixels in [-1, 1] are a token of 768 numbers as they are. Nothing is learned, nothing is lost."""
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        return rearrange(2 * pictures - 1, "b c (h i) (w j) -> b (h w) (c i j)", i=16, j=16)
+
+    def decode(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        pictures = rearrange(tokens, "b (h w) (c i j) -> b c (h i) (w j)", h=height // 16, w=width // 16, i=16, j=16)
+        return (pictures / 2 + 0.5).clamp(0, 1)
+
+
+def scratch_klein(config: Config, part: str) -> nn.Module:
+    """A small random Klein of the real classes, always the same for the same config: for demos and tests."""
+    import diffusers
+    m, head, latents = config.model, config.model.width // config.model.heads, 4
+    rotated = head // 8 * 2                                  # numbers of a head for each of the four position axes, even
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if part == "transformer":
+            return wake(diffusers.Flux2Transformer2DModel(
+                in_channels=768 if config.klein.vae == "patches" else 4 * latents, num_layers=config.klein.double_layers,
+                num_single_layers=m.layers - config.klein.double_layers, attention_head_dim=head, num_attention_heads=m.heads,
+                joint_attention_dim=3 * 32, axes_dims_rope=(head - 3 * rotated, rotated, rotated, rotated), guidance_embeds=False))
+        if part == "text_encoder":
+            return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+                vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=1,
+                head_dim=16, tie_word_embeddings=True, max_position_embeddings=2048))
+        vae = diffusers.AutoencoderKLFlux2(block_out_channels=(4, 8, 8, 8), latent_channels=latents, norm_num_groups=4, layers_per_block=1)
+        vae.bn.running_mean.normal_()                        # not 0 and 1, which would hide a forgotten normalisation
+        vae.bn.running_var.uniform_(0.5, 2)
+        return vae
+
+
+@torch.no_grad()
+def wake(transformer: nn.Module) -> nn.Module:
+    """Scale the random weights for training from nothing: gates of deviation 1, where diffusers' start at 0.03 and no block is heard."""
+    time = transformer.time_guidance_embed
+    time.timestep_embedder.linear_2.weight /= time(torch.linspace(0, 1000, 64), None).std()
+    both = transformer.double_stream_modulation_img, transformer.double_stream_modulation_txt
+    for modulation in (*both, transformer.single_stream_modulation):
+        vectors = modulation.linear.weight.unflatten(0, (-1, 3, transformer.inner_dim))        # shift, scale, gate of each branch
+        vectors.zero_()
+        vectors[:, 2].normal_(std=1 / (0.6 * transformer.inner_dim ** 0.5))                    # 0.6: what SiLU leaves of deviation 1
+    transformer.norm_out.linear.weight.zero_()
+    transformer.context_embedder.weight *= 20                  # a random Qwen3's features have deviation 0.05
+    return transformer
 
 
 # Where the files are

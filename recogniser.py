@@ -6,26 +6,31 @@ random order, so that it has to listen: no grammar tells it the answer. `python 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import random
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import soundfile
 import torch
 import torch.nn.functional as F
 import whisper
+from tqdm import tqdm
 from whisper.normalizers import EnglishTextNormalizer
+from whisper.timing import find_alignment
 from whisper.tokenizer import get_tokenizer
 
 import audio
 import data
 import metric
 import pretrained
-from config import Mel, UserError, run_main
+from config import Config, Mel, UserError, run_main
 
 TINY = Path(__file__).parent / "assets" / "whisper-demo.pt"
 RATE = whisper.audio.SAMPLE_RATE     # Hz: Whisper listens at 16 kHz
@@ -49,6 +54,112 @@ class Recogniser:
             mels = torch.stack([whisper.log_mel_spectrogram(w, self.model.dims.n_mels) for w in heard]).to(self.model.device)
             texts += [result.text for result in whisper.decode(self.model, mels, self.options)]
         return texts
+
+    def align(self, text: str, wave: torch.Tensor, sample_rate: int) -> list[tuple[str, float, float]]:
+        """When each word of `text` is spoken in a wave (N,): [(word, start, stop)], seconds, in order; where words join, stop = start.
+
+        Whisper's cross-attention to a known text, timed by dynamic time warping (whisper.timing), says which silence lies between which
+        words; where that begins and ends is then read off the wave. raises UserError for what Whisper cannot take in at once.
+        """
+        tokenizer = get_tokenizer(self.model.is_multilingual, language="en", task="transcribe")
+        words, heard = text.split(), audio.resample(wave, sample_rate, RATE)
+        tokens = [tokenizer.encode(f" {word}") for word in words]
+        if not words or len(heard) > whisper.audio.N_SAMPLES or sum(map(len, tokens)) + 4 > self.model.dims.n_text_ctx:
+            raise UserError(f"cannot align {len(words)} words in {len(heard) / RATE:.1f} s")
+        mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(heard), self.model.dims.n_mels).to(self.model.device)
+        timings = find_alignment(self.model, tokenizer, sum(tokens, []), mel, len(heard) // whisper.audio.HOP_LENGTH)
+        starts, position = {}, 0                               # a word's first piece starts it; Whisper's pieces hold some of its tokens
+        for timing in timings:
+            starts[position] = timing.start
+            position += len(timing.tokens)
+        firsts = [sum(map(len, tokens[:n])) for n in range(len(words))]
+        return snap(words, [starts.get(first, 0.0) for first in firsts], heard)
+
+
+def snap(words: list[str], starts: list[float], wave: torch.Tensor) -> list[tuple[str, float, float]]:
+    """[(word, start, stop)], seconds, from rough starts and the sound itself: a pause goes to the nearest start, or no start is moved.
+
+    wave (N,) at 16 kHz. A pause is 50 ms and more that are 26 dB below the loud parts; a long one may lie further from the start than a
+    short one, because Whisper counts a pause as part of the word before it or after it.
+    """
+    frame = RATE // 100                                        # 10 ms
+    power = F.pad(wave, (0, -len(wave) % frame)).reshape(-1, frame).square().mean(1)
+    quiet = (power < power.quantile(0.95) * 10 ** -2.6).tolist()
+    edges = [n for n, (a, b) in enumerate(zip([False, *quiet], [*quiet, False])) if a != b]
+    begin, end = 0.0, len(quiet) / 100
+    gaps = {n: (start, start) for n, start in enumerate(starts) if n}
+    for first, last in zip(edges[::2], edges[1::2]):
+        first, last = first / 100, last / 100
+        if first == 0 or last >= len(quiet) / 100:             # before the first word, after the last
+            begin, end = (last if first == 0 else begin), (first if first else end)
+            continue
+        distance, n = min(((max(first - start, start - last, 0), n) for n, start in enumerate(starts) if n), default=(math.inf, 0))
+        if last - first >= 0.05 and distance <= max(0.05, (last - first) / 2) and last - first > gaps[n][1] - gaps[n][0]:
+            gaps[n] = first, last
+    times = [begin, *(time for n in sorted(gaps) for time in gaps[n]), end]
+    times = [min(max(times[:n + 1]), end) for n in range(len(times))]                    # in order, whatever the attention said
+    return [(word, times[2 * n], times[2 * n + 1]) for n, word in enumerate(words)]
+
+
+def cut_clips(config: Config, clips: list[data.Clip], folder: Path) -> list[data.Clip]:
+    """Clips, those longer than picture.seconds cut between their words as the Whisper data.align times them; the others as they are.
+
+    folder: words.json in it keeps the lengths and the times; cutting that was interrupted is taken up again.
+    """
+    if not config.data.align or config.data.corpus == "demo":
+        return clips
+    folder.mkdir(parents=True, exist_ok=True)
+    path, known, found = folder / "words.json", {}, []
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+    new = [clip for clip in clips if known.get(clip.id, {}).get("text") != clip.text]
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    listener = load_whisper(config.data.align, device, "data.align") if new else None
+    for number, clip in enumerate(tqdm(new, desc="words", unit="clip", disable=None), 1):
+        known[clip.id] = {"text": clip.text, **time_words(listener, clip, config.picture.seconds)}
+        if number % 1000 == 0 or number == len(new):
+            with data.replacing(path) as part:
+                part.write_text(json.dumps(known), encoding="utf-8")
+    for clip in clips:
+        pieces = cut(known[clip.id]["words"], config.picture.seconds)
+        found += [clip._replace(id=f"{clip.id}_{n}", text=data.sentence(text), start=start, stop=stop)
+                  for n, (text, start, stop) in enumerate(pieces)] or [clip]
+    return found
+
+
+def time_words(listener: Recogniser, clip: data.Clip, longest: float) -> dict:
+    """{"seconds": of the recording, "words": as `align`}; no words where it is no longer than `longest` or nobody can tell."""
+    found = {"seconds": 0.0, "words": []}
+    with contextlib.suppress(UserError, soundfile.LibsndfileError):        # what is wrong with the clip, its packing will say
+        info = soundfile.info(clip.wav)
+        found["seconds"] = info.duration
+        if info.duration > longest:
+            found["words"] = listener.align(clip.text, audio.load_wav(clip.wav, info.samplerate), info.samplerate)
+    return found
+
+
+def cut(words: list[tuple[str, float, float]], seconds: float) -> list[tuple[str, float, float]]:
+    """[(text, start, stop)]: consecutive words, none left out, as pieces of 1 s to `seconds`; [] where there is no such way.
+
+    Of all ways it is the one with the least sum, over its cuts, of 1 / (pause + 20 ms): few cuts, in long pauses. A piece keeps up to
+    200 ms of the silence around it, never more than half of a pause.
+    """
+    halves = [(after[1] + before[2]) / 2 for before, after in zip(words, words[1:])]
+    starts = [max(start - 0.2, half, 0.0) for (_, start, _), half in zip(words, [0.0, *halves])]
+    stops = [min(stop + 0.2, half) for (_, _, stop), half in zip(words, [*halves, math.inf])]
+    price = [0.0, *(1 / (max(0, after[1] - before[2]) + 0.02) for before, after in zip(words, words[1:]))]
+    best = [(0.0, 0)]                                          # of words[:n]: the sum, and where its last piece begins
+    for n in range(1, len(words) + 1):
+        ways = [(best[first][0] + price[first], first) for first in range(n) if 1 <= stops[n - 1] - starts[first] <= seconds]
+        best.append(min(ways, default=(math.inf, 0)))
+    if not words or best[-1][0] == math.inf:
+        return []
+    pieces, n = [], len(words)
+    while n:
+        first = best[n][1]
+        pieces.append((" ".join(word for word, _, _ in words[first:n]), starts[first], stops[n - 1]))
+        n = first
+    return pieces[::-1]
 
 
 class PocketSphinx:
@@ -84,19 +195,31 @@ def load(name: str, device: torch.device) -> Recogniser | PocketSphinx:
     """
     if name == "pocketsphinx":
         return PocketSphinx()
+    try:
+        return load_whisper(name, device, "eval.recogniser")
+    except NotDownloaded as e:
+        print(f"recogniser: {e}; {TINY.name} listens instead, which knows only the demo's voice and words", flush=True)
+        return Recogniser(str(TINY), device)
+
+
+def load_whisper(name: str, device: torch.device, knob: str) -> Recogniser:
+    """As `load`, but nothing replaces what cannot be had: raises UserError, which names the knob, or NotDownloaded."""
     is_file = name.endswith(".pt")
     if is_file and not Path(name).exists():
-        raise UserError(f"eval.recogniser {name}: no such file")
+        raise UserError(f"{knob} {name}: no such file")
     if not is_file and name not in whisper.available_models():
-        raise UserError(f"eval.recogniser {name!r} is neither a .pt file, pocketsphinx, nor one of {', '.join(whisper.available_models())}")
+        raise UserError(f"{knob} {name!r} is neither a .pt file{', pocketsphinx,' if knob == 'eval.recogniser' else ''} nor one of "
+                        f"{', '.join(whisper.available_models())}")
     try:
         return Recogniser(name, device)
     except Exception as e:                     # a network and a damaged file fail in every way there is
         if is_file:
             raise UserError(f"{name}: not a Whisper checkpoint ({pretrained.brief(e)})") from e
-        print(f"recogniser: Whisper {name} cannot be downloaded ({pretrained.brief(e)}); {TINY.name} listens instead, "
-              "which knows only the demo's voice and words", flush=True)
-        return Recogniser(str(TINY), device)
+        raise NotDownloaded(f"Whisper {name} cannot be downloaded ({pretrained.brief(e)})") from e
+
+
+class NotDownloaded(UserError):
+    """A published model that is neither kept here nor to be had."""
 
 
 # Training the tiny one
@@ -237,8 +360,8 @@ def speak_clip(seed: int, index: int) -> tuple[str, torch.Tensor]:
 def training_sentence(rng: random.Random) -> str:
     grammar = rng.choice(("matrix", "open", "open"))
     while True:
-        sentence = data.make_sentence(grammar, rng)
-        if not data.is_held_out(sentence):
+        sentence = audio.make_sentence(grammar, rng)
+        if not audio.is_held_out(sentence):
             return sentence
 
 
@@ -246,7 +369,7 @@ def training_sentence(rng: random.Random) -> str:
 def vocabulary() -> list[str]:
     """All words of the demo's grammars, sorted."""
     words = set()
-    for grammar in (data.load_grammar("matrix"), data.load_grammar("open")):
+    for grammar in (audio.load_grammar("matrix"), audio.load_grammar("open")):
         for entries in grammar.values():
             for entry in entries:
                 words |= set(re.findall(r"[A-Za-z]+", re.sub(r"\{.*?\}", " ", entry)))
@@ -275,8 +398,8 @@ def assess(name: str, sentences: int = 200) -> dict[str, float]:
     for kind in ("matrix", "open", "salad"):
         rng, texts = random.Random(f"assess {kind}"), []
         while len(texts) < sentences:
-            text = salad(rng) if kind == "salad" else data.make_sentence(kind, rng)
-            if kind == "salad" or data.is_held_out(text):
+            text = salad(rng) if kind == "salad" else audio.make_sentence(kind, rng)
+            if kind == "salad" or audio.is_held_out(text):
                 texts.append(text)
         spoken = [audio.espeak(text, mel.sample_rate) for text in texts]
         vocoded = [audio.griffin_lim(audio.log_mel(w, mel), mel) for w in spoken]

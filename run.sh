@@ -4,7 +4,7 @@
 #   ./run.sh                           with GPUs: configs/ljspeech.yaml on all of them; without: configs/demo.yaml on the CPU
 #   ./run.sh --gpus N                  on N GPUs, a rank on each; 0 = the CPU
 #   ./run.sh --config configs/x.yaml   another recipe
-#   ./run.sh --batch_size 32 ...       --key value for any knob of config.py; data.py and train.py read it
+#   ./run.sh --batch_size 32 ...       --key value for any knob of config.py
 #   ./run.sh --wandb-url URL           log to a W&B server of your own
 #   ./run.sh --nodes N --node_rank R --master HOST[:PORT]     the same on each of N machines, R from 0; HOST is machine 0
 #   ./run.sh --print ...               print the commands instead of running them
@@ -26,7 +26,7 @@ main() {
     read_options "$@"
     [[ $print ]] || set_up
     ((gpus)) || run export OMP_WAIT_POLICY=PASSIVE
-    run "$VENV/bin/python" data.py prepare "${arguments[@]}"
+    run "$VENV/bin/python" system.py prepare "${arguments[@]}"
     run exec "$VENV/bin/python" ${launcher[@]+"${launcher[@]}"} train.py "${arguments[@]}"     # exec: train.py gets the signals
 }
 

@@ -1,6 +1,8 @@
 """Use a trained system: `python sample.py --ckpt out/demo --text "Anna bought two green baskets." --out x.wav`.
 
-Several --text, or --prompt_file with one a line, are made in one batch. A long text is split at its sentences, and joined again.
+Several --text, or --prompt_file with one a line, are made in one batch. A long text is split at its sentences, and joined again;
+its pictures stay one a sentence: x.png, x.2.png, x.3.png. A published LoRA goes on a checkpoint, or on the pretrained network
+that a config names: `--config configs/klein.yaml --lora someone/their-lora`.
 """
 
 import argparse
@@ -12,20 +14,21 @@ from pathlib import Path
 import torch
 
 import audio
+import config as configs
 import evaluator
-import metric
 import system
-from config import UserError, run_main
+from config import Config, UserError, run_main
 from model import Prompt
 
 LONGEST_TEXT = 5000                  # characters in one text
-LONGEST_SENTENCE = 200               # characters spoken in one go: about 13 seconds, what training has seen
 PAUSE_SEC = 0.15                     # between the sentences of a long text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt", required=True, help="a checkpoint, or the folder of a run")
+    parser.add_argument("--ckpt", default="", help="a checkpoint, or the folder of a run")
+    parser.add_argument("--config", default="", help="instead of --ckpt: a recipe, for its network as it is before training")
+    parser.add_argument("--lora", default="", help="a published LoRA to put on top: a folder, or a hub id")
     parser.add_argument("--text", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompt_file", default="", help="a text file, a prompt a line")
     parser.add_argument("--out", default="sample.wav", help="several prompts become sample-0.wav, sample-1.wav, ...")
@@ -34,16 +37,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0, help="length of each text; default: predicted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
-    parser.add_argument("--png", action="store_true", help="write the spectrogram beside each wav")
+    parser.add_argument("--png", action="store_true", help="write pictures beside each wav")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args()
     texts = options.text + (evaluator.read_prompts(options.prompt_file) if options.prompt_file else [])
     if not texts:
         raise UserError("nothing to say: give --text or --prompt_file")
-    sentences = [split_text(check_text(text)) for text in texts]
+    texts = [check_text(text) for text in texts]
     check_output(Path(options.out))
-    changes = {"sample": {"vocoder": options.vocoder}} if options.vocoder else {}
-    config, network, _ = system.load(options.ckpt, system.pick_device(options.device), changes)
+    config, network = open_network(options)
+    sentences = [split_text(text, network.longest) for text in texts]
     if not 0 <= options.seconds <= config.data.max_seconds or not 0 <= options.seed < 2 ** 63:
         raise UserError(f"--seconds goes from 0 to {config.data.max_seconds}, --seed from 0 to 2^63 - 1")
     settings = replace(config.sample, **{name: value for name, value, given in (
@@ -56,18 +59,33 @@ def main() -> None:
     for number, parts in enumerate(sentences):
         pieces, made = made[:len(parts)], made[len(parts):]
         path = Path(options.out) if len(texts) == 1 else Path(options.out).with_stem(f"{Path(options.out).stem}-{number}")
-        write(path, pieces, config, options.png)
+        write(path, pieces, options.png or network.paints)
 
 
-def write(path: Path, pieces: list, config, png: bool) -> None:
-    """The pieces of one text as one wav, with a pause between, and its spectrogram where asked."""
+def open_network(options: argparse.Namespace) -> tuple[Config, torch.nn.Module]:
+    """The network of --ckpt or --config, ready to sample, with the adapter of --lora."""
+    if bool(options.ckpt) == bool(options.config):
+        raise UserError("give --ckpt, a checkpoint or the folder of a run, or --config, a recipe: one of the two")
+    device, changes = system.pick_device(options.device), {"vocoder": options.vocoder} if options.vocoder else {}
+    if options.ckpt:
+        config, network, _ = system.load(options.ckpt, device, {"sample": changes})
+    else:
+        config = configs.load(options.config, [f"--sample.{name}={value}" for name, value in changes.items()])
+        network = system.build(config).to(device).eval()
+    if options.lora:
+        network.load_adapter(options.lora)
+    return config, network
+
+
+def write(path: Path, pieces: list, pictures: bool) -> None:
+    """The pieces of one text as one wav, with a pause between, and, where asked, the pictures of each."""
     rate = pieces[0].sample_rate
     pause = torch.zeros(int(PAUSE_SEC * rate))
     wave = torch.cat([part for piece in pieces for part in (piece.wave, pause)][:-1])
     audio.save_wav(path, wave, rate)
     print(f"{path}  {len(wave) / rate:.2f} s")
-    if png:
-        metric.spectrogram_png(torch.cat([piece.log_mel for piece in pieces]).numpy(), path.with_suffix(".png"), config.mel)
+    for number, piece in enumerate(pieces if pictures else [], 1):
+        piece.draw(path.with_name(path.stem if number == 1 else f"{path.stem}.{number}"))
 
 
 def check_output(path: Path) -> None:
@@ -95,18 +113,18 @@ def check_text(text: str) -> str:
     return text
 
 
-def split_text(text: str) -> list[str]:
-    """Its sentences; one that is too long is cut at commas, then between words.
+def split_text(text: str, longest: int) -> list[str]:
+    """Its sentences; one of more than `longest` characters is cut at commas, then between words.
 
-    raises UserError for a word of more than LONGEST_SENTENCE characters.
+    raises UserError for a word that is longer.
     """
     pieces = re.split(r"(?<=[.!?…])(?<![A-Z][a-z]\.)(?<!Mrs\.)(?<!Prof\.)(?<!\b[A-Z]\.)\s+(?=[^a-z])", text)   # not after Dr., e.g., J.
     pieces = join_wordless(pieces)
     for boundary in (r"(?<=[,;:])\s+", r"\s+"):
         pieces = [part for piece in pieces
-                  for part in (join_short(re.split(boundary, piece)) if len(piece) > LONGEST_SENTENCE else [piece])]
+                  for part in (join_short(re.split(boundary, piece), longest) if len(piece) > longest else [piece])]
     for piece in pieces:
-        if len(piece) > LONGEST_SENTENCE:
+        if len(piece) > longest:
             raise UserError(f"text {shorten(piece)!r}: a word of {len(piece)} characters cannot be spoken")
     return pieces
 
@@ -122,11 +140,11 @@ def join_wordless(parts: list[str]) -> list[str]:
     return joined
 
 
-def join_short(parts: list[str]) -> list[str]:
+def join_short(parts: list[str], longest: int) -> list[str]:
     """Neighbours joined again while they fit, so that no piece is shorter than it must be."""
     joined = parts[:1]
     for part in parts[1:]:
-        if len(joined[-1]) + 1 + len(part) <= LONGEST_SENTENCE:
+        if len(joined[-1]) + 1 + len(part) <= longest:
             joined[-1] += " " + part
         else:
             joined.append(part)

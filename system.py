@@ -1,9 +1,11 @@
-"""What a system is, the table of systems, and how one is built, saved and loaded.
+"""What a system is, the table of systems, and how one is built, saved and loaded. `python system.py prepare --config FILE
+[--key value ...]` makes what a config's training needs: a packed corpus, caches.
 
-A checkpoint holds plain tensors and values: model (frozen networks left out), EMA, optimizers, step, config. It is written to a
+A checkpoint holds plain tensors and values: model (what is frozen left out), EMA, optimizers, step, config. It is written to a
 temporary file and renamed, so there is never half of one, and read with `weights_only`, so it can run no code.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -12,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,38 +27,97 @@ import yaml
 import config as configs
 import data
 import model
-from config import Config, Sample, UserError
+import spectrogram
+from config import Config, Sample, UserError, run_main
+
+
+class Artifact(Protocol):
+    """What a system made: a wave (N,) at `sample_rate` Hz, on the CPU, and pictures of it."""
+    wave: torch.Tensor
+    sample_rate: int
+
+    def draw(self, stem: Path) -> dict[str, str]:
+        """Write its pictures beside `stem`; returns what they are and their names: {"picture": "000.png", "attention": ...}.
+
+        picture is always one of them; the report also shows attention and confidence.
+        """
+
+
+class Corpus(Protocol):
+    """The clips of a packed corpus, as `system` reads them."""
+    statistics: tuple[float, ...]              # what the network is built with beside the config, as (mean, std), or ()
+
+    def clips(self, split: str) -> list[data.Clip]:
+        """Those of train | val | test, always in the same order."""
+
+    def recording(self, clip: data.Clip) -> tuple[torch.Tensor, int] | None:
+        """The sound as it was recorded, a wave (N,), and its rate in Hz, the same for all clips; None where there is none."""
+
+
+class Batches(Protocol):
+    """Batches as dicts of CPU tensors, in which everything random is drawn; t (B,) and frames (B,) are always among them."""
+
+    def train(self, step: int, micro: int = 0) -> dict[str, torch.Tensor]:
+        """This rank's part of a micro-batch: a function of (config.seed, step, micro, rank)."""
+
+    def validation(self) -> list[dict[str, torch.Tensor]]:
+        """This rank's share of the clips validated on, the same every time."""
 
 
 class System(Protocol):
-    """What the loop and the sampler ask of a network, and all that they know about it."""
+    """What the loop, the evaluator and the sampler ask of a network (an nn.Module), and all that they know about it.
+
+    A parameter that is not to be trained has requires_grad False from the start; it is in no checkpoint.
+    """
+    tokenizer: Callable                        # handed on to its batches
+    paints: bool                               # whether a picture is what it makes, so that sample.py always writes it
+    longest: int                               # characters that it speaks in one go
+    frame_rate: float                          # Hz: `frames` of a clip or batch in a second
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """returns: `loss` and other scalars to log; a deterministic function of the batch and the weights."""
+        """A deterministic function of the batch and the weights.
 
-    def sample(self, prompts: Sequence[model.Prompt], settings: Sample) -> list[model.Artifact]: ...
+        returns: loss and other scalars, each a mean over the batch, to log; flow_loss_per_clip (B,), if given, is binned by t.
+        """
+
+    def sample(self, prompts: Sequence[model.Prompt], settings: Sample) -> list[Artifact]:
+        """One of each prompt, made as one batch; raises UserError for a prompt that it cannot make."""
+
+    def reference(self, corpus: Corpus, clip: data.Clip) -> Artifact:
+        """The recorded clip through everything but the generative network: what the best network could make."""
+
+    def score(self, made: Artifact, corpus: Corpus, clip: data.Clip) -> dict[str, float]:
+        """Distances of what was made to the recorded clip, by their keys in metric.SCORES; 0 is equal."""
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The parameters that Muon trains; AdamW has the others."""
+        """The parameters that Muon trains; AdamW has the others. Either may have none."""
+
+    def load_adapter(self, name: str) -> None:
+        """Put a published LoRA, a hub id or a folder, on top of the weights; raises UserError where that cannot be."""
+
+    def export(self, folder: Path, facts: dict[str, str]) -> None:
+        """Write what other software loads, with the facts about it; raises UserError where nobody else does."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a system is made of: its network, its packed corpus, and the batches drawn from that."""
-    network: type
-    corpus: type
-    batches: type
+    """What a system is made of."""
+    network: Callable[..., nn.Module]          # (config, *corpus.statistics) -> System
+    corpus: Callable[[Config], Corpus]
+    batches: Callable[..., Batches]            # (config, corpus, tokenizer, rank, world)
+    prepare: Callable[[Config], None]          # makes what training needs and does not find
 
 
 SYSTEMS = {
-    "tts": Parts(model.TextToSpeech, data.Corpus, data.Batches),
+    "tts": Parts(model.TextToSpeech, model.Corpus, model.SpeechBatches, model.prepare),
+    "spectrogram": Parts(spectrogram.Spectrogram, data.Waves, spectrogram.PictureBatches, spectrogram.prepare),
 }
 
 
-def build(config: Config, mean: float = 0.0, std: float = 1.0) -> nn.Module:
-    """The network of `config.system` with fresh weights drawn from `config.seed`; mean, std: what its corpus is normalised by."""
+def build(config: Config, *statistics: float) -> nn.Module:
+    """The network of `config.system` with fresh weights drawn from `config.seed`; statistics: its corpus's."""
     torch.manual_seed(config.seed)
-    return SYSTEMS[config.system].network(config, mean, std)
+    return SYSTEMS[config.system].network(config, *statistics)
 
 
 def open_corpus(config: Config):
@@ -69,13 +130,16 @@ def open_batches(config: Config, corpus, network: nn.Module, rank: int, world: i
 
 
 def optimizers(network: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices (Jordan et al. 2024), AdamW for the rest; each group keeps its own peak rate in `peak_lr`."""
+    """Muon for hidden matrices (Jordan et al. 2024), then AdamW for the rest, where there are any of them.
+
+    Each group keeps its own peak rate in `peak_lr`.
+    """
     t = config.train
     hidden = network.hidden_matrices()
     names = {id(p) for p in hidden}
     rest = [p for p in network.parameters() if p.requires_grad and id(p) not in names]
-    made = [torch.optim.Muon(hidden, lr=t.muon_lr, weight_decay=t.weight_decay, momentum=0.95),
-            torch.optim.AdamW(rest, lr=t.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    made = [torch.optim.Muon(hidden, lr=t.muon_lr, weight_decay=t.weight_decay, momentum=0.95)] if hidden else []
+    made += [torch.optim.AdamW(rest, lr=t.lr, betas=(0.9, 0.95), weight_decay=0.0)] if rest else []
     for optimizer in made:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -162,15 +226,21 @@ def resume(out_dir: str, network: nn.Module, average: Average, optimizers: list[
     return state["step"], state["seconds"]
 
 
-def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:
-    """Load with exact key and shape equality; raises UserError naming the first difference."""
-    own = network.state_dict()
-    for name in sorted(own.keys() ^ weights.keys()):
+def weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps of a network: its state_dict without frozen parameters."""
+    frozen = {name for name, p in network.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in network.state_dict().items() if name not in frozen}
+
+
+def load_weights(network: nn.Module, found: dict[str, torch.Tensor], where: str) -> None:
+    """Load `weights`, with exact key and shape equality; raises UserError naming the first difference."""
+    own = weights(network)
+    for name in sorted(own.keys() ^ found.keys()):
         raise UserError(f"{where}: {name} is {'missing' if name in own else 'not part of this model'}; was it trained with another config?")
     for name, value in own.items():
-        if value.shape != weights[name].shape:
-            raise UserError(f"{where}: {name} has shape {tuple(weights[name].shape)}, this model has {tuple(value.shape)}")
-    network.load_state_dict(weights)
+        if value.shape != found[name].shape:
+            raise UserError(f"{where}: {name} has shape {tuple(found[name].shape)}, this model has {tuple(value.shape)}")
+    network.load_state_dict(found, strict=False)               # what is frozen stays as it was built
 
 
 def load(path: str, device: torch.device, overrides: dict[str, dict], out_dir: str = "") -> tuple[Config, nn.Module, int]:
@@ -201,16 +271,23 @@ def record_run(config: Config, network: nn.Module, device: torch.device, world: 
     for source in here.glob("*.py"):
         shutil.copy(source, out / "source")
     (out / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(config), sort_keys=False))
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=here, capture_output=True, text=True)
-    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    parameters, frozen = (sum(p.numel() for p in network.parameters() if p.requires_grad == trained) for trained in (True, False))
     on_gpu = device.type == "cuda"
     hardware = f"{world} x {torch.cuda.get_device_name(device)}" if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
     libraries = {name: version(name) for name in ("torch", "transformers", "openai-whisper", "numpy")}
-    run = {"command": " ".join(sys.argv), "commit": git.stdout.strip() or "unknown", "hardware": hardware, "parameters": parameters,
-           "started": datetime.datetime.now().isoformat(timespec="seconds"),
+    run = {"command": " ".join(sys.argv), "commit": commit(), "hardware": hardware, "parameters": parameters,
+           **({"frozen_parameters": frozen} if frozen else {}), "started": datetime.datetime.now().isoformat(timespec="seconds"),
            "versions": {"python": platform.python_version(), **libraries}}
     (out / "run.json").write_text(json.dumps(run, indent=1))
-    print(f"{config.system}: {parameters / 1e6:.1f} M trained parameters on {hardware}, into {out}/", flush=True)
+    beside = f" beside {frozen / 1e6:.1f} M frozen ones" if frozen else ""
+    print(f"{config.system}: {parameters / 1e6:.1f} M trained parameters{beside} on {hardware}, into {out}/", flush=True)
+
+
+def commit() -> str:
+    """What the source is, as git calls it."""
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=here, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -218,3 +295,26 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: this machine has no usable CUDA GPU; use --device cpu")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Before and after training.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("prepare", help="--config FILE [--key value ...]: make all that it needs to train", allow_abbrev=False)
+    export = commands.add_parser("export", help="write a trained system as other software loads it", allow_abbrev=False)
+    export.add_argument("--ckpt", required=True, help="a checkpoint, or the folder of a run")
+    export.add_argument("--out", required=True, type=Path, help="a folder")
+    o, rest = parser.parse_known_args()
+    if o.command == "prepare":
+        config = configs.from_command_line(rest)
+        SYSTEMS[config.system].prepare(config)
+    elif rest:
+        raise UserError(f"{rest[0]}: unknown option; see `python system.py {o.command} --help`")
+    else:
+        config, network, step = load(o.ckpt, torch.device("cpu"), {})
+        network.export(o.out, {"step": str(step), "commit": commit(), "data_dir": config.data.data_dir})
+        print("made:", *sorted(path for path in o.out.rglob("*") if path.is_file()))
+
+
+if __name__ == "__main__":
+    run_main(main)

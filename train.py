@@ -34,7 +34,7 @@ def main() -> None:
     rank, world, device = start_ranks(config)
     out, t = Path(config.out_dir), config.train
     corpus = system.open_corpus(config)
-    network = system.build(config, corpus.mean, corpus.std).to(device)
+    network = system.build(config, *corpus.statistics).to(device)
     batches = system.open_batches(config, corpus, network, rank, world)
     model = torch.compile(network) if t.compile else network
     if world > 1:
@@ -49,7 +49,7 @@ def main() -> None:
 
     def save(step: int) -> None:
         if rank == 0:
-            state = {"config": configs.to_dict(config), "step": step, "seconds": seconds, "model": network.state_dict(),
+            state = {"config": configs.to_dict(config), "step": step, "seconds": seconds, "model": system.weights(network),
                      "ema": average.mean, "optimizers": [o.state_dict() for o in optimizers]}
             system.save_checkpoint(out / "checkpoints" / f"step_{step:07d}.pt", state, t.keep)
 
@@ -95,7 +95,7 @@ def main() -> None:
         elapsed = time.perf_counter() - clock
         seconds += elapsed
         values |= {"perf/step_ms": 1000 * elapsed / (step - logged), "perf/frames_per_sec": values.pop("frames") / elapsed,
-                   "perf/train_minutes": seconds / 60, "train/lr": optimizers[1].param_groups[0]["lr"]}
+                   "perf/train_minutes": seconds / 60, "train/lr": optimizers[-1].param_groups[0]["lr"]}
         logged, frames = step, 0
         if rank == 0:
             writer.log(step, values)

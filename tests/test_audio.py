@@ -1,15 +1,25 @@
-"""Sound in and out, against BigVGAN's own mel and real recordings."""
+"""Sound in and out, against BigVGAN's own mel and real recordings; sound as a picture and back, against brute force."""
 
+import itertools
+import re
 import time
+from dataclasses import replace
 
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
+from conftest import ROOT, call
+from PIL import Image, PngImagePlugin
 
 import audio
-from config import Mel, UserError
+from config import Mel, Picture, UserError
 
 MEL = Mel()
+CARD = Picture()                                                       # sonic-plantain's
+SMALL = Picture(canvas_height=512, canvas_width=320)                   # without the highest frequency
+WIDE = Picture(stretch=2, reference="fixed")
+SENTENCE = "Anna bought two green baskets."
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +115,246 @@ def test_espeak_says_what_it_is_told(spoken):
 def test_espeak_refuses_a_voice_that_it_does_not_have():
     with pytest.raises(UserError, match="klingonese"):
         audio.espeak("Hello.", MEL.sample_rate, voice="klingonese")
+
+
+# Sound as a picture
+
+@pytest.fixture(scope="module")
+def clip() -> torch.Tensor:
+    return audio.espeak(SENTENCE, CARD.sample_rate)
+
+
+def fit(wave: torch.Tensor, p: Picture) -> torch.Tensor:
+    return F.pad(wave, (0, int(p.seconds * p.sample_rate) - len(wave)))
+
+
+def through_8_bits(picture: torch.Tensor) -> torch.Tensor:
+    return (picture * 255).round() / 255
+
+
+def test_the_path_is_a_gray_code_through_all_corners_of_the_cube():
+    assert len(set(audio.PATH)) == 8 and (audio.PATH[0], audio.PATH[-1]) == ((0, 0, 0), (1, 1, 1))
+    assert all(sum(a != b for a, b in zip(*corners, strict=True)) == 1 for corners in itertools.pairwise(audio.PATH))
+    torch.testing.assert_close(audio.colour(torch.arange(8) / 7), torch.tensor(audio.PATH).float())
+
+
+def test_a_colour_of_the_path_is_its_own_nearest():
+    u = torch.linspace(0, 1, 70001)
+    found, distance = audio.nearest(audio.colour(u))
+    assert (found - u).abs().max() < 2e-7 and distance.max() == 0
+
+
+def test_8_bits_cost_at_most_a_forty_fourth_of_a_decibel(clip):
+    u = torch.linspace(0, 1, 1_000_001)
+    found, _ = audio.nearest(through_8_bits(audio.colour(u)))
+    assert 0.022 < 80 * (found - u).abs().max() <= 0.0225
+    level, _ = audio.unpaint(through_8_bits(audio.paint(clip, CARD)), CARD)
+    assert (level - audio.levels(fit(clip, CARD), CARD)).abs().max() <= 0.0225
+
+
+def test_the_nearest_colour_is_that_of_a_search_along_the_whole_path():
+    rgb = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
+    u, distance = audio.nearest(rgb)
+    searched = torch.cdist(rgb, audio.colour(torch.linspace(0, 1, 14001))).amin(1)
+    torch.testing.assert_close((audio.colour(u) - rgb).norm(dim=1), distance, atol=1e-6, rtol=0)
+    assert (distance <= searched + 1e-5).all() and (searched - distance).max() < 1e-3
+
+
+@pytest.mark.parametrize("edge", range(7))
+def test_a_step_off_an_edge_is_the_distance_and_not_the_level(edge):
+    start, end = audio.PATH[edge:edge + 2]
+    for channel in range(3):
+        if start[channel] == end[channel]:
+            off = audio.colour(torch.tensor((edge + 0.5) / 7))
+            off[channel] += 0.2 * (1 - 2 * start[channel])
+            u, distance = audio.nearest(off)
+            assert distance.item() == pytest.approx(0.2, abs=1e-6) and u.item() == pytest.approx((edge + 0.5) / 7, abs=1e-6)
+
+
+def test_colours_outside_the_cube_count_as_those_on_its_surface():
+    rgb = 3 * torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    for outside, inside in zip(audio.nearest(rgb), audio.nearest(rgb.clamp(0, 1)), strict=True):
+        assert torch.equal(outside, inside)
+
+
+def test_nothing_is_further_from_the_path_than_grey():
+    axis = torch.linspace(0, 1, 41)
+    assert audio.nearest(torch.cartesian_prod(axis, axis, axis))[1].max().item() == pytest.approx(0.5 ** 0.5)
+
+
+@pytest.mark.parametrize("p", [CARD, SMALL, WIDE], ids=["card", "small", "wide"])
+def test_a_picture_holds_the_levels_top_left_and_nothing_else(p, clip):
+    picture, truth = audio.paint(clip, p), audio.levels(fit(clip, p), p)
+    assert picture.shape == (3, p.canvas_height, p.canvas_width) and audio.frames(p) == truth.shape[1] == 313
+    assert picture[:, 513:].sum() == 0 == picture[:, :, 313 * p.stretch:].sum()
+    level, distance = audio.unpaint(picture, p)
+    torch.testing.assert_close(level, truth[:p.canvas_height], atol=1e-4, rtol=0)
+    assert distance.max() < 1e-6 and truth[:, :100].max() > -20 and level.shape[0] == min(513, p.canvas_height)
+
+
+def test_a_batch_is_painted_and_read_as_each_alone(clip):
+    waves = torch.stack([fit(clip, CARD), fit(clip.flip(0), CARD)])
+    pictures = audio.paint(waves, CARD)
+    torch.testing.assert_close(pictures[1], audio.paint(waves[1], CARD), atol=1e-4, rtol=0)
+    assert torch.equal(audio.unpaint(pictures, CARD)[0][1], audio.unpaint(pictures[1], CARD)[0])
+
+
+def test_two_columns_a_frame_survive_smoothing_and_noise_better(clip):
+    errors = {}
+    for stretch in (1, 2):
+        p = replace(CARD, stretch=stretch)
+        picture, truth = audio.paint(clip, p), audio.levels(fit(clip, p), p)
+        noisy = picture + 0.05 * torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
+        errors[stretch] = [(audio.unpaint(x, p)[0] - truth).square().mean().sqrt() for x in (F.avg_pool2d(picture, 3, 1, 1), noisy)]
+    assert all(two < 0.8 * one for one, two in zip(errors[1], errors[2], strict=True))
+
+
+def test_zero_decibels_are_the_clips_own_peak_or_a_sine_of_full_scale():
+    sine = torch.sin(2 * torch.pi * 1000 / 16000 * torch.arange(80000))                # on bin 64
+    fixed = replace(CARD, reference="fixed")
+    for gain, level in ((1, 0.0), (0.5, -6.02), (0.01, -40.0)):
+        assert audio.levels(gain * sine, fixed)[64, 150].item() == pytest.approx(level, abs=0.01)
+        assert audio.levels(gain * sine, CARD).max() == 0
+    torch.testing.assert_close(audio.paint(0.1 * sine, CARD), audio.paint(sine, CARD), atol=1e-3, rtol=0)
+    assert audio.levels(10 * sine, fixed).max() == 0
+
+
+@pytest.mark.parametrize("p", [CARD, SMALL, WIDE], ids=["card", "small", "wide"])
+def test_a_picture_sounds_as_its_clip(p, clip):
+    wave = fit(clip, p)
+    level, _ = audio.unpaint(through_8_bits(audio.paint(clip, p)), p)
+    peak = audio.zero_db(audio.magnitude(wave, p), p).item()
+    rebuilt = audio.listen(level, p, peak)
+    before, after = audio.magnitude(wave, p), audio.magnitude(rebuilt, p)
+    assert len(rebuilt) == 312 * p.hop and (before - after).norm() / before.norm() < 0.05
+    assert audio.log_spectral_distance(audio.levels(wave, p), audio.levels(rebuilt, p)) < 2.5
+
+
+def test_a_sound_whose_loudness_is_not_known_peaks_at_nine_tenths(clip):
+    wave = audio.listen(audio.levels(0.03 * clip, CARD), CARD)
+    assert wave.abs().max().item() == pytest.approx(0.9)
+    fixed = replace(CARD, reference="fixed")
+    assert audio.listen(audio.levels(0.03 * clip, fixed), fixed).norm().item() == pytest.approx(0.03 * clip.norm().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("p", [CARD, WIDE], ids=["peak", "fixed"])
+@pytest.mark.parametrize("samples", [0, 1, 80000])
+def test_silence_is_black_and_stays_silent(p, samples):
+    picture = audio.paint(torch.zeros(samples), p)
+    assert picture.max() == 0 == audio.listen(audio.unpaint(picture, p)[0], p).abs().max()
+
+
+def test_black_among_colours_is_the_floor_and_all_black_is_silence():
+    level = torch.full((513, 100), -80.0)
+    level[64, :50] = 0
+    wave = audio.listen(level, CARD, peak=1.0)
+    assert wave[60 * CARD.hop:].abs().max() == 0
+    assert 3e-5 < audio.magnitude(wave, CARD)[200:, 10:40].mean() < 2e-4
+
+
+def test_log_spectral_distance_is_in_decibels_over_the_shorter():
+    a = -80 * torch.rand(5, 9, generator=torch.Generator().manual_seed(0))
+    assert audio.log_spectral_distance(a, a) == 0 and audio.log_spectral_distance(a + 7, a) == pytest.approx(7, abs=1e-5)
+    b = torch.zeros(5, 4)
+    frames = [(sum(a[i, j].item() ** 2 for i in range(5)) / 5) ** 0.5 for j in range(4)]
+    assert audio.log_spectral_distance(a, b) == pytest.approx(sum(frames) / 4)
+
+
+# PNG
+
+def test_a_png_brings_back_the_picture_its_parameters_and_the_facts(tmp_path, clip):
+    picture = audio.paint(clip, SMALL)
+    audio.save_png(tmp_path / "x.png", picture, SMALL, peak=12.5, text="Café, 3 €", seed=7)
+    found, p, facts = audio.load_png(tmp_path / "x.png")
+    assert torch.equal(found, through_8_bits(picture)) and p == SMALL and facts == {"peak": 12.5, "text": "Café, 3 €", "seed": 7}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_a_png_of_others_has_no_parameters(tmp_path):
+    Image.new("RGB", (48, 32), (0, 0, 255)).save(tmp_path / "x.png")
+    picture, p, facts = audio.load_png(tmp_path / "x.png")
+    assert (picture[2] == 1).all() and picture[:2].sum() == 0 and picture.shape == (3, 32, 48) and p is None and facts == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG no picture", None, "truncated"])
+def test_what_is_no_picture_is_named(tmp_path, content):
+    path = tmp_path / "broken.png"
+    if content == "truncated":
+        audio.save_png(path, torch.rand(3, 512, 320), SMALL)
+        content = path.read_bytes()[:2000]
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="broken.png: not a readable picture"):
+        audio.load_png(path)
+
+
+@pytest.mark.parametrize("chunk", ["no JSON", "[]", "{}", "[" * 100_000, '{"picture": {"hop": 0}}', '{"picture": {"hob": 1}}',
+                                   '{"picture": []}', '{"picture": {"canvas_width": 784}}', '{"picture": {}, "peak": "loud"}',
+                                   '{"picture": {}, "peak": NaN}'], ids=range(10))
+def test_parameters_that_are_damaged_are_said_with_the_files_name(tmp_path, chunk):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("nanoaudio", chunk)
+    Image.new("RGB", (768, 768)).save(tmp_path / "x.png", pnginfo=info)
+    with pytest.raises(UserError, match="x.png: ([^\n]+)$"):
+        audio.load_png(tmp_path / "x.png")
+
+
+# Commands
+
+def test_encode_and_decode_give_the_sound_back_at_its_loudness_and_length(tmp_path, spoken, capsys):
+    audio.save_wav(tmp_path / "a.wav", 0.2 * spoken, MEL.sample_rate)
+    call(audio, "encode", f"{tmp_path}/a.wav")
+    call(audio, "decode", f"{tmp_path}/a.png", f"{tmp_path}/b.wav")
+    before, after = (audio.load_wav(tmp_path / name, 16000) for name in ("a.wav", "b.wav"))
+    assert 0 <= len(before) - len(after) < CARD.hop
+    x, y = audio.magnitude(before, CARD), audio.magnitude(after, CARD)
+    assert (x - y).norm() / x.norm() < 0.05
+    assert "513 of 513 frequencies, on 768 x 768" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seconds", [0.1, 4.35, 16.016])                # the last: 1001 hops, and as a float a little less
+def test_a_sound_of_any_length_gets_a_canvas_as_wide_as_it_needs(tmp_path, seconds):
+    audio.save_wav(tmp_path / "a.wav", 0.1 * torch.randn(round(seconds * 16000)), 16000)
+    call(audio, "encode", f"{tmp_path}/a.wav", f"{tmp_path}/a.png", "--canvas_width=320", "--canvas_height=512", "--stretch=2")
+    picture, p, _ = audio.load_png(tmp_path / "a.png")
+    assert audio.frames(p) == round(seconds * 16000) // 256 + 1
+    assert picture.shape == (3, 512, max(320, -(-audio.frames(p) * 2 // 16) * 16)) and p.stretch == 2
+
+
+def test_a_picture_without_parameters_is_decoded_by_the_cards_or_by_those_given(tmp_path, clip):
+    bare = Image.fromarray((audio.paint(clip, CARD)[:, :513, :250] * 255).round().byte().permute(1, 2, 0).numpy())
+    bare.save(tmp_path / "bare.png")
+    call(audio, "decode", f"{tmp_path}/bare.png")
+    wave = audio.load_wav(tmp_path / "bare.wav", 16000)
+    x, y = audio.levels(fit(clip, CARD), CARD)[:, :200], audio.levels(wave, CARD)[:, :200]
+    assert len(wave) == 255 * 256 and wave.abs().max() > 0.8 and (x - y).abs().mean() < 2
+    call(audio, "decode", f"{tmp_path}/bare.png", "--seconds=1", "--hop=128")
+    assert len(audio.load_wav(tmp_path / "bare.wav", 16000)) == 16000
+
+
+def test_the_tiny_recogniser_understands_a_sentence_after_the_round_trip(tmp_path, clip, capsys):
+    audio.save_wav(tmp_path / "a.wav", clip, 16000)
+    call(audio, "roundtrip", f"{tmp_path}/a.wav", f"{tmp_path}/b.wav", f"--recogniser={ROOT}/assets/whisper-demo.pt", f"--text={SENTENCE}")
+    out = capsys.readouterr().out
+    rmse, most, convergence, distance = (float(re.search(rf"([\d.]+) {what}", out)[1])
+                                         for what in ("dB RMSE", "dB at most", "spectral convergence", "dB log-spectral"))
+    assert rmse < 0.014 and most <= 0.0225 and convergence < 0.05 and distance < 2.5 and "WER          0.0 %" in out
+    assert abs(len(audio.load_wav(tmp_path / "b.wav", 16000)) - len(clip)) < CARD.hop
+
+
+@pytest.mark.parametrize("words, said", [
+    (["encode", "none.wav"], "none.wav"), (["decode", "none.png"], "none.png"), (["encode", "a.wav", "a.jpg"], "must end in .png"),
+    (["decode", "a.png", "a.mp3"], "must end in .wav"), (["encode", "a.wav", "none/a.png"], "none/a.png: cannot be written"),
+    (["decode", "a.png", "none/a.wav"], "none/a.wav: cannot be written"), (["encode", "a.wav", "--hop=0"], "hop must be positive"),
+    (["encode", "a.wav", "folder.png"], "folder.png: cannot be written"), (["encode", "a.wav", "--hop=768"], "no phase fits"),
+    (["encode", "a.wav", "--reference=loud"], "peak, fixed"), (["decode", "a.png", "--seconds=60"], "too narrow"),
+    (["encode", "a.wav", "--canvas_height=500"], "multiples of 16"), (["encode", "a.wav", "--seconds=0.001"], "less than a frame"),
+    (["decode", "a.png", "--stretch=0"], "stretch must be positive"),
+    (["roundtrip", "a.wav", "--recogniser=none.pt"], "none.pt")])
+def test_what_a_command_cannot_do_is_one_line(tmp_path, monkeypatch, refusal, words, said):
+    monkeypatch.chdir(tmp_path)
+    audio.save_wav("a.wav", 0.1 * torch.randn(8000), 16000)
+    Image.new("RGB", (320, 512)).save("a.png")
+    (tmp_path / "folder.png").mkdir()
+    assert said in refusal(audio, *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.wav", "folder.png"]

@@ -1,7 +1,8 @@
-"""Corpora: packing whatever goes wrong, restarting it, and batches that are a pure function of (seed, step, row)."""
+"""Corpora: reading and packing them whatever goes wrong, restarting that, the schedule of clips, caches."""
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -14,18 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
-import transformers
 
 import audio
 import config as configs
 import data
-import pretrained
+import model
 from config import Mel, UserError
 
 MEL = Mel()
 ROOT = Path(__file__).resolve().parents[1]
-TOKENIZER = transformers.ByT5Tokenizer()
 
 
 def write_recordings(root: Path, count: int, rate: int = MEL.sample_rate, first: int = 0) -> list[str]:
@@ -60,7 +60,7 @@ def raw(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def packed(raw, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "corpus"
-    data.pack_ljspeech(raw, out, MEL, workers=1)
+    pack_recordings(raw, out, workers=1)
     return out
 
 
@@ -68,9 +68,10 @@ def config_for(folder: Path, *overrides: str) -> configs.Config:
     return configs.load("", ["--data_dir", str(folder), "--text_encoder", "scratch", "--batch_size", "4", *overrides])
 
 
-def batches_for(folder: Path, *overrides: str, rank: int = 0, world: int = 1) -> data.Batches:
-    config = config_for(folder, *overrides)
-    return data.Batches(config, data.Corpus(config), TOKENIZER, rank, world)
+def pack_recordings(root: Path, out: Path, workers: int = 1, resample: bool = False, strict: bool = False, share=(0, 1)) -> None:
+    """What `python data.py ljspeech` does."""
+    (clips, skipped), form, corpus = data.read_metadata(root), dataclasses.asdict(MEL), {"name": "ljspeech", "resample": resample}
+    data.pack(out, corpus, clips, skipped, form, functools.partial(data.read_speech, out, corpus, form), workers, strict, share)
 
 
 def run_cli(*words, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -99,16 +100,16 @@ def test_what_is_wrong_with_a_clip_is_named_and_the_others_keep_their_own_text_a
     lines[10] = "c0010|caf\xe9|caf\xe9".encode("latin-1")
     lines[11] = "../c0011|x|x"
     write_metadata(tmp_path, [*lines, "c0012|again|Another text", "", "\ufeff"])
-    data.pack_ljspeech(tmp_path, tmp_path / "out", MEL, workers=2)
+    pack_recordings(tmp_path, tmp_path / "out", workers=2)
     skipped, printed = index_of(tmp_path / "out")["skipped"], capfd.readouterr().out
     expected = {"c0001": "not a readable sound file", "c0002": "is missing", "c0003": "truncated", "c0004": "16000 Hz instead of 22050",
-                "c0005": "0.02 s is not between", "c0006": "silent", "line 8 (c0007)": "empty text", "line 10 (c0009)": "2 fields",
+                "c0005": "0.02 s is below", "c0006": "silent", "line 8 (c0007)": "empty text", "line 10 (c0009)": "2 fields",
                 "line 11 (c0010)": "not UTF-8", "line 12 (../c0011)": "no file name", "line 25 (c0012)": "duplicate id"}
     for where, reason in expected.items():
         assert sum(where in line and reason in line for line in skipped) == 1, where
         assert sum(where in line and reason in line for line in printed.splitlines()) == 1, where
     assert len(skipped) == len(expected) + 1                          # the last line is a lone byte order mark
-    corpus = data.Corpus(config_for(tmp_path / "out"))
+    corpus = model.Corpus(config_for(tmp_path / "out"))
     clips = corpus.clips("train") + corpus.clips("val")
     assert sorted(c.id for c in clips) == ["c0000", "c0008", *(f"c{n:04d}" for n in range(12, 24))]
     for clip in clips:
@@ -123,10 +124,10 @@ def test_strict_refuses_and_a_mended_clip_is_tried_again(tmp_path):
     (tmp_path / "wavs/c0003.wav").write_bytes(good[:5000])
     write_metadata(tmp_path, lines)
     with pytest.raises(UserError, match="c0003.*truncated"):
-        data.pack_ljspeech(tmp_path, tmp_path / "out", MEL, workers=1, strict=True)
+        pack_recordings(tmp_path, tmp_path / "out", workers=1, strict=True)
     assert not (tmp_path / "out/index.json").exists()
     (tmp_path / "wavs/c0003.wav").write_bytes(good)
-    data.pack_ljspeech(tmp_path, tmp_path / "out", MEL, workers=1, strict=True)
+    pack_recordings(tmp_path, tmp_path / "out", workers=1, strict=True)
     assert index_of(tmp_path / "out")["clips"] == {"train": 7, "val": 1, "test": 0}
 
 
@@ -134,8 +135,8 @@ def test_more_than_half_skipped_is_refused_and_resampling_saves_it(tmp_path):
     lines = write_recordings(tmp_path, 4) + write_recordings(tmp_path, 6, rate=16000, first=4)
     write_metadata(tmp_path, lines)
     with pytest.raises(UserError, match="6 clips had to be skipped.*--resample"):
-        data.pack_ljspeech(tmp_path, tmp_path / "out", MEL, workers=1)
-    data.pack_ljspeech(tmp_path, tmp_path / "out", MEL, workers=1, resample=True)
+        pack_recordings(tmp_path, tmp_path / "out", workers=1)
+    pack_recordings(tmp_path, tmp_path / "out", workers=1, resample=True)
     assert sum(index_of(tmp_path / "out")["clips"].values()) == 10
 
 
@@ -152,35 +153,35 @@ def test_the_published_split_is_used_by_id(tmp_path):
 
 
 def test_a_rerun_makes_only_what_is_not_whole(raw, tmp_path, small_shards):
-    data.pack_ljspeech(raw, tmp_path, MEL, workers=1)
+    pack_recordings(raw, tmp_path, workers=1)
     first, times = index_of(tmp_path), {p: p.stat().st_mtime_ns for p in tmp_path.glob("*_0*")}
     (tmp_path / "clips_00001.jsonl").unlink()
-    (tmp_path / "mel_00003.npy").write_bytes((tmp_path / "mel_00003.npy").read_bytes()[:-100])
+    (tmp_path / "rows_00003.npy").write_bytes((tmp_path / "rows_00003.npy").read_bytes()[:-100])
     with pytest.raises(UserError, match="shard 1 is missing or damaged"):
-        data.Corpus(config_for(tmp_path))
-    data.pack_ljspeech(raw, tmp_path, MEL, workers=2)
+        model.Corpus(config_for(tmp_path))
+    pack_recordings(raw, tmp_path, workers=2)
     changed = {p.name for p, t in times.items() if p.stat().st_mtime_ns != t}
-    assert changed == {"clips_00001.jsonl", "mel_00001.npy", "clips_00003.jsonl", "mel_00003.npy"}
+    assert changed == {"clips_00001.jsonl", "rows_00001.npy", "clips_00003.jsonl", "rows_00003.npy"}
     assert index_of(tmp_path) == first
-    (tmp_path / "mel_00003.npy").write_bytes(b"")
+    (tmp_path / "rows_00003.npy").write_bytes(b"")
     with pytest.raises(UserError, match="shard 3 is missing or damaged"):
-        data.Corpus(config_for(tmp_path))
+        model.Corpus(config_for(tmp_path))
 
 
 def test_shares_of_several_machines_make_what_one_makes(raw, tmp_path, small_shards, capsys):
-    data.pack_ljspeech(raw, tmp_path / "one", MEL, workers=2)
-    data.pack_ljspeech(raw, tmp_path / "two", MEL, workers=1, share=(0, 2))
+    pack_recordings(raw, tmp_path / "one", workers=2)
+    pack_recordings(raw, tmp_path / "two", workers=1, share=(0, 2))
     assert not (tmp_path / "two/index.json").exists() and "still to be made" in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / "two").glob("mel*")} == {"mel_00000.npy", "mel_00002.npy", "mel_00004.npy"}
-    data.pack_ljspeech(raw, tmp_path / "two", MEL, workers=1, share=(1, 2))
+    assert {p.name for p in (tmp_path / "two").glob("rows*")} == {"rows_00000.npy", "rows_00002.npy", "rows_00004.npy"}
+    pack_recordings(raw, tmp_path / "two", workers=1, share=(1, 2))
     assert index_of(tmp_path / "one") == index_of(tmp_path / "two")
 
 
 def test_a_killed_run_leaves_no_half_shard_and_is_taken_up(tmp_path):
     write_metadata(tmp_path, write_recordings(tmp_path, 120))
     out = tmp_path / "out"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; from data import Path as P; data.SHARD = 2; " \
-           f"data.pack_ljspeech(P({str(tmp_path)!r}), P({str(out)!r}), data.Mel(), workers=1)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; data.SHARD = 2; " \
+           f"sys.argv[1:] = ['ljspeech', '--root={tmp_path}', '--out={out}', '--workers=1']; data.main()"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None and len(list(out.glob("clips*.jsonl"))) < 4:
         time.sleep(0.001)
@@ -190,7 +191,7 @@ def test_a_killed_run_leaves_no_half_shard_and_is_taken_up(tmp_path):
     assert 4 <= made < 60 and not (out / "index.json").exists()
     plan = json.loads((out / "clips_00000.jsonl").read_text().split("\n")[0])["plan"]
     assert all(data.read_shard(out, int(path.stem[-5:]), plan) for path in out.glob("clips*.jsonl"))
-    (out / "mel_00059.npy.123.part").write_bytes(b"half")
+    (out / "rows_00059.npy.123.part").write_bytes(b"half")
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert sum(index_of(out)["clips"].values()) == 120 and not list(out.glob("*.part"))
 
@@ -205,19 +206,19 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
 def test_another_corpus_is_not_packed_over_this_one(packed, tmp_path):
     write_metadata(tmp_path, write_recordings(tmp_path, 4))
     with pytest.raises(UserError, match="already holds another corpus"):
-        data.pack_ljspeech(tmp_path, packed, MEL, workers=1)
+        pack_recordings(tmp_path, packed, workers=1)
 
 
 def test_statistics_are_those_of_the_training_clips(packed):
-    corpus = data.Corpus(config_for(packed))
+    corpus = model.Corpus(config_for(packed))
     values = torch.cat([corpus.log_mel(clip) for clip in corpus.clips("train")]).double()
     assert corpus.mean == pytest.approx(values.mean().item(), rel=1e-9)
     assert corpus.std == pytest.approx(values.std(correction=0).item(), rel=1e-9)
 
 
 def test_real_recordings_are_packed_as_their_log_mel(recordings, tmp_path):
-    data.pack_ljspeech(recordings, tmp_path, MEL, workers=2, strict=True)
-    corpus = data.Corpus(config_for(tmp_path))
+    pack_recordings(recordings, tmp_path, workers=2, strict=True)
+    corpus = model.Corpus(config_for(tmp_path))
     lines = dict(line.split("|")[::2] for line in (recordings / "metadata.csv").read_text().splitlines())
     clips = sum((corpus.clips(split) for split in data.SPLITS), [])
     assert len(clips) == 64 and len(corpus.clips("val")) == 2 and len(corpus.clips("test")) == 16
@@ -230,13 +231,136 @@ def test_real_recordings_are_packed_as_their_log_mel(recordings, tmp_path):
 def test_the_archive_is_fetched_and_unpacked_as_the_root(raw, tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "x.tar.bz2", "w:bz2") as tar:
         tar.add(raw, "LJSpeech-1.1")
-    monkeypatch.setattr(data, "LJSPEECH_URL", (tmp_path / "x.tar.bz2").as_uri())
-    data.download_ljspeech(tmp_path / "new/lj")
+    monkeypatch.setitem(data.ARCHIVES, "ljspeech", ((tmp_path / "x.tar.bz2").as_uri(), "LJSpeech-1.1"))
+    data.download("ljspeech", tmp_path / "new/lj")
     assert (tmp_path / "new/lj/metadata.csv").read_bytes() == (raw / "metadata.csv").read_bytes()
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["lj"]
-    monkeypatch.setattr(data, "LJSPEECH_URL", (tmp_path / "nowhere").as_uri())
+    monkeypatch.setitem(data.ARCHIVES, "ljspeech", ((tmp_path / "nowhere").as_uri(), "LJSpeech-1.1"))
     with pytest.raises(UserError, match="cannot be had"):
-        data.download_ljspeech(tmp_path / "other")
+        data.download("ljspeech", tmp_path / "other")
+
+
+# LibriSpeech
+
+
+def write_librispeech(root: Path, speakers: int, utterances: int = 3, rate: int = 16000) -> None:
+    """Noise of 0.4 to 0.8 s in LibriSpeech's layout: `speakers` of one chapter each."""
+    for speaker in range(100, 100 + speakers):
+        folder, rng = root / "LibriSpeech/train-clean-100" / str(speaker) / "7", np.random.default_rng(speaker)
+        folder.mkdir(parents=True)
+        lines = [f"{speaker}-7-{n:04d} I SAID IT'S NUMBER {speaker} I'M {n}\n" for n in range(utterances)]
+        (folder / f"{speaker}-7.trans.txt").write_text("".join(lines))
+        for n in range(utterances):
+            soundfile.write(folder / f"{speaker}-7-{n:04d}.flac", 0.1 * rng.standard_normal(int(rate * rng.uniform(0.4, 0.8))), rate)
+
+
+def test_librispeech_is_read_from_any_folder_above_it_as_sentences(tmp_path):
+    write_librispeech(tmp_path, 2)
+    clips, skipped = data.read_librispeech(tmp_path)
+    assert not skipped and [clip.id for clip in clips] == [f"{speaker}-7-{n:04d}" for speaker in (100, 101) for n in range(3)]
+    assert clips[1].text == "I said it's number 100 I'm 1." and Path(clips[1].wav).name == "100-7-0001.flac"
+    assert [clip.split for clip in clips] == ["train"] * 5 + ["val"]               # too few speakers to hold one out
+    assert data.read_librispeech(tmp_path / "LibriSpeech/train-clean-100") == (clips, [])
+
+
+def test_librispeech_holds_speakers_out_whole(tmp_path):
+    write_librispeech(tmp_path, 60, utterances=2)
+    clips, _ = data.read_librispeech(tmp_path)
+    speakers = {split: {clip.id.split("-")[0] for clip in clips if clip.split == split} for split in data.SPLITS}
+    assert [len(speakers[split]) for split in data.SPLITS] == [58, 1, 1]
+    assert sum(len(found) for found in speakers.values()) == len(set.union(*speakers.values())) == 60
+
+
+def test_what_is_wrong_in_librispeech_is_named(tmp_path):
+    write_librispeech(tmp_path, 3, utterances=8)
+    folder = tmp_path / "LibriSpeech/train-clean-100/100/7"
+    transcript, flac = folder / "100-7.trans.txt", [folder / f"100-7-{n:04d}.flac" for n in range(8)]
+    lines = transcript.read_bytes().splitlines()
+    transcript.write_bytes(b"\n".join([b"100-7-0000", lines[1], lines[1], *lines[3:7], b"100-7-0007 CAF\xc9", b"../x TEXT"]) + b"\n")
+    flac[3].write_bytes(flac[3].read_bytes()[:3000])
+    flac[4].write_bytes(b"fLaC, not really")
+    flac[5].unlink()
+    config = configs.load("", ["--corpus", "librispeech", "--data_dir", str(tmp_path)])
+    corpus, clips, skipped = data.read_corpus(config)
+    form = data.wave_form(config.picture)
+    data.pack(tmp_path / "out", corpus, clips, skipped, form, functools.partial(data.read_speech, tmp_path, corpus, form), workers=1)
+    expected = {"line 1 (100-7-0000)": "1 fields, not 2", "line 3 (100-7-0001)": "duplicate id", "line 8 (100-7-0007)": "not UTF-8",
+                "line 9 (../x)": "no file name", "100-7-0003": "", "100-7-0004": "not a readable sound file", "100-7-0005": "is missing"}
+    found = index_of(tmp_path / "out")
+    for where, reason in expected.items():
+        assert sum(where in line and reason in line for line in found["skipped"]) == 1, where
+    assert len(found["skipped"]) == len(expected) and sum(found["clips"].values()) == 18      # nobody wrote a line for 100-7-0002
+    with pytest.raises(UserError, match="no <speaker>/<chapter>.*--download"):
+        data.read_librispeech(tmp_path / "out")
+
+
+# Waves for pictures
+
+
+def waves_config(folder: Path, *overrides: str) -> configs.Config:
+    return configs.load("", ["--system", "spectrogram", "--corpus", "librispeech", "--data_dir", str(folder), *overrides])
+
+
+def as_they_are(_: configs.Config, clips: list[data.Clip], __: Path) -> list[data.Clip]:
+    return clips
+
+
+def test_waves_are_the_recordings_at_the_pictures_rate_and_what_is_too_long_is_counted(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    write_librispeech(tmp_path / "raw", 4, rate=22050)
+    config = waves_config(tmp_path / "raw", "--picture.seconds", "0.7")
+    clips, _ = data.read_librispeech(tmp_path / "raw")
+    expected = {clip.id: audio.load_wav(clip.wav, 16000) for clip in clips}
+    data.prepare_speech(config, data.wave_form(config.picture), as_they_are)
+    corpus = data.Waves(config)
+    found = {clip.id: corpus.wave(clip) for clip in corpus.clips("train") + corpus.clips("val")}
+    assert set(found) == {name for name, wave in expected.items() if len(wave) <= 0.7 * 16000} and 0 < len(found) < len(clips)
+    for name, wave in found.items():
+        n, padding = len(expected[name]), wave[len(expected[name]):]
+        torch.testing.assert_close(wave[:n], expected[name].clamp(-1, 1), rtol=0, atol=2e-5)
+        assert len(padding) < config.picture.hop and not padding.any() and len(wave) <= 0.7 * 16000
+    printed, index = capfd.readouterr().out, index_of(corpus.folder)
+    assert f"0 skipped, {len(clips) - len(found)} too long" in printed and index["too_long"] == len(clips) - len(found)
+    assert not index["skipped"] and len(printed.splitlines()) == 4       # reading, twice; packing; done
+    wave, rate = corpus.recording(corpus.clips("val")[0])
+    assert rate == 16000 and torch.equal(wave, corpus.wave(corpus.clips("val")[0])) and corpus.statistics == ()
+    shutil.rmtree(tmp_path / "raw")                                    # once packed, the recordings may go
+    data.prepare_speech(config, data.wave_form(config.picture), as_they_are)
+
+
+def test_learning_by_heart_needs_no_clip_to_validate_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_metadata(tmp_path / "raw", write_recordings(tmp_path / "raw", 8))
+    audio.save_wav(tmp_path / "raw/wavs/c0007.wav", torch.rand(50000), MEL.sample_rate)         # the one that validates is too long
+    config = waves_config(tmp_path / "raw", "--corpus=ljspeech", "--picture.seconds=1.5", "--overfit=3")
+    data.prepare_speech(config, data.wave_form(config.picture), as_they_are)
+    assert [len(data.Waves(config).clips(split)) for split in data.SPLITS] == [3, 3, 3]
+    nothing = waves_config(tmp_path / "raw", "--corpus=ljspeech", "--picture.seconds=0.2")
+    with pytest.raises(UserError, match="8 clips are too long .data.align cuts them"):
+        data.prepare_speech(nothing, data.wave_form(nothing.picture), as_they_are)
+
+
+def test_a_clip_is_its_part_of_the_recording(tmp_path):
+    write_librispeech(tmp_path, 2)
+    clips, corpus = data.read_librispeech(tmp_path)[0], {"name": "librispeech", "resample": True}
+    form = data.wave_form(configs.Picture())
+    whole, part = (data.read_speech(tmp_path, corpus, form, clips[0]._replace(start=a, stop=b)).ravel() for a, b in ((0, 0), (0.1, 0.3)))
+    assert np.array_equal(part[:3200], whole[1600:4800]) and not part[3200:].any()
+
+
+def test_the_demo_speaks_with_another_voice_into_waves(tmp_path):
+    made = {}
+    for voice in ("en-us", "en-us+m3"):
+        config = configs.load("", ["--system", "spectrogram", "--corpus", "demo", "--data_dir", str(tmp_path / voice), "--sentences", "3",
+                                   "--voice", voice])
+        data.prepare_speech(config, data.wave_form(config.picture), as_they_are)
+        made[voice] = data.Waves(config)
+    clips = [corpus.clips("train")[0] for corpus in made.values()]
+    assert clips[0].text == clips[1].text == audio.distinct_sentences("matrix", 1, held_out=False)[0]
+    a, b = (corpus.wave(corpus.clips("train")[0]) for corpus in made.values())
+    assert len(a) / 16000 == pytest.approx(len(b) / 16000, abs=0.5) and (len(a) != len(b) or not torch.allclose(a, b, atol=0.1))
+    with pytest.raises(UserError, match="packed with n_fft None, but 1024 is wanted"):
+        model.Corpus(configs.load("", ["--corpus", "demo", "--data_dir", str(tmp_path / "en-us"), "--mel.sample_rate", "16000"]))
 
 
 # The demo
@@ -244,18 +368,18 @@ def test_the_archive_is_fetched_and_unpacked_as_the_root(raw, tmp_path, monkeypa
 
 @pytest.mark.parametrize("grammar", ["matrix", "open"])
 def test_the_demo_trains_on_nothing_that_is_held_out(grammar):
-    train, held_out = data.distinct_sentences(grammar, 200, False), data.distinct_sentences(grammar, 128, True)
+    train, held_out = audio.distinct_sentences(grammar, 200, False), audio.distinct_sentences(grammar, 128, True)
     assert len(set(train)) == 200 and len(set(held_out)) == 128 and not set(train) & set(held_out)
-    assert all(map(data.is_held_out, held_out)) and not any(map(data.is_held_out, train))
-    assert train[:50] == data.distinct_sentences(grammar, 50, False)
+    assert all(map(audio.is_held_out, held_out)) and not any(map(audio.is_held_out, train))
+    assert train[:50] == audio.distinct_sentences(grammar, 50, False)
 
 
 def test_the_demo_is_spoken_trimmed_and_kept_to_listen_to(tmp_path):
     config = configs.load("", ["--corpus", "demo", "--data_dir", str(tmp_path / "demo"), "--sentences", "70", "--text_encoder", "scratch"])
-    data.prepare(config)
-    corpus = data.Corpus(config)
+    model.prepare(config)
+    corpus = model.Corpus(config)
     assert [len(corpus.clips(split)) for split in data.SPLITS] == [70, 64, 64]
-    assert [c.text for c in corpus.clips("train")] == data.distinct_sentences("matrix", 70, False)
+    assert [c.text for c in corpus.clips("train")] == audio.distinct_sentences("matrix", 70, False)
     assert [bool(c.wav) for c in corpus.clips("train")] == [True] * 64 + [False] * 6
     for clip in corpus.clips("val") + corpus.clips("train")[:64]:
         wave = audio.load_wav(clip.wav, MEL.sample_rate)
@@ -263,12 +387,12 @@ def test_the_demo_is_spoken_trimmed_and_kept_to_listen_to(tmp_path):
         assert max(loud[0].item(), len(wave) - 1 - loud[-1].item()) <= 0.05 * MEL.sample_rate
         assert torch.equal(corpus.log_mel(clip), audio.log_mel(wave, MEL).half().float())
     started = time.perf_counter()
-    data.prepare(config)
+    model.prepare(config)
     assert time.perf_counter() - started < 1
     with pytest.raises(UserError, match="already holds another corpus"):
-        data.prepare(configs.load("", ["--corpus", "demo", "--data_dir", str(tmp_path / "demo"), "--sentences", "71"]))
+        model.prepare(configs.load("", ["--corpus", "demo", "--data_dir", str(tmp_path / "demo"), "--sentences", "71"]))
     shutil.move(tmp_path / "demo", tmp_path / "moved")                 # recordings of the demo move along with it
-    moved = data.Corpus(dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=str(tmp_path / "moved"))))
+    moved = model.Corpus(dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=str(tmp_path / "moved"))))
     assert Path(moved.clips("val")[0].wav).exists()
 
 
@@ -278,36 +402,35 @@ def test_the_demo_is_spoken_trimmed_and_kept_to_listen_to(tmp_path):
 def test_a_raw_folder_is_packed_beside_and_found_again(raw, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = config_for(raw)
-    with pytest.raises(UserError, match="no packed corpus there.*data.py prepare --config"):
-        data.Corpus(config)
-    data.prepare(config)
-    assert data.packed_dir(config).parent == Path("data/packed") and len(data.Corpus(config).clips("train")) == 22
-    assert data.packed_dir(config) != data.packed_dir(config_for(raw, "--n_mels", "64"))
+    with pytest.raises(UserError, match="no packed corpus there.*system.py prepare --config"):
+        model.Corpus(config)
+    model.prepare(config)
+    corpus, other = model.Corpus(config), config_for(raw, "--n_mels", "64")
+    assert corpus.folder.parent == Path("data/packed") and len(corpus.clips("train")) == 22
+    assert corpus.folder != data.packed_dir(other, dataclasses.asdict(other.mel))
 
 
 def test_another_mel_or_format_is_refused_by_name(packed, tmp_path):
     with pytest.raises(UserError, match="packed with n_mels 80, but 64 is wanted"):
-        data.Corpus(config_for(packed, "--n_mels", "64"))
+        model.Corpus(config_for(packed, "--n_mels", "64"))
     shutil.copytree(packed, tmp_path / "p")
     (tmp_path / "p/index.json").write_text(json.dumps(index_of(packed) | {"format": 7}))
-    with pytest.raises(UserError, match="packed with format 7, but 1 is wanted"):
-        data.Corpus(config_for(tmp_path / "p"))
+    with pytest.raises(UserError, match="packed with format 7, but 2 is wanted"):
+        model.Corpus(config_for(tmp_path / "p"))
     (tmp_path / "p/index.json").write_text(json.dumps(index_of(packed) | {"plan": "x"}))
     with pytest.raises(UserError, match="shard 0 is missing or damaged"):
-        data.Corpus(config_for(tmp_path / "p"))
+        model.Corpus(config_for(tmp_path / "p"))
     (tmp_path / "p/index.json").write_text('{"format": 1')
     with pytest.raises(UserError, match="damaged index.json"):
-        data.Corpus(config_for(tmp_path / "p"))
+        model.Corpus(config_for(tmp_path / "p"))
 
 
 def test_overfit_makes_every_split_the_first_clips_and_long_ones_are_left_out(packed):
-    corpus = data.Corpus(config_for(packed, "--overfit", "5"))
-    assert corpus.clips("val") == corpus.clips("train") == data.Corpus(config_for(packed)).clips("train")[:5]
-    assert len(data.Corpus(config_for(packed, "--overfit", "23")).clips("test")) == 23
-    short = data.Corpus(config_for(packed, "--max_seconds", "0.7")).clips("train")
+    corpus = model.Corpus(config_for(packed, "--overfit", "5"))
+    assert corpus.clips("val") == corpus.clips("train") == model.Corpus(config_for(packed)).clips("train")[:5]
+    assert len(model.Corpus(config_for(packed, "--overfit", "23")).clips("test")) == 23
+    short = model.Corpus(config_for(packed, "--max_seconds", "0.7")).clips("train")
     assert 0 < len(short) < 22 and max(c.frames for c in short) * MEL.hop <= 0.7 * MEL.sample_rate
-    with pytest.raises(UserError, match="no train clip of at most data.max_seconds 0.1"):
-        batches_for(packed, "--max_seconds", "0.1")
 
 
 def speech_like_lengths() -> np.ndarray:
@@ -346,90 +469,6 @@ def test_at_most_a_twentieth_of_what_is_computed_is_padding(batch, multiple):
     assert valid / computed >= 0.95
 
 
-VARIED = ("--silence_prob", "0.5", "--max_silence_sec", "0.5", "--text_condition_dropout", "0.3")
-
-
-def test_a_batch_is_what_it_says(packed):
-    batches = batches_for(packed, *VARIED, "--pad_multiple", "16")
-    batch = batches.train(3)
-    assert {k: v.dtype for k, v in batch.items()} == {
-        "x": torch.float32, "x_mask": torch.bool, "noise": torch.float32, "t": torch.float32, "ids": torch.int64, "text_mask": torch.bool,
-        "text_dropped": torch.bool, "frames": torch.int64, "number": torch.int64}
-    assert batch["x"].shape[1] % 16 == 0 and batch["ids"].shape[1] % 8 == 0 and ((batch["t"] > 0) & (batch["t"] < 1)).all()
-    clips = {clip.number: clip for clip in batches.corpus.clips("train")}
-    for i, number in enumerate(batch["number"].tolist()):
-        frames, length = batch["frames"][i].item(), batch["x_mask"][i].sum().item()
-        x, tokens = batch["x"][i] * batches.corpus.std + batches.corpus.mean, batch["ids"][i][batch["text_mask"][i]].tolist()
-        assert clips[number].frames == frames <= length
-        torch.testing.assert_close(x[:frames], batches.corpus.log_mel(clips[number]))
-        torch.testing.assert_close(x[frames:length], torch.full((length - frames, 80), np.log(audio.LOG_FLOOR)))
-        assert not batch["x"][i, length:].any() and not batch["noise"][i, length:].any() and batch["noise"][i, :length].std() > 0.9
-        assert tokens == pretrained.tokenize(TOKENIZER, ["" if batch["text_dropped"][i] else clips[number].text])[0]
-
-
-def rows_of(batches: list[dict]) -> dict[tuple, list]:
-    """Every row without its padding, keyed by its clip and t."""
-    rows = {}
-    for b in batches:
-        for i in range(len(b["t"])):
-            x_mask, text_mask = b["x_mask"][i], b["text_mask"][i]
-            key = b["number"][i].item(), b["t"][i].item()
-            rows[key] = [b["x"][i][x_mask], b["noise"][i][x_mask], b["ids"][i][text_mask], b["frames"][i]]
-    return rows
-
-
-def assert_same_rows(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    assert all(torch.equal(u, v) for key in a for u, v in zip(a[key], b[key], strict=True))
-
-
-def test_two_ranks_and_two_micro_batches_see_what_one_process_sees(packed):
-    alone = batches_for(packed, *VARIED, "--batch_size", "16")
-    ranks = [batches_for(packed, *VARIED, "--batch_size", "4", "--grad_accum", "2", rank=rank, world=2) for rank in (0, 1)]
-    for step in (0, 1, 7):
-        assert_same_rows(rows_of([alone.train(step)]), rows_of([r.train(step, micro) for micro in (0, 1) for r in ranks]))
-    assert_same_rows(rows_of(alone.validation()), rows_of(ranks[0].validation() + ranks[1].validation()))
-
-
-def test_padding_changes_nothing_but_zeros(packed):
-    tight, loose = batches_for(packed, *VARIED, "--pad_multiple", "1"), batches_for(packed, *VARIED, "--pad_multiple", "64")
-    for step in (0, 4):
-        a, b = tight.train(step), loose.train(step)
-        assert a["x"].shape[1] < b["x"].shape[1]
-        assert_same_rows(rows_of([a]), rows_of([b]))
-
-
-def test_batches_are_a_pure_function_of_the_step(packed):
-    batches, again = batches_for(packed, *VARIED), batches_for(packed, *VARIED)
-    again.train(1), again.validation()
-    for key, value in batches.train(2).items():
-        assert torch.equal(value, again.train(2)[key])
-    assert not torch.equal(batches.train(2)["t"], batches.train(3)["t"])
-
-
-def test_text_is_dropped_and_silence_added_as_often_as_asked(packed):
-    batches = batches_for(packed, *VARIED, "--batch_size", "64")
-    drawn = [batches.train(step) for step in range(6)]
-    dropped = torch.cat([b["text_dropped"] for b in drawn]).float().mean()
-    silence = torch.cat([b["x_mask"].sum(1) - b["frames"] for b in drawn])
-    assert 0.2 < dropped < 0.4 and 0.4 < (silence > 0).float().mean() < 0.6
-    assert silence.max() <= 0.5 * MEL.sample_rate / MEL.hop
-    plain = batches_for(packed, "--text_condition_dropout", "0", "--batch_size", "64").train(0)
-    assert not plain["text_dropped"].any() and torch.equal(plain["x_mask"].sum(1), plain["frames"])
-
-
-def test_validation_covers_every_clip_once_with_times_spread_evenly(packed):
-    batches = batches_for(packed, *VARIED, "--overfit", "20", "--batch_size", "8")
-    found = batches.validation()
-    numbers = torch.cat([b["number"] for b in found]).tolist()
-    assert [len(b["t"]) for b in found] == [8, 8, 4] and sorted(numbers) == [clip.number for clip in batches.corpus.clips("val")]
-    t = torch.cat([b["t"] for b in found])
-    assert torch.histc(t, 5, 0, 1).min() >= 3 and 0.001 <= t.min() and t.max() <= 0.999
-    assert not any(b["text_dropped"].any() or (b["x_mask"].sum(1) != b["frames"]).any() for b in found)
-    shares = [batches_for(packed, "--overfit", "20", "--batch_size", "8", rank=rank, world=3).validation() for rank in range(3)]
-    assert sorted(sum(len(b["t"]) for b in share) for share in shares) == [6, 7, 7]
-
-
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_prefetch_keeps_the_order_passes_errors_on_and_can_be_closed(workers):
     def make(step: int) -> int:
@@ -445,52 +484,91 @@ def test_prefetch_keeps_the_order_passes_errors_on_and_can_be_closed(workers):
     assert list(data.prefetch(make, range(6), workers)) == [100 // (7 - step) for step in range(6)]
 
 
-# Features of a frozen encoder
+# Caches of rows
 
 
-@pytest.fixture(scope="module")
-def tiny_t5(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("t5")
-    shape = transformers.T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
-    transformers.T5EncoderModel(shape).save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return str(folder)
+def cache(path: Path, items: list[np.ndarray], batches: list, width: int | None = None, fail_after: int = 1000) -> None:
+    def encode(numbers: list[int]) -> list[np.ndarray]:
+        if len(batches) == fail_after:
+            raise KeyboardInterrupt
+        batches.append(numbers)
+        return [items[n] for n in numbers]
+    data.cache_rows(path, [len(item) for item in items], width, encode, 4, "items")
 
 
-def test_cached_features_are_what_the_frozen_encoder_makes_of_each_row(packed, tiny_t5, tmp_path):
-    folder = shutil.copytree(packed, tmp_path / "corpus")
-    frozen = (*VARIED, "--text_encoder", tiny_t5, "--device", "cpu")
-    with pytest.raises(UserError, match="data.py prepare"):
-        batches_for(folder, *frozen)
-    data.prepare(config_for(folder, *frozen))
-    encoder, tokenizer, width = pretrained.load_text_encoder(tiny_t5)
-    config = config_for(folder, *frozen)
-    batch = data.Batches(config, data.Corpus(config), tokenizer).train(0)
-    assert batch["features"].shape == (*batch["ids"].shape, width) and batch["features"].dtype == torch.float32
-    expected = encoder(batch["ids"], batch["text_mask"])
-    torch.testing.assert_close(batch["features"][batch["text_mask"]], expected[batch["text_mask"]], rtol=2e-3, atol=2e-3)
-    assert not batch["features"][~batch["text_mask"]].any()
-    times = {path: path.stat().st_mtime_ns for path in folder.glob("features*")}
-    data.prepare(config)
-    assert len(times) == 2 and times == {path: path.stat().st_mtime_ns for path in folder.glob("features*")}
-    next(path for path in times if "offsets" not in path.name).write_bytes(b"half")
-    with pytest.raises(UserError, match="missing, or damaged"):
-        batches_for(folder, *frozen)
+@pytest.fixture
+def items() -> list[np.ndarray]:
+    """30 items of 0 to 8 rows of 5 numbers that float16 has."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((rng.integers(9), 5)).astype(np.float16).astype(np.float32) for _ in range(30)]
+
+
+@pytest.mark.parametrize("width", [None, 5])
+def test_cached_rows_are_what_was_encoded(items, tmp_path, width):
+    cache(tmp_path / "x.npy", items, batches := [], width)
+    rows = data.open_rows(tmp_path / "x.npy", "pack")
+    for n, item in enumerate(items):
+        assert rows(n).dtype == torch.float32 and np.array_equal(rows(n).numpy(), item)
+    lengths = [len(items[n]) for batch in batches for n in batch]
+    assert lengths == sorted(lengths) and sorted(sum(batches, [])) == list(range(30))
+    assert {path.name for path in tmp_path.iterdir()} == {"x.npy", "x.spans.npy"}
+    cache(tmp_path / "x.npy", items, again := [])
+    assert not again
+
+
+@pytest.mark.parametrize("fail_after, cut", [(0, 0), (3, 0), (5, 7), (7, 200), (5, 10_000)])
+def test_a_cache_that_was_interrupted_is_taken_up_where_it_was(items, tmp_path, fail_after, cut):
+    path, first, second = tmp_path / "x.npy", [], []
+    with pytest.raises(KeyboardInterrupt):
+        cache(path, items, first, fail_after=fail_after)
+    with pytest.raises(UserError, match="missing, or damaged.*; pack"):
+        data.open_rows(path, "pack")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(unfinished.read_bytes()[:-cut or None])     # what a killed process had not written yet
+    cache(path, items, second)
+    rows = data.open_rows(path, "pack")
+    assert all(np.array_equal(rows(n).numpy(), item) for n, item in enumerate(items))
+    done, again = sum(first, []), sum(second, [])
+    assert set(done) | set(again) == set(range(30))
+    assert cut or not set(done) & set(again)
+
+
+def test_an_unfinished_cache_of_something_else_is_not_taken_up(items, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        cache(tmp_path / "x.npy", [np.zeros((len(item), 6)) for item in items], [], fail_after=5)
+    cache(tmp_path / "x.npy", items, [], width=5)
+    rows = data.open_rows(tmp_path / "x.npy", "pack")
+    assert all(np.array_equal(rows(n).numpy(), item) for n, item in enumerate(items))
+
+
+def test_rows_of_the_wrong_shape_or_beyond_float16_are_refused(items, tmp_path):
+    with pytest.raises(ValueError, match="too large for float16"):
+        data.cache_rows(tmp_path / "x.npy", [1], None, lambda _: [np.full((1, 2), 1e6)], 4, "items")
+    with pytest.raises(ValueError, match=r"item 0 is \(2, 2\) instead of"):
+        data.cache_rows(tmp_path / "y.npy", [1], None, lambda _: [np.zeros((2, 2))], 4, "items")
+    with pytest.raises(UserError, match="cannot be written"):
+        data.cache_rows(tmp_path / "nowhere" / "x.npy", [1], None, lambda _: [np.zeros((1, 2))], 4, "items")
+
+
+def test_times_of_validation_are_spread_evenly_wherever_one_begins():
+    for first in (0, 5, 1000):
+        assert np.histogram([data.golden(n) for n in range(first, first + 20)], 5, (0, 1))[0].min() >= 3
+    assert 0 < data.golden(0) < 1
 
 
 # The command line
 
 
-def test_the_commands_pack_and_prepare(raw, tmp_path):
+def test_the_command_packs(raw, tmp_path):
     done = run_cli("ljspeech", "--root", raw, "--out", tmp_path / "a", "--workers", "2")
     assert done.returncode == 0 and "22 train, 1 val, 0 test clips; 0 skipped" in done.stdout and not done.stderr
-    done = run_cli("prepare", "--text-encoder=scratch", "--data_dir", tmp_path / "a", cwd=tmp_path)
-    assert done.returncode == 0 and not done.stdout and not done.stderr
 
 
 @pytest.mark.parametrize("words, message", [
     (["ljspeech", "--root", "nowhere", "--out", "x"], "--download"),
-    (["prepare", "--data_dir", "nowhere"], "nowhere"),
+    (["librispeech", "--root", "nowhere", "--out", "x"], "nowhere: no <speaker>/<chapter>"),
+    (["demo", "--out", "x", "--shard", "2/2"], "--shard 2/2"),
+    (["demo", "--out", "x", "--sentence", "5"], "did you mean"),
     (["demo", "--out", "/proc/nowhere"], "cannot be made"),
 ], ids=str)
 def test_a_user_error_is_one_line_and_exit_code_2(words, message, tmp_path):

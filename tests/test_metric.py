@@ -264,7 +264,7 @@ def test_the_first_eight_samples_can_be_heard_and_seen(page):
 def test_headline_tells_the_error_rate_its_interval_and_floors(page):
     for words in ("12.3 %", "10.0 % to 20.0 %", "base.en", "2.0 %", "5.43 dB", "2,000 steps", "3.3 minutes", "4.4 M", "1 x H200"):
         assert words in page.text
-    assert "through the same vocoder" not in page.text         # was not measured
+    assert "through all but the network" not in page.text         # was not measured
 
 
 def test_text_of_prompts_config_and_command_is_escaped(page):

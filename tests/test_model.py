@@ -1,12 +1,18 @@
-"""The mel flow Transformer: what it may depend on, and what it may not."""
+"""The mel flow Transformer: what it may depend on, and what it may not; batches that are a pure function of (seed, step, row)."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
+import audio
 import config as configs
 import model
+import pretrained
 import system
 from config import Sample
 
@@ -152,3 +158,132 @@ def test_a_handful_is_learned_by_heart():
         network(batch)["loss"].backward()
         optimizer.step()
     assert network(batch)["flow_loss"].item() < 0.2 * first
+
+
+# Batches
+
+VARIED = ("--silence_prob", "0.5", "--max_silence_sec", "0.5", "--text_condition_dropout", "0.3")
+MEL, TOKENIZER = configs.Mel(), transformers.ByT5Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def corpus_folder(tiny) -> Path:
+    """24 demo sentences to train on, 64 to validate."""
+    return tiny["data_dir"]
+
+
+def config_for(folder: Path, *overrides: str) -> configs.Config:
+    return configs.load("", ["--corpus", "demo", "--data_dir", str(folder), "--text_encoder", "scratch", "--sentences", "24",
+                             "--batch_size", "4", *overrides])
+
+
+def batches_for(folder: Path, *overrides: str, rank: int = 0, world: int = 1) -> model.Batches:
+    config = config_for(folder, *overrides)
+    return model.SpeechBatches(config, model.Corpus(config), TOKENIZER, rank, world)
+
+
+def test_a_split_without_clips_is_named(corpus_folder):
+    with pytest.raises(configs.UserError, match="no train clip of at most data.max_seconds 0.1"):
+        batches_for(corpus_folder, "--max_seconds", "0.1")
+
+
+def test_a_batch_is_what_it_says(corpus_folder):
+    batches = batches_for(corpus_folder, *VARIED, "--pad_multiple", "16")
+    batch = batches.train(3)
+    assert {k: v.dtype for k, v in batch.items()} == {
+        "x": torch.float32, "x_mask": torch.bool, "noise": torch.float32, "t": torch.float32, "ids": torch.int64, "text_mask": torch.bool,
+        "text_dropped": torch.bool, "frames": torch.int64, "number": torch.int64}
+    assert batch["x"].shape[1] % 16 == 0 and batch["ids"].shape[1] % 8 == 0 and ((batch["t"] > 0) & (batch["t"] < 1)).all()
+    clips = {clip.number: clip for clip in batches.corpus.clips("train")}
+    for i, number in enumerate(batch["number"].tolist()):
+        frames, length = batch["frames"][i].item(), batch["x_mask"][i].sum().item()
+        x, tokens = batch["x"][i] * batches.corpus.std + batches.corpus.mean, batch["ids"][i][batch["text_mask"][i]].tolist()
+        assert clips[number].frames == frames <= length
+        torch.testing.assert_close(x[:frames], batches.corpus.log_mel(clips[number]))
+        torch.testing.assert_close(x[frames:length], torch.full((length - frames, 80), np.log(audio.LOG_FLOOR)))
+        assert not batch["x"][i, length:].any() and not batch["noise"][i, length:].any() and batch["noise"][i, :length].std() > 0.9
+        assert tokens == pretrained.tokenize(TOKENIZER, ["" if batch["text_dropped"][i] else clips[number].text])[0]
+
+
+def rows_of(batches: list[dict]) -> dict[tuple, list]:
+    """Every row without its padding, keyed by its clip and t."""
+    rows = {}
+    for b in batches:
+        for i in range(len(b["t"])):
+            x_mask, text_mask = b["x_mask"][i], b["text_mask"][i]
+            key = b["number"][i].item(), b["t"][i].item()
+            rows[key] = [b["x"][i][x_mask], b["noise"][i][x_mask], b["ids"][i][text_mask], b["frames"][i]]
+    return rows
+
+
+def assert_same_rows(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(u, v) for key in a for u, v in zip(a[key], b[key], strict=True))
+
+
+def test_two_ranks_and_two_micro_batches_see_what_one_process_sees(corpus_folder):
+    alone = batches_for(corpus_folder, *VARIED, "--batch_size", "16")
+    ranks = [batches_for(corpus_folder, *VARIED, "--batch_size", "4", "--grad_accum", "2", rank=rank, world=2) for rank in (0, 1)]
+    for step in (0, 1, 7):
+        assert_same_rows(rows_of([alone.train(step)]), rows_of([r.train(step, micro) for micro in (0, 1) for r in ranks]))
+    assert_same_rows(rows_of(alone.validation()), rows_of(ranks[0].validation() + ranks[1].validation()))
+
+
+def test_padding_changes_nothing_but_zeros(corpus_folder):
+    tight, loose = batches_for(corpus_folder, *VARIED, "--pad_multiple", "1"), batches_for(corpus_folder, *VARIED, "--pad_multiple", "64")
+    for step in (0, 4):
+        a, b = tight.train(step), loose.train(step)
+        assert a["x"].shape[1] < b["x"].shape[1]
+        assert_same_rows(rows_of([a]), rows_of([b]))
+
+
+def test_batches_are_a_pure_function_of_the_step(corpus_folder):
+    batches, again = batches_for(corpus_folder, *VARIED), batches_for(corpus_folder, *VARIED)
+    again.train(1), again.validation()
+    for key, value in batches.train(2).items():
+        assert torch.equal(value, again.train(2)[key])
+    assert not torch.equal(batches.train(2)["t"], batches.train(3)["t"])
+
+
+def test_text_is_dropped_and_silence_added_as_often_as_asked(corpus_folder):
+    batches = batches_for(corpus_folder, *VARIED, "--batch_size", "64")
+    drawn = [batches.train(step) for step in range(6)]
+    dropped = torch.cat([b["text_dropped"] for b in drawn]).float().mean()
+    silence = torch.cat([b["x_mask"].sum(1) - b["frames"] for b in drawn])
+    assert 0.2 < dropped < 0.4 and 0.4 < (silence > 0).float().mean() < 0.6
+    assert silence.max() <= 0.5 * MEL.sample_rate / MEL.hop
+    plain = batches_for(corpus_folder, "--text_condition_dropout", "0", "--batch_size", "64").train(0)
+    assert not plain["text_dropped"].any() and torch.equal(plain["x_mask"].sum(1), plain["frames"])
+
+
+def test_validation_covers_every_clip_once_with_times_spread_evenly(corpus_folder):
+    batches = batches_for(corpus_folder, *VARIED, "--overfit", "20", "--batch_size", "8")
+    found = batches.validation()
+    numbers = torch.cat([b["number"] for b in found]).tolist()
+    assert [len(b["t"]) for b in found] == [8, 8, 4] and sorted(numbers) == [clip.number for clip in batches.corpus.clips("val")]
+    t = torch.cat([b["t"] for b in found])
+    assert torch.histc(t, 5, 0, 1).min() >= 3 and 0.001 <= t.min() and t.max() <= 0.999
+    assert not any(b["text_dropped"].any() or (b["x_mask"].sum(1) != b["frames"]).any() for b in found)
+    shares = [batches_for(corpus_folder, "--overfit", "20", "--batch_size", "8", rank=rank, world=3).validation() for rank in range(3)]
+    assert sorted(sum(len(b["t"]) for b in share) for share in shares) == [6, 7, 7]
+
+
+def test_cached_features_are_what_the_frozen_encoder_makes_of_each_row(corpus_folder, t5_folder, tmp_path):
+    folder = shutil.copytree(corpus_folder, tmp_path / "corpus")
+    frozen = (*VARIED, "--text_encoder", str(t5_folder), "--device", "cpu")
+    with pytest.raises(configs.UserError, match="system.py prepare"):
+        batches_for(folder, *frozen)
+    model.prepare(config_for(folder, *frozen))
+    encoder, tokenizer, width = pretrained.load_text_encoder(str(t5_folder))
+    config = config_for(folder, *frozen)
+    batch = model.SpeechBatches(config, model.Corpus(config), tokenizer).train(0)
+    assert batch["features"].shape == (*batch["ids"].shape, width) and batch["features"].dtype == torch.float32
+    expected = encoder(batch["ids"], batch["text_mask"])
+    torch.testing.assert_close(batch["features"][batch["text_mask"]], expected[batch["text_mask"]], rtol=2e-3, atol=2e-3)
+    assert not batch["features"][~batch["text_mask"]].any()
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("features*")}
+    model.prepare(config)
+    assert len(times) == 2 and times == {path: path.stat().st_mtime_ns for path in folder.glob("features*")}
+    next(path for path in times if "spans" not in path.name).write_bytes(b"half")
+    with pytest.raises(configs.UserError, match="missing, or damaged"):
+        batches_for(folder, *frozen)

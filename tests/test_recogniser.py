@@ -1,6 +1,9 @@
 """What listens: the tiny Whisper that is shipped hears words, not a grammar; what cannot be loaded is said in one line."""
 
 import csv
+import dataclasses
+import itertools
+import math
 import pickle
 import random
 from pathlib import Path
@@ -10,6 +13,7 @@ import torch
 import whisper
 
 import audio
+import config as configs
 import data
 import metric
 import recogniser
@@ -39,7 +43,7 @@ def test_what_is_shipped_is_small_and_a_whisper_of_its_own_format():
 
 @pytest.mark.parametrize("vocoded", [False, True], ids=["spoken", "vocoded"])
 def test_sentences_that_nobody_trained_on_are_understood(listener, vocoded):
-    assert wer(listener, data.distinct_sentences("matrix", 16, held_out=True), vocoded) <= 0.05
+    assert wer(listener, audio.distinct_sentences("matrix", 16, held_out=True), vocoded) <= 0.05
 
 
 def test_words_in_random_order_are_heard_as_they_are(listener):
@@ -53,8 +57,136 @@ def test_silence_and_a_click_are_survived(listener):
 
 
 def test_a_batch_is_heard_as_each_alone(listener):
-    waves = [audio.espeak(text, MEL.sample_rate) for text in data.distinct_sentences("matrix", 3, held_out=True)]
+    waves = [audio.espeak(text, MEL.sample_rate) for text in audio.distinct_sentences("matrix", 3, held_out=True)]
     assert listener.transcribe(waves, 22050) == [listener.transcribe([wave], 22050)[0] for wave in waves]
+
+
+# Words in time
+
+def speak_with_pauses(words: list[str], pauses: list[float]) -> tuple[torch.Tensor, list[tuple[str, float, float]]]:
+    """Words as bursts of noise of 0.2 to 0.5 s at 16 kHz, `pauses[n]` seconds of faint noise before word n; the wave, and the truth."""
+    rng, parts, truth = torch.Generator().manual_seed(0), [], []
+    for word, pause in zip(words, pauses):
+        parts.append(1e-3 * torch.randn(round(pause * 16000), generator=rng))
+        start = sum(map(len, parts)) / 16000
+        parts.append(0.2 * torch.randn(int(16000 * (0.2 + 0.3 * torch.rand(1, generator=rng).item())), generator=rng))
+        truth.append((word, start, sum(map(len, parts)) / 16000))
+    return torch.cat(parts), truth
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_a_pause_is_found_in_the_sound_whichever_word_it_was_given_to(side):
+    rng = random.Random(1)
+    wave, truth = speak_with_pauses(list("abcdefgh"), [0.3, 0, 0.2, 0.5, 0, 0.08, 0.3, 0])
+    starts = [start if n == 0 or side == "after" else truth[n - 1][2] for n, (_, start, _) in enumerate(truth)]
+    found = recogniser.snap(list("abcdefgh"), [start + rng.uniform(-0.03, 0.03) for start in starts], wave)
+    for (word, start, stop), (true_word, true_start, true_stop) in zip(found, truth, strict=True):
+        assert word == true_word and start == pytest.approx(true_start, abs=0.04) and stop == pytest.approx(true_stop, abs=0.04)
+
+
+def test_times_are_in_order_whatever_the_attention_said():
+    wave, _ = speak_with_pauses(list("abcd"), [0.1] * 4)
+    for starts in ([0.5, 0.1, 9.0, 0.0], [0.0] * 4, [9.0] * 4):
+        times = [time for _, start, stop in recogniser.snap(list("abcd"), starts, wave) for time in (start, stop)]
+        assert times == sorted(times) and 0 <= times[0] and times[-1] <= len(wave) / 16000 + 0.01
+
+
+def test_words_of_a_known_text_are_timed(listener):
+    """espeak-ng says when it begins a sentence's last word: it speaks the sentence without that for about as long."""
+    errors = []
+    for text in audio.distinct_sentences("matrix", 12, held_out=True):
+        wave, rest = audio.espeak(text, 16000), audio.espeak(text.rsplit(" ", 1)[0], 16000)
+        found = listener.align(text, wave, 16000)
+        assert [word for word, _, _ in found] == text.split()
+        errors.append(abs(found[-1][1] - len(rest) / 16000))
+    assert sorted(errors)[6] < 0.15
+
+
+def test_what_whisper_cannot_take_in_is_an_error(listener):
+    for text, seconds in (("", 1), ("too long", 31), ("so many words " * 40, 1)):
+        with pytest.raises(UserError, match="cannot align"):
+            listener.align(text, torch.rand(16000 * seconds), 16000)
+
+
+def random_words(rng: random.Random, count: int) -> list[tuple[str, float, float]]:
+    words, now = [], rng.random()
+    for n in range(count):
+        stop = now + rng.uniform(0.05, 0.7)
+        words.append((f"w{n}", now, stop))
+        now = stop + rng.choice((0, 0, rng.uniform(0.02, 0.8)))
+    return words
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_cutting_loses_no_word_and_doubles_none_and_no_piece_is_too_long_or_too_short(seed):
+    rng = random.Random(seed)
+    words, seconds = random_words(rng, rng.randint(1, 60)), rng.uniform(2.5, 6)
+    pieces = recogniser.cut(words, seconds)
+    assert pieces or words[-1][2] - words[0][1] < 1
+    assert " ".join(text for text, _, _ in pieces).split() == [word for word, _, _ in words] * bool(pieces)
+    assert all(1 <= stop - start <= seconds for _, start, stop in pieces)
+    assert all(stop <= start for (_, _, stop), (_, start, _) in zip(pieces, pieces[1:]))
+    times = {word: (start, stop) for word, start, stop in words}
+    for text, start, stop in pieces:                                   # never inside a word
+        first, last = text.split()[0], text.split()[-1]
+        assert start <= times[first][0] and times[last][1] <= stop
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_cutting_is_the_cheapest_of_all_ways(seed):
+    rng = random.Random(seed)
+    words, seconds = random_words(rng, 9), 2.5
+    pieces = recogniser.cut(words, seconds)
+
+    def price(cuts: tuple[int, ...]) -> float:
+        return sum(1 / (words[n][1] - words[n - 1][2] + 0.02) for n in cuts)
+
+    def fits(cuts: tuple[int, ...]) -> bool:
+        edges = [0, *cuts, 9]
+        for a, b in zip(edges, edges[1:]):
+            before = (words[a - 1][2] + words[a][1]) / 2 if a else 0
+            after = (words[b - 1][2] + words[b][1]) / 2 if b < 9 else math.inf
+            if not 1 <= min(words[b - 1][2] + 0.2, after) - max(words[a][1] - 0.2, before, 0) <= seconds:
+                return False
+        return True
+
+    ways = [cuts for count in range(9) for cuts in itertools.combinations(range(1, 9), count) if fits(cuts)]
+    sizes = [len(text.split()) for text, _, _ in pieces]
+    assert bool(pieces) == bool(ways)
+    assert not ways or price(tuple(itertools.accumulate(sizes[:-1]))) == pytest.approx(min(map(price, ways)))
+
+
+def test_a_word_longer_than_a_piece_may_be_cannot_be_cut():
+    assert recogniser.cut([("a", 0.0, 1.0), ("b", 1.0, 7.0), ("c", 7.0, 8.5)], 5.0) == [] == recogniser.cut([], 5.0)
+
+
+def test_long_recordings_are_cut_between_words_once(tmp_path):
+    """Longer than 2.5 s: cut by the tiny Whisper; shorter or damaged: left as they are. Nothing is timed again."""
+    texts = audio.distinct_sentences("matrix", 3, held_out=True)
+    clips = [data.Clip(f"c{n}", text, "train", str(tmp_path / f"c{n}.wav")) for n, text in enumerate(texts)]
+    for clip in clips[:2]:
+        audio.save_wav(clip.wav, audio.espeak(clip.text, 22050, rate=80 if clip.id == "c0" else 240), 22050)
+    Path(clips[2].wav).write_text("no sound")
+    config = configs.load("", ["--system", "spectrogram", "--align", str(recogniser.TINY), "--picture.seconds", "2.5", "--device", "cpu"])
+    found = recogniser.cut_clips(config, clips, tmp_path)
+    assert [clip.id for clip in found[-2:]] == ["c1", "c2"] and len(found) > 3
+    pieces = found[:-2]
+    assert [clip.id for clip in pieces] == [f"c0_{n}" for n in range(len(pieces))] and {clip.wav for clip in pieces} == {clips[0].wav}
+    assert [word.lower().strip(".") for clip in pieces for word in clip.text.split()] == texts[0].lower().strip(".").split()
+    assert all(1 <= clip.stop - clip.start <= 2.5 and clip.text[0].isupper() and clip.text[-1] == "." for clip in pieces)
+    (tmp_path / "c0.wav").unlink()
+    assert recogniser.cut_clips(config, clips, tmp_path) == found      # from words.json
+    changed = [clips[0]._replace(text="Another text."), *clips[1:]]
+    assert recogniser.cut_clips(config, changed, tmp_path)[0] == changed[0]
+    whole = dataclasses.replace(config, data=dataclasses.replace(config.data, align=""))
+    assert recogniser.cut_clips(whole, clips, tmp_path) == clips
+
+
+def test_what_aligns_is_never_replaced_by_the_tiny_one(tmp_path):
+    for name, fault in (("bse.en", "data.align 'bse.en' is neither a .pt file nor one of"), (f"{tmp_path}/x.pt", "data.align .*no such")):
+        config = configs.load("", ["--system", "spectrogram", f"--align={name}"])
+        with pytest.raises(UserError, match=fault):
+            recogniser.cut_clips(config, [data.Clip("a", "a", "train", str(tmp_path / "a.wav"))], tmp_path)
 
 
 # Names and files
@@ -87,6 +219,8 @@ def test_a_model_that_cannot_be_downloaded_is_replaced_with_one_line(monkeypatch
     assert recogniser.load("base.en", CPU).name == "whisper-demo"
     line, = capsys.readouterr().out.splitlines()
     assert "base.en cannot be downloaded" in line and "whisper-demo.pt listens instead" in line
+    with pytest.raises(UserError, match="base.en cannot be downloaded"):
+        recogniser.load_whisper("base.en", CPU, "data.align")
 
 
 # Real voices

@@ -46,13 +46,13 @@ def test_help_is_the_header_and_names_every_option():
 def test_without_gpus_the_demo_is_prepared_and_trained_on_the_cpu():
     calm, prepare, train = printed()
     assert calm == ["export", "OMP_WAIT_POLICY=PASSIVE"]
-    assert prepare == [".venv/bin/python", "data.py", "prepare", "--config", "configs/demo.yaml", "--device", "cpu"]
+    assert prepare == [".venv/bin/python", "system.py", "prepare", "--config", "configs/demo.yaml", "--device", "cpu"]
     assert train == ["exec", ".venv/bin/python", "train.py", "--config", "configs/demo.yaml", "--device", "cpu"]
 
 
 def test_gpus_train_ljspeech_by_torchrun_on_all_of_them(four_gpus):
     prepare, train = printed(**four_gpus)
-    assert prepare[1:] == ["data.py", "prepare", "--config", "configs/ljspeech.yaml"]
+    assert prepare[1:] == ["system.py", "prepare", "--config", "configs/ljspeech.yaml"]
     assert train[2:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
     assert train[7:] == ["train.py", "--config", "configs/ljspeech.yaml"]
 
@@ -73,7 +73,7 @@ def test_several_machines_meet_at_the_master(four_gpus):
     assert "1234" in printed("--nodes=2", "--master=alpha:1234", **four_gpus)[-1]
 
 
-def test_other_options_reach_data_and_train_as_typed():
+def test_other_options_reach_preparation_and_training_as_typed():
     _, prepare, train = printed("--config", "a b.yaml", "--train.lr=1e-3", "--data-dir", "x 'y' $z *")
     words = ["--config", "a b.yaml", "--device", "cpu", "--train.lr", "1e-3", "--data-dir", "x 'y' $z *"]
     assert prepare[3:] == words and train[3:] == words
@@ -107,7 +107,7 @@ def project(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(ROOT / "run.sh", folder)
     (folder / "pyproject.toml").write_text('[project]\nname = "small"\ndependencies = []\n')
-    (folder / "data.py").write_text("import sys\nprint('data.py', *sys.argv[1:])\n")
+    (folder / "system.py").write_text("import sys\nprint('system.py', *sys.argv[1:])\n")
     (folder / "train.py").write_text("import sys\nprint('train.py', *sys.argv[1:], sys.prefix)\n")
     return folder
 
@@ -119,7 +119,7 @@ def test_the_first_start_installs_and_the_second_gets_to_work_at_once(project):
     began = time.perf_counter()
     second = start("--lr", "2", root=project)
     assert time.perf_counter() - began < 3
-    assert second.stdout.splitlines() == ["data.py prepare --config configs/demo.yaml --device cpu --lr 2",
+    assert second.stdout.splitlines() == ["system.py prepare --config configs/demo.yaml --device cpu --lr 2",
                                           f"train.py --config configs/demo.yaml --device cpu --lr 2 {project}/.venv"]
     assert first.stdout.endswith(second.stdout)
 
@@ -146,7 +146,7 @@ def test_an_interrupted_installation_starts_over(project):
 def test_a_failed_installation_stops_and_is_tried_again(project):
     folder = project / "failing"
     folder.mkdir()
-    for name in ("run.sh", "data.py", "train.py"):
+    for name in ("run.sh", "system.py", "train.py"):
         shutil.copy(project / name, folder)
     (folder / "pyproject.toml").write_text('[project]\nname = "small"\ndependencies = ["./absent.whl"]\n')
     for _ in range(2):
@@ -171,14 +171,14 @@ def test_a_machine_without_a_new_enough_python_is_told_so(project, tmp_path):
 
 def test_a_failed_preparation_stops_before_training(project):
     start(root=project)
-    (project / "data.py").write_text("import sys\nsys.exit('no corpus')\n")
+    (project / "system.py").write_text("import sys\nsys.exit('no corpus')\n")
     failed = start(root=project)
     assert failed.returncode == 1 and failed.stderr == "no corpus\n" and failed.stdout == ""
 
 
 def test_sigterm_reaches_train(project):
     start(root=project)
-    (project / "data.py").write_text("")
+    (project / "system.py").write_text("")
     (project / "train.py").write_text("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
                                       "print('ready', flush=True)\ntime.sleep(60)\n")
     process = subprocess.Popen(["bash", str(project / "run.sh")], env=CLEAN, stdout=subprocess.PIPE, text=True)

@@ -6,12 +6,14 @@ import random
 import pytest
 import soundfile
 
+import model
 import sample
 from conftest import call, finish, options, start
 
 LONG = ("Dr. Watson met Mr. J. R. Smith at half past nine. Had he slept? No! The U.S. ambassador, who had come by an earlier train, "
         "waited in the hall with a very long letter that nobody was going to read; it spoke of hats, of baskets, of the weather in the "
         "north and of the weather in the south, and of nothing else at all, as such letters often do when they are long… So it was.")
+LONGEST = model.TextToSpeech.longest
 
 
 @pytest.fixture
@@ -25,17 +27,22 @@ def speak(run, tmp_path):
     return spoken
 
 
+def split(text: str) -> list[str]:
+    return sample.split_text(text, LONGEST)
+
+
 def seconds(sound) -> float:
     return len(sound[0]) / sound[1]
 
 
-def test_one_text_is_one_wav_and_a_picture_where_asked(run, tmp_path):
+def test_one_text_is_one_wav_and_its_pictures_where_asked(run, tmp_path):
     wav = tmp_path / "new" / "x.wav"
     out = finish(start("sample.py", f"--ckpt={run}", "--text", "Anna bought two green baskets.", "--out", str(wav), "--png"))
     wave, rate = soundfile.read(wav)
     assert out == f"{wav}  {len(wave) / rate:.2f} s\n"
     assert rate == 22050 and 1 < len(wave) / rate < 4 and wave.std() > 1e-3
-    assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG") and len(list((tmp_path / "new").iterdir())) == 2
+    assert {path.name for path in wav.parent.iterdir()} == {"x.wav", "x.png", "x.attention.png"}
+    assert wav.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_several_texts_and_a_prompt_file_are_numbered_and_each_is_as_alone(speak, tmp_path):
@@ -61,7 +68,7 @@ def test_the_length_is_what_was_asked_for(speak):
 
 
 def test_a_long_text_is_its_sentences_with_pauses_between(speak):
-    texts = sample.split_text(LONG)
+    texts = split(LONG)
     whole, parts = speak(f"--text={LONG}")["x"], speak(*(f"--text={text}" for text in texts))
     assert len(parts) == len(texts) == 6
     assert seconds(whole) == pytest.approx(sum(map(seconds, parts.values())) + (len(texts) - 1) * sample.PAUSE_SEC, abs=0.01)
@@ -72,17 +79,17 @@ def test_a_long_text_is_its_sentences_with_pauses_between(speak):
 # Splitting
 
 def test_sentences_end_at_their_marks_but_not_after_abbreviations_and_numbers():
-    assert sample.split_text("Go! Why? Yes.") == ["Go!", "Why?", "Yes."]
-    assert sample.split_text("Dr. Jones met J. K. Poe at No. 5. He left.") == ["Dr. Jones met J. K. Poe at No. 5.", "He left."]
-    assert sample.split_text("It rose by 3.5 per cent.") == ["It rose by 3.5 per cent."]
+    assert split("Go! Why? Yes.") == ["Go!", "Why?", "Yes."]
+    assert split("Dr. Jones met J. K. Poe at No. 5. He left.") == ["Dr. Jones met J. K. Poe at No. 5.", "He left."]
+    assert split("It rose by 3.5 per cent.") == ["It rose by 3.5 per cent."]
 
 
 def test_a_sentence_that_is_too_long_is_cut_at_commas_first_and_then_between_words():
     phrase = "and so he went on and on"
-    commas = sample.split_text(", ".join([phrase] * 12) + ".")
-    assert all(part[-1] in ",." for part in commas) and max(map(len, commas)) <= sample.LONGEST_SENTENCE
-    words = sample.split_text(" ".join([phrase] * 12) + ".")
-    assert len(words) == 2 and len(words[0]) > sample.LONGEST_SENTENCE - len("went ")
+    commas = split(", ".join([phrase] * 12) + ".")
+    assert all(part[-1] in ",." for part in commas) and max(map(len, commas)) <= LONGEST
+    words = split(" ".join([phrase] * 12) + ".")
+    assert len(words) == 2 and len(words[0]) > LONGEST - len("went ")
 
 
 def test_splitting_loses_no_word():
@@ -90,15 +97,15 @@ def test_splitting_loses_no_word():
     for _ in range(200):
         text = " ".join("".join(rng.choices("abcdeABC", k=rng.randint(1, 12))) + rng.choice(["", "", "", ",", ".", "!", "?", "…", ";"])
                         for _ in range(rng.randint(1, 150)))
-        parts = sample.split_text(text)
-        assert " ".join(parts) == text and all(0 < len(part) <= sample.LONGEST_SENTENCE for part in parts)
+        parts = split(text)
+        assert " ".join(parts) == text and all(0 < len(part) <= LONGEST for part in parts)
 
 
 # Bad input
 
 @pytest.mark.parametrize("text, complaint", [
-    ("", "nothing to say"), (" \n ", "nothing to say"), ("?! ...", "nothing to say"), ("😀", "cannot be spoken"), ("A smile 😀 here.", "'😀'"),
-    ("👩‍🚀", "cannot be spoken"), ("Hello\x07.", "cannot be spoken"), ("\udce4", "cannot be spoken"),
+    ("", "nothing to say"), (" \n ", "nothing to say"), ("?! ...", "nothing to say"), ("😀", "cannot be spoken"),
+    ("A smile 😀 here.", "'😀'"), ("👩‍🚀", "cannot be spoken"), ("Hello\x07.", "cannot be spoken"), ("\udce4", "cannot be spoken"),
     ("word " * 2000, "9999 characters"), ("x" * 300, "a word of 300 characters")], ids=lambda value: ascii(value)[:24])
 def test_what_cannot_be_spoken_is_said_in_one_line(run, refusal, text, complaint):
     line = refusal(sample, f"--ckpt={run}", f"--text={text}")
@@ -112,6 +119,15 @@ def test_one_bad_text_of_several_stops_before_anything_is_spoken(run, refusal, t
 
 def test_no_text_at_all_is_an_error(run, refusal):
     assert "--text or --prompt_file" in refusal(sample, f"--ckpt={run}")
+
+
+def test_a_checkpoint_or_a_recipe_is_needed_and_not_both(run, refusal):
+    for words in ((), (f"--ckpt={run}", f"--config={run / 'config.yaml'}")):
+        assert "one of the two" in refusal(sample, "--text=Hello.", *words)
+
+
+def test_a_lora_for_a_system_that_takes_none_is_an_error(run, refusal):
+    assert "--lora someone/lora" in refusal(sample, f"--ckpt={run}", "--text=Hello.", "--lora=someone/lora")
 
 
 def test_a_checkpoint_that_is_none_is_an_error(refusal, run, tmp_path):

@@ -1,15 +1,28 @@
-"""Checkpoints that cannot be trusted, names what is wrong; saving that is whole or absent; the average of the weights."""
+"""Checkpoints that cannot be trusted, names what is wrong; saving that is whole or absent; the average of the weights; and a
+small system of another kind, which loop, evaluator, sampler and report take as it is.
+"""
 
+import inspect
+import json
 import pickle
 import shutil
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 import config as configs
+import data
+import evaluator
+import metric
+import sample
 import system
+import train
 from config import UserError
-from conftest import options
+from conftest import TINY, call, options
 
 CPU = torch.device("cpu")
 SHAPE = {"model": {"text_encoder": "scratch", "width": 16, "layers": 1, "heads": 2, "frame_stack": 2}}
@@ -190,7 +203,7 @@ def test_every_trained_parameter_gets_a_gradient(tiny, alignment, upsample_text)
     """With one that gets none, several ranks cannot train: DistributedDataParallel waits for it."""
     config = configs.load("", options(tiny | {"alignment": alignment, "upsample_text": upsample_text}))
     corpus = system.open_corpus(config)
-    network = system.build(config, corpus.mean, corpus.std)
+    network = system.build(config, *corpus.statistics)
     network(system.open_batches(config, corpus, network, 0, 1).train(0))["loss"].backward()
     assert not [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
 
@@ -200,3 +213,194 @@ def test_a_gpu_that_is_not_there_is_an_error_in_words():
     with pytest.raises(UserError, match="--device cpu"):
         system.pick_device("cuda")
     assert system.pick_device("auto") == CPU
+
+
+# Another system: a frozen base with a trained adapter on it, no Muon, no log-mels, a picture; nothing that the loop knows of
+
+@dataclass
+class Hum:
+    wave: torch.Tensor
+    sample_rate: int = 16000
+
+    def draw(self, stem: Path) -> dict[str, str]:
+        names = {"picture": f"{stem.name}.png", "confidence": f"{stem.name}.confidence.png"}
+        for name in names.values():
+            metric.attention_png(np.eye(3), "hum", stem.with_name(name))
+        return names
+
+
+class Hummer(torch.nn.Module):
+    """Hums a second for every prompt, as loud as the adapter's first weight."""
+
+    tokenizer, paints, longest, frame_rate = None, True, 30, 100.0
+
+    def __init__(self, config):
+        super().__init__()
+        self.base = torch.nn.Linear(8, 8).requires_grad_(False)
+        self.adapter = torch.nn.Linear(8, 8, bias=False)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, batch):
+        error = self.base(batch["x"]) + self.scale * self.adapter(batch["x"]) - batch["x"]
+        return {"loss": error.square().mean(), "error": error.square().mean(), "offset": error.mean()}
+
+    def sample(self, prompts, settings):
+        return [Hum(self.adapter.weight[0, 0].item() * hum(1.0)) for _ in prompts]
+
+    def reference(self, corpus, clip):
+        return Hum(corpus.recording(clip)[0] / 2)
+
+    def score(self, made, corpus, clip):
+        return {"lsd": abs(made.wave.std() - corpus.recording(clip)[0].std()).item(), "path_distance": 0.25}
+
+    def hidden_matrices(self):
+        return []
+
+    def load_adapter(self, name):
+        if not Path(name).is_file():
+            raise UserError(f"--lora {name}: no such file")
+        self.adapter.weight.data.fill_(float(Path(name).read_text()))
+
+
+class Hums:
+    statistics = ()
+
+    def __init__(self, config):
+        self.seconds = 0.5
+
+    def clips(self, split):
+        return [data.Clip(id=f"{split}-{n}", text="Two hats.", split=split, wav=None, frames=50, number=n) for n in range(3)]
+
+    def recording(self, clip):
+        return hum(self.seconds), 16000
+
+
+class Rounds:
+    def __init__(self, config, corpus, tokenizer, rank, world):
+        self.seed = config.seed
+
+    def train(self, step, micro=0):
+        return self.draw(step, 4)
+
+    def validation(self):
+        return [self.draw(1000, 3), self.draw(1001, 2)]
+
+    def draw(self, step, rows):
+        x = torch.from_numpy(np.random.default_rng((self.seed, step)).standard_normal((rows, 8), dtype=np.float32))
+        return {"x": x, "t": torch.rand(rows), "frames": torch.full((rows,), 50)}
+
+
+def hum(seconds: float) -> torch.Tensor:
+    return torch.sin(torch.arange(int(seconds * 16000)) / 20)
+
+
+def note(config) -> None:
+    Path(config.out_dir, "prepared").touch()
+
+
+@pytest.fixture
+def hummer(monkeypatch, tmp_path) -> dict:
+    """The knobs of a run of another system, which stands in the table as any does."""
+    monkeypatch.setitem(system.SYSTEMS, "spectrogram", system.Parts(Hummer, Hums, Rounds, note))
+    return TINY | {"system": "spectrogram", "out_dir": tmp_path, "steps": 2, "val_interval": 2, "eval_interval": 2, "limit": 3}
+
+
+@pytest.fixture
+def hummed(hummer, tmp_path) -> Path:
+    call(train, *options(hummer))
+    return tmp_path
+
+
+def test_prepare_is_the_systems_own(hummer, tmp_path, refusal):
+    call(system, "prepare", *options(hummer))
+    assert (tmp_path / "prepared").exists()
+    assert "unknown key" in refusal(system, "prepare", "--sytem=tts")
+    assert "--out" in refusal(system, "export", "--ckpt=x", "--out=y", "--outt=z")
+
+
+def test_a_checkpoint_holds_what_is_trained_and_the_rest_is_as_built(hummed):
+    state = system.load_checkpoint(system.newest_checkpoint(hummed))
+    assert state["model"].keys() == {"adapter.weight", "scale"} and state["ema"].keys() == {"adapter.weight"}
+    config, network, step = system.load(str(hummed), CPU, {})
+    assert step == 2 and torch.equal(network.base.weight, system.build(config).base.weight)
+    assert torch.equal(network.adapter.weight, state["ema"]["adapter.weight"])
+    state["model"]["base.weight"] = network.base.weight
+    torch.save(state, hummed / "x.pt")
+    assert "base.weight is not part of this model" in refused(hummed / "x.pt")
+
+
+def test_without_hidden_matrices_adamw_has_all_and_its_rate_is_logged(hummed):
+    assert len(system.load_checkpoint(system.newest_checkpoint(hummed))["optimizers"]) == 1
+    first = json.loads((hummed / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["train/lr"] == pytest.approx(3e-4 * train.rate(configs.load(str(hummed / "config.yaml")), 0, 0.5))
+
+
+def test_of_hidden_matrices_alone_muon_has_all():
+    layer = torch.nn.Linear(4, 4, bias=False)
+    layer.hidden_matrices = lambda: [layer.weight]
+    assert [type(o) for o in system.optimizers(layer, configs.from_dict(SHAPE))] == [torch.optim.Muon]
+
+
+def test_a_run_says_how_many_parameters_are_frozen(hummer, tmp_path, capsys):
+    call(train, *options(hummer | {"steps": 1, "eval_interval": 0}))
+    assert "trained parameters beside 0.0 M frozen ones" in capsys.readouterr().out
+    recorded = json.loads((tmp_path / "run.json").read_text())
+    assert (recorded["parameters"], recorded["frozen_parameters"]) == (64, 72)
+
+
+def test_another_system_resumes(hummer, hummed, capsys):
+    call(train, *options(hummer | {"steps": 3}))
+    assert "resumed from" in capsys.readouterr().out and system.newest_checkpoint(hummed).name == "step_0000003.pt"
+
+
+def test_another_system_is_evaluated_by_its_own_losses_and_scores(hummed, capsys):
+    found = {key: value for line in (hummed / "metrics.jsonl").read_text().splitlines() for key, value in json.loads(line).items()}
+    assert {key for key in found if key.startswith("val/")} == {"val/error", "val/offset"}
+    config, network, _ = system.load(str(hummed), CPU, {})
+    x = torch.cat([batch["x"] for batch in Rounds(config, None, None, 0, 1).validation()])
+    assert found["val/error"] == pytest.approx(network({"x": x})["error"].item())         # of clips, not of batches
+    loud, quiet = hum(0.5).std().item(), abs(network.adapter.weight[0, 0].item()) * hum(1.0).std().item()
+    assert found["eval/lsd"] == pytest.approx(abs(quiet - loud)) and found["eval/lsd_vocoded"] == pytest.approx(loud / 2)
+    assert found["eval/path_distance"] == found["eval/path_distance_vocoded"] == 0.25 and "eval/mcd" not in found
+    call(evaluator, f"--ckpt={hummed}", "--limit=3", f"--recogniser={TINY['recogniser']}")
+    out = capsys.readouterr().out
+    again = json.loads(out.splitlines()[-1])
+    assert again == {key: found[key] for key in again}
+    assert f"log-spectral distance {found['eval/lsd']:.3g} dB  floor: vocoded" in out
+
+
+def test_another_systems_pictures_are_kept_and_reported(hummed):
+    folder = hummed / "eval" / "step_0000002"
+    row = json.loads((folder / "wer.jsonl").read_text().splitlines()[0])
+    assert {row[key] for key in ("picture", "confidence", "reference_picture", "reference_confidence", "reference_audio")} == {
+        "000.png", "000.confidence.png", "000.ref.png", "000.ref.confidence.png", "000.ref.wav"}
+    assert (hummed / "sample.png").read_bytes() == (folder / "000.png").read_bytes()
+    page = (hummed / "report.html").read_text()
+    assert page.count("<img") == 3 * 4 and page.count("<audio") == 3 * 2
+    for words in ("Log-spectral distance, dB", "Distance to the colour path", "reference confidence", "log-spectral distance"):
+        assert words in page
+    assert "cepstral" not in page
+
+
+def test_another_system_is_sampled_with_its_pictures_and_adapters(hummed, tmp_path, refusal):
+    (tmp_path / "loud").write_text("0.5")
+    (tmp_path / "mute").write_text("0")
+    said = f"--text={'One two three. ' * 3}", f"--out={tmp_path / 'new' / 'x.wav'}"
+    for weights in ((f"--ckpt={hummed}",), (f"--config={hummed / 'config.yaml'}",)):
+        peaks = []
+        for lora in ("loud", "mute"):
+            call(sample, *weights, *said, f"--lora={tmp_path / lora}")
+            peaks.append(abs(soundfile.read(tmp_path / "new" / "x.wav")[0]).max())
+        assert peaks == pytest.approx([0.5, 0], abs=1e-3)
+        assert f"{tmp_path}/none: no such" in refusal(sample, *weights, *said, f"--lora={tmp_path / 'none'}")
+    pictures = {"x.png", "x.confidence.png", "x.2.png", "x.2.confidence.png", "x.3.png", "x.3.confidence.png"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"x.wav", *pictures}
+
+
+@pytest.mark.parametrize("name", system.SYSTEMS)
+def test_every_system_in_the_table_has_the_methods_of_the_protocol(name):
+    parts = system.SYSTEMS[name]
+    for protocol, made in ((system.System, parts.network), (system.Corpus, parts.corpus), (system.Batches, parts.batches)):
+        asked = {key: value for key, value in vars(protocol).items() if not key.startswith("_")}
+        for method in asked:
+            assert [*inspect.signature(getattr(made, method)).parameters] == [*inspect.signature(asked[method]).parameters]

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import config as configs
-import data
 import sample
 import system
 import train
@@ -183,7 +182,7 @@ def frozen(tiny, t5_folder, tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("frozen")
     knobs = tiny | {"out_dir": folder, "text_encoder": t5_folder, "text_layers": 0, "layers": 1, "steps": 3, "val_interval": 0,
                     "overfit": 4, "pad_multiple": 512, "text_condition_dropout": 0}
-    call(data, "prepare", *options(knobs))
+    call(system, "prepare", *options(knobs))
     call(train, *options(knobs))
     return folder, knobs
 
