@@ -197,7 +197,20 @@ def zero_db(magnitude: torch.Tensor, p: Picture) -> torch.Tensor:
 def levels(wave: torch.Tensor, p: Picture) -> torch.Tensor:
     """wave (N,) or (B, N) -> dB (..., n_fft / 2 + 1, T) in [-80, 0]: what `paint` paints."""
     x = magnitude(wave, p)
-    return (20 * (x / zero_db(x, p)).clamp_min(1e-9).log10()).clamp(FLOOR_DB, 0)
+    return decibels(x, zero_db(x, p))
+
+
+def decibels(magnitude: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    return (20 * (magnitude / zero).clamp_min(1e-9).log10()).clamp(FLOOR_DB, 0)
+
+
+def side_by_side(made: torch.Tensor, wave: torch.Tensor, p: Picture) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two waves (N,) as dB (bins, T) below the second's 0 dB, the first at the gain that brings it nearest: a peak knows no loudness."""
+    x, y = magnitude(made, p), magnitude(wave, p)
+    length = min(x.shape[1], y.shape[1])
+    x, y = x[:, :length], y[:, :length]
+    gain = (x * y).sum() / x.square().sum().clamp_min(1e-9)
+    return decibels(gain * x, zero_db(y, p)), decibels(y, zero_db(y, p))
 
 
 def log_spectral_distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -412,7 +425,7 @@ def roundtrip(source: str, target: Path | None, given: dict, recogniser: str, te
     print(f"picture      {error.square().mean().sqrt():.4f} dB RMSE, {error.abs().max():.4f} dB at most, "
           f"mean distance to the path {distance.mean():.4f}")
     print(f"Griffin-Lim  {(before - after).norm() / before.norm():.4f} spectral convergence, "
-          f"{log_spectral_distance(levels(wave, p), levels(rebuilt, p)):.2f} dB log-spectral distance")
+          f"{log_spectral_distance(*side_by_side(rebuilt, wave, p)):.2f} dB log-spectral distance")
     if target:
         save_wav(target, rebuilt, p.sample_rate)
     if recogniser:

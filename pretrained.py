@@ -429,7 +429,7 @@ def scratch_klein(config: Config, part: str) -> nn.Module:
 
 @torch.no_grad()
 def wake(transformer: nn.Module) -> nn.Module:
-    """Scale the random weights for training from nothing: gates of deviation 1, where diffusers' start at 0.03 and no block is heard."""
+    """Gates of deviation 1, where diffusers' start at 0.03: what a block does shows in what comes out, and a test on it can fail."""
     time = transformer.time_guidance_embed
     time.timestep_embedder.linear_2.weight /= time(torch.linspace(0, 1000, 64), None).std()
     both = transformer.double_stream_modulation_img, transformer.double_stream_modulation_txt

@@ -128,9 +128,8 @@ class Spectrogram(nn.Module):
         return through_vae(self.vae, corpus.wave(clip), self.config.picture, clip.text)
 
     def score(self, made: Artifact, corpus: data.Waves, clip: data.Clip) -> dict[str, float]:
-        """lsd: log-spectral distance to the recorded clip, dB. path_distance: mean distance of the colours to the path."""
-        wave, p = corpus.wave(clip), self.config.picture
-        lsd = audio.log_spectral_distance(audio.levels(made.wave, p), audio.levels(wave, p))
+        """lsd: log-spectral distance to the recorded clip, equally loud, dB. path_distance: mean distance of the colours to the path."""
+        lsd = audio.log_spectral_distance(*audio.side_by_side(made.wave, corpus.wave(clip), self.config.picture))
         return {"lsd": lsd, "path_distance": made.distance.mean().item()}
 
     @functools.cached_property

@@ -260,6 +260,13 @@ def test_log_spectral_distance_is_in_decibels_over_the_shorter():
     assert audio.log_spectral_distance(a, b) == pytest.approx(sum(frames) / 4)
 
 
+def test_side_by_side_two_sounds_are_equally_loud():
+    p, wave = Picture(seconds=1.0), audio.espeak("Anna bought two green baskets.", 16000)
+    quiet, loud = audio.side_by_side(0.1 * wave, wave, p)
+    torch.testing.assert_close(quiet, loud, atol=1e-2, rtol=0)        # fp32 at -80 dB
+    assert loud.max() == 0 and audio.side_by_side(wave[:8000], wave, p)[0].shape[1] == 8000 // 256 + 1
+
+
 # PNG
 
 def test_a_png_brings_back_the_picture_its_parameters_and_the_facts(tmp_path, clip):

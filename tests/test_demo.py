@@ -1,4 +1,4 @@
-"""The demo from an empty folder to speech that is understood; minutes long: `./run.sh test -m slow`."""
+"""The demos from an empty folder to speech that is understood; minutes long: `./run.sh test -m slow`."""
 
 import json
 import os
@@ -11,14 +11,28 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def run(recipe: str, folder: Path, *words: str) -> dict:
+    """What a recipe's last evaluation found, run as a user runs it, in folders of its own."""
+    folders = ["--data_dir", str(folder / "data"), "--out_dir", str(folder / "out")]
+    command = ["./run.sh", "--gpus", "0", "--config", f"configs/{recipe}.yaml", *folders, *words]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "VENV": sys.prefix}, check=True, timeout=2400)
+    rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert (folder / "out" / "sample.wav").stat().st_size > 20_000
+    return [row for row in rows if "eval/wer" in row][-1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe, bound", [("demo", 0.10), ("demo_overfit64", 0.05)])
 def test_the_demo_says_sentences_that_are_understood(recipe, bound, tmp_path):
-    folders = ["--data_dir", str(tmp_path / "data"), "--out_dir", str(tmp_path / "out")]
-    command = ["./run.sh", "--gpus", "0", "--config", f"configs/{recipe}.yaml", *folders]
-    environment = {**os.environ, "VENV": sys.prefix}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=1500)
-    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    found = [row for row in rows if "eval/wer" in row][-1]
+    found = run(recipe, tmp_path)
     assert found["eval/wer_vocoded"] <= 0.05 and found["eval/wer"] <= bound
-    assert (tmp_path / "out" / "sample.wav").stat().st_size > 20_000
+
+
+@pytest.mark.slow
+def test_a_small_klein_paints_what_is_understood_and_its_lora_a_second_voice(tmp_path):
+    painted = run("spectrogram_demo", tmp_path / "full")
+    assert painted["eval/wer"] <= 0.05 and painted["eval/lsd"] <= 6
+    words = ["export", "--ckpt", tmp_path / "full" / "out", "--out", tmp_path / "klein"]
+    subprocess.run([sys.executable, ROOT / "system.py", *words], check=True)
+    adapted = run("spectrogram_demo_lora", tmp_path / "lora", "--base", str(tmp_path / "klein"))
+    assert adapted["eval/wer"] <= 0.15 and adapted["eval/lsd"] <= 10      # 16 without the LoRA, 2 the recordings themselves
