@@ -351,6 +351,7 @@ def check(config: Config) -> None:
         (k.double_layers < m.layers or config.system != "spectrogram" or k.base != "scratch",
          f"klein.double_layers {k.double_layers} must be below model.layers {m.layers}"),
         (config.system == "tts" or s.vocoder == "griffinlim", f"sample.vocoder {s.vocoder}: system {config.system} has griffinlim only"),
+        (config.system == "tts" or not config.eval.true_durations, f"eval.true_durations: system {config.system} predicts no lengths"),
         (k.prompt.count("{text}") == 1, f"klein.prompt {k.prompt!r} must have {{text}} in it, once"),
     ]
     for holds, message in rules:

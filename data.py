@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tarfile
 import urllib.request
 import zlib
@@ -165,9 +166,13 @@ def cache_rows(path: Path, lengths: list[int], width: int | None, encode: Callab
                 items = order[start:start + batch]
                 for n, rows in zip(items, encode(items), strict=True):
                     if rows.shape != (lengths[n], width or rows.shape[1]) or not (np.abs(rows) < 65504).all():
-                        raise ValueError(f"{what}: item {n} is {rows.shape} instead of {lengths[n], width}, or too large for float16")
+                        raise UserError(f"{what}: item {n} is {rows.shape} instead of {lengths[n], width}, or too large for float16")
                     if not f.tell():
                         shape = int(stops[-1]), rows.shape[1]
+                        need, free = 2 * shape[0] * shape[1], shutil.disk_usage(path.parent).free
+                        if need > free:
+                            raise UserError(f"{path}: {what} need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
+                        print(f"{what}: {need / 1e9:.2f} GB into {path}", flush=True)
                         np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": shape})
                     f.write(np.ascontiguousarray(rows, dtype="<f2"))
                 bar.update(len(items))

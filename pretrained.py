@@ -303,6 +303,12 @@ def load_klein(config: Config, part: str) -> nn.Module:
     return module if part == "transformer" else KleinText(module) if part == "text_encoder" else KleinVAE(module)
 
 
+def load_frozen_klein(config: Config, part: str, device: torch.device) -> Frozen:
+    """As `load_klein`, frozen, on the device, in the precision that it was loaded in."""
+    module = load_klein(config, part)
+    return Frozen(module, cuda_dtype=next(module.parameters(), torch.empty(0)).dtype).to(device)
+
+
 def load_klein_tokenizer(base: str):
     """The tokenizer of the pipeline `base`; of scratch, a byte-level one with Qwen3's special tokens and chat template."""
     if base == "scratch":
@@ -348,11 +354,12 @@ def tokenize_prompts(tokenizer, prompts: list[str], length: int) -> tuple[torch.
     """
     chats = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
                                            enable_thinking=False) for prompt in prompts]
-    for prompt, ids in zip(prompts, tokenizer(chats).input_ids):
+    found = tokenizer(chats).input_ids           # padded here, not by the tokenizer: that would change its state, under other threads' feet
+    for prompt, ids in zip(prompts, found):
         if len(ids) > length:
             raise UserError(f"prompt {prompt[:40]!r}... has {len(ids)} tokens, klein.text_tokens is {length}: shorten it")
-    found = tokenizer(chats, return_tensors="pt", padding="max_length", max_length=length, truncation=True)
-    return found.input_ids, found.attention_mask.bool()
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in found])
+    return ids, torch.arange(length) < torch.tensor([[len(row)] for row in found])
 
 
 class KleinText(nn.Module):

@@ -108,10 +108,14 @@ def cut_clips(config: Config, clips: list[data.Clip], folder: Path) -> list[data
     """
     if not config.data.align or config.data.corpus == "demo":
         return clips
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be made ({e.strerror})") from e
     path, known, found = folder / "words.json", {}, []
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = {name: times for name, times in dict(json.loads(path.read_text(encoding="utf-8"))).items()
+                 if isinstance(times, dict) and {"text", "words"} <= times.keys() and times.get("seconds")}     # 0 s: to be tried again
     new = [clip for clip in clips if known.get(clip.id, {}).get("text") != clip.text]
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     listener = load_whisper(config.data.align, device, "data.align") if new else None

@@ -2,7 +2,7 @@
 
 Several --text, or --prompt_file with one a line, are made in one batch. A long text is split at its sentences, and joined again;
 its pictures stay one a sentence: x.png, x.2.png, x.3.png. A published LoRA goes on a checkpoint, or on the pretrained network
-that a config names: `--config configs/klein.yaml --lora someone/their-lora`.
+that a config names: `--config configs/spectrogram.yaml --lora someone/their-lora`.
 """
 
 import argparse

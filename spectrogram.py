@@ -112,9 +112,15 @@ class Spectrogram(nn.Module):
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(prompt.seed)) for prompt in prompts]).to(device)
         shift = math.exp(compute_empirical_mu(len(self.picture_ids), settings.euler_steps))       # Klein's own, by size and steps
         grid = flow.times(settings.euler_steps, settings.sway, shift * settings.shift)            # two shifts multiply
+        black = self.vae.module.encode(torch.zeros(1, 3, p.canvas_height, p.canvas_width, device=device))
+        inside = useful(p).to(device)[:, None]
+
+        def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            v = self.velocity(x_t, t, text[:len(x_t)])         # no loss was on the rest of the canvas: it goes to black, as in training
+            return torch.where(inside, v, (x_t - black) / flow.expand(t, x_t))
+
         with torch.autocast(device.type, torch.bfloat16, enabled=self.transformer.dtype == torch.bfloat16):
-            x = flow.euler(lambda x_t, t: self.velocity(x_t, t, text[:len(x_t)]), noise, grid,
-                           settings.cfg_scale, settings.cfg_from, settings.cfg_to)
+            x = flow.euler(network, noise, grid, settings.cfg_scale, settings.cfg_from, settings.cfg_to)
         return self.vae.module.decode(x, p.canvas_height, p.canvas_width)
 
     def encode(self, texts: Sequence[str | None]) -> torch.Tensor:
@@ -135,12 +141,12 @@ class Spectrogram(nn.Module):
     @functools.cached_property
     def vae(self) -> pretrained.Frozen:
         """Resident after its first use; held beside the module, not in it, so checkpoints know nothing of it."""
-        return pretrained.Frozen(pretrained.load_klein(self.config, "vae")).to(self.picture_ids.device)
+        return pretrained.load_frozen_klein(self.config, "vae", self.picture_ids.device)
 
     @functools.cached_property
     def text_encoder(self) -> pretrained.Frozen:
         """As `vae`; training needs it only where its features are not cached."""
-        return pretrained.Frozen(pretrained.load_klein(self.config, "text_encoder")).to(self.picture_ids.device)
+        return pretrained.load_frozen_klein(self.config, "text_encoder", self.picture_ids.device)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """What Muon trains: the blocks' matrices where every weight is tuned; a LoRA has none, AdamW trains it as everybody does."""
@@ -165,7 +171,9 @@ class Spectrogram(nn.Module):
         facts: for the files' headers and the model card: step, commit, corpus.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        k = self.config.klein
+        k, p = self.config.klein, self.config.picture
+        if k.vae != "own" or self.config.flow.predict != "v":
+            print("note: others paint with klein.vae own and flow.predict v only; this is for nanoaudio's klein.base and --lora")
         if k.tune == "full":
             pretrained.save_klein(self.config, self.transformer, folder)
             return
@@ -175,10 +183,11 @@ class Spectrogram(nn.Module):
         write_tensors(folder / "comfyui.safetensors", adapter, facts, folded=True)
         if self.trained_text_encoder is not None:
             write_peft(folder / "text_encoder", loras(self.trained_text_encoder), k.base)
-        p, attribution = self.config.picture, ATTRIBUTION.get(self.config.data.corpus, "")
+        attribution, settings = ATTRIBUTION.get(self.config.data.corpus, ""), self.config.sample
         card = MODEL_CARD.read_text(encoding="utf-8").format(
             base=k.base, rank=k.rank, attribution=attribution, prompt=k.prompt, picture=p,
-            size=f"height={p.canvas_height}, width={p.canvas_width}, max_sequence_length={k.text_tokens}",   # the padding is attended to
+            size=f"height={p.canvas_height}, width={p.canvas_width}, max_sequence_length={k.text_tokens}, "   # the padding is attended to
+                 f"num_inference_steps={settings.euler_steps}, guidance_scale={settings.cfg_scale}",
             text='pipe.text_encoder.load_adapter(folder + "/text_encoder")' if self.trained_text_encoder else "",
             facts="\n".join(f"- {key}: {value}" for key, value in facts.items()))
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -262,25 +271,25 @@ def prepare(config: Config) -> None:
     data.prepare_speech(config, data.wave_form(config.picture), recogniser.cut_clips)
     corpus, p = data.Waves(config), config.picture
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-    path, clips = latents_file(config, corpus), all_clips(corpus)
+    path, clips, (prompts_path, prompts) = latents_file(config, corpus), all_clips(corpus), features_file(config, corpus)
+    if not clips:
+        raise UserError(f"{corpus.folder}: has no clip of at most data.max_seconds {config.data.max_seconds}")
+    ids, mask = pretrained.tokenize_prompts(pretrained.load_klein_tokenizer(config.klein.base), prompts, config.klein.text_tokens)
     if not path.exists():
-        vae = pretrained.Frozen(pretrained.load_klein(config, "vae")).to(device)
+        vae = pretrained.load_frozen_klein(config, "vae", device)
         measure_ceiling(config, corpus, vae, device)
 
         def to_latents(numbers: list[int]) -> np.ndarray:
             return vae.module.encode(torch.stack([audio.paint(corpus.wave(clips[n]), p) for n in numbers])).cpu().numpy()
 
         data.cache_rows(path, [len(useful(p))] * len(clips), None, to_latents, 4, "latents")
-    path, prompts = features_file(config, corpus)
-    if not config.klein.text_rank and not path.exists():
-        encoder = pretrained.Frozen(pretrained.load_klein(config, "text_encoder")).to(device)
-        tokenizer, length = pretrained.load_klein_tokenizer(config.klein.base), config.klein.text_tokens
+    if not config.klein.text_rank and not prompts_path.exists():
+        encoder = pretrained.load_frozen_klein(config, "text_encoder", device)
 
         def to_features(numbers: list[int]) -> np.ndarray:
-            ids, mask = pretrained.tokenize_prompts(tokenizer, [prompts[n] for n in numbers], length)
-            return encoder(ids.to(device), mask.to(device)).float().cpu().numpy()
+            return encoder(ids[numbers].to(device), mask[numbers].to(device)).float().cpu().numpy()
 
-        data.cache_rows(path, [length] * len(prompts), None, to_features, 8, "features of the prompts")
+        data.cache_rows(prompts_path, [len(row) for row in ids], None, to_features, 8, "features of the prompts")
 
 
 def measure_ceiling(config: Config, corpus: data.Waves, vae: pretrained.Frozen, device: torch.device) -> None:
@@ -420,7 +429,10 @@ def read_layers(file: Path, peft_part: str) -> dict[str, dict[str, dict]]:
             a, b = layer.get("A", torch.empty(0)), layer.get("B", torch.empty(0))
             if not a.dim() == b.dim() == 2 or not 0 < len(a) == b.shape[1]:
                 raise UserError(f"{file}: {path} lacks one of its two matrices, or they do not fit each other: half an adapter")
-            layer["alpha"] = float(layer.get("alpha", peft_alpha(settings.get(part, {}), path, len(a))))
+            try:
+                layer["alpha"] = float(layer.get("alpha", peft_alpha(settings.get(part, {}), path, len(a))))
+            except (ValueError, TypeError, AttributeError, RuntimeError, re.error) as e:
+                raise UserError(f"{file}: the alpha of {path} cannot be read ({pretrained.brief(e)})") from e
     return found
 
 

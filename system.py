@@ -267,7 +267,7 @@ def load(path: str, device: torch.device, overrides: dict[str, dict], out_dir: s
 def record_run(config: Config, network: nn.Module, device: torch.device, world: int) -> None:
     """Print what is about to run, and keep what it takes to run it again: config.yaml, run.json and the source."""
     out, here = Path(config.out_dir), Path(__file__).parent
-    (out / "source").mkdir(parents=True, exist_ok=True)
+    make_folder(out / "source")
     for source in here.glob("*.py"):
         shutil.copy(source, out / "source")
     (out / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(config), sort_keys=False))
@@ -281,6 +281,13 @@ def record_run(config: Config, network: nn.Module, device: torch.device, world: 
     (out / "run.json").write_text(json.dumps(run, indent=1))
     beside = f" beside {frozen / 1e6:.1f} M frozen ones" if frozen else ""
     print(f"{config.system}: {parameters / 1e6:.1f} M trained parameters{beside} on {hardware}, into {out}/", flush=True)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be made ({e.strerror})") from e
 
 
 def commit() -> str:
@@ -312,7 +319,8 @@ def main() -> None:
         raise UserError(f"{rest[0]}: unknown option; see `python system.py {o.command} --help`")
     else:
         config, network, step = load(o.ckpt, torch.device("cpu"), {})
-        network.export(o.out, {"step": str(step), "commit": commit(), "data_dir": config.data.data_dir})
+        make_folder(o.out)
+        network.export(o.out, {"step": str(step), "commit": commit(), "corpus": config.data.corpus})
         print("made:", *sorted(path for path in o.out.rglob("*") if path.is_file()))
 
 

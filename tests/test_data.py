@@ -542,9 +542,9 @@ def test_an_unfinished_cache_of_something_else_is_not_taken_up(items, tmp_path):
 
 
 def test_rows_of_the_wrong_shape_or_beyond_float16_are_refused(items, tmp_path):
-    with pytest.raises(ValueError, match="too large for float16"):
+    with pytest.raises(UserError, match="too large for float16"):
         data.cache_rows(tmp_path / "x.npy", [1], None, lambda _: [np.full((1, 2), 1e6)], 4, "items")
-    with pytest.raises(ValueError, match=r"item 0 is \(2, 2\) instead of"):
+    with pytest.raises(UserError, match=r"item 0 is \(2, 2\) instead of"):
         data.cache_rows(tmp_path / "y.npy", [1], None, lambda _: [np.zeros((2, 2))], 4, "items")
     with pytest.raises(UserError, match="cannot be written"):
         data.cache_rows(tmp_path / "nowhere" / "x.npy", [1], None, lambda _: [np.zeros((1, 2))], 4, "items")

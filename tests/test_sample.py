@@ -105,7 +105,8 @@ def test_splitting_loses_no_word():
 
 @pytest.mark.parametrize("text, complaint", [
     ("", "nothing to say"), (" \n ", "nothing to say"), ("?! ...", "nothing to say"), ("😀", "cannot be spoken"),
-    ("A smile 😀 here.", "'😀'"), ("👩‍🚀", "cannot be spoken"), ("Hello\x07.", "cannot be spoken"), ("\udce4", "cannot be spoken"),
+    ("A smile 😀 here.", "'😀'"), ("👩‍🚀", "cannot be spoken"), ("Hello\x07.", "cannot be spoken"),
+    ("\udce4", "cannot be spoken"),
     ("word " * 2000, "9999 characters"), ("x" * 300, "a word of 300 characters")], ids=lambda value: ascii(value)[:24])
 def test_what_cannot_be_spoken_is_said_in_one_line(run, refusal, text, complaint):
     line = refusal(sample, f"--ckpt={run}", f"--text={text}")

@@ -2,17 +2,22 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import audio
+import config as configs
 import metric
+import pretrained
 import sample
+import spectrogram
 import system
 import train
 from conftest import ROOT, call, finish, options, start
+from model import Prompt
 
 KLEIN = {"system": "spectrogram", "corpus": "demo", "sentences": 6, "overfit": 6, "picture.sample_rate": 8000, "picture.n_fft": 256,
          "picture.hop": 128, "picture.seconds": 2.5, "canvas_height": 128, "canvas_width": 160, "base": "scratch", "rank": 4,
@@ -128,13 +133,36 @@ def test_the_text_encoder_is_trained_along_without_cached_features(knobs, tmp_pa
 
 @pytest.mark.parametrize("changes, said", [
     ({"base": "/nowhere/klein"}, "/nowhere/klein"), ({"text_tokens": 30}, "klein.text_tokens"), ({"vocoder": "some/bigvgan"}, "griffinlim"),
-    ({"canvas_width": 144}, "picture.canvas_width"), ({"prompt": "no text"}, "klein.prompt")])
+    ({"canvas_width": 144}, "picture.canvas_width"), ({"prompt": "no text"}, "klein.prompt"),
+    ({"true_durations": "true"}, "eval.true_durations"), ({"max_seconds": 0.2}, "data.max_seconds")])
 def test_what_does_not_fit_is_one_line(refusal, knobs, tmp_path, changes, said):
     assert said in refusal(system, "prepare", *options(knobs | {"data_dir": tmp_path} | changes))
 
 
 def test_training_without_its_caches_says_what_makes_them(refusal, knobs, tmp_path):
     assert "system.py prepare" in refusal(train, *options(knobs | {"out_dir": tmp_path, "vae": "patches", "canvas_height": 112}))
+
+
+def test_prompts_are_tokenised_alike_by_many_threads():
+    tokenizer = pretrained.load_klein_tokenizer("scratch")
+    wanted = {text: pretrained.tokenize_prompts(tokenizer, [text], 64) for text in ("", "Anna", "Anna bought two green baskets.")}
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda text: (text, pretrained.tokenize_prompts(tokenizer, [text], 64)), list(wanted) * 300)
+    assert all(torch.equal(ids, wanted[text][0]) and torch.equal(mask, wanted[text][1]) for text, (ids, mask) in found)
+
+
+def test_a_frozen_part_stays_in_the_precision_it_was_loaded_in(knobs):
+    config = configs.from_command_line(options(knobs | {"dtype": "bf16", "tune": "full"}))
+    for part in ("text_encoder", "vae"):
+        frozen = pretrained.load_frozen_klein(config, part, torch.device("cpu"))
+        assert frozen.cuda_dtype == next(frozen.module.parameters()).dtype
+
+
+def test_the_canvas_beyond_the_spectrogram_is_painted_black(knobs):
+    config = configs.from_command_line(options(knobs | {"vae": "patches", "canvas_height": 192, "canvas_width": 192}))
+    inside = spectrogram.useful(config.picture).view(12, 12).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    picture = spectrogram.Spectrogram(config).paint([Prompt("Anna")], config.sample)[0]
+    assert not inside.all() and picture[:, ~inside].max() < 1e-5 and picture[:, inside].max() > 0.1
 
 
 def test_a_length_in_seconds_is_refused(refusal, painted, tmp_path):
