@@ -34,7 +34,7 @@ class Score(NamedTuple):
 
 
 SCORES = {"mcd": Score("mel-cepstral distortion", "dB", "from log-mels, time-warped: a scale of its own"),
-          "lsd": Score("log-spectral distance", "dB", "of the magnitudes, frame by frame"),
+          "lsd": Score("log-spectral distance", "dB", "of the magnitudes at equal loudness"),
           "path_distance": Score("distance to the colour path", "", "mean over a picture, whose colours go from 0 to 1")}
 
 
@@ -470,6 +470,7 @@ mark { background: var(--wrong); color: inherit; border-radius: 3px; padding: 0 
 .clips, .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 24px; margin-top: 16px }
 .attention { grid-column: 1 / -1 } figcaption b { color: var(--ink); margin-right: 6px }
 img, audio, svg { display: block; width: 100%; height: auto; margin-top: 4px } audio { height: 36px }
+img { max-height: 360px; object-fit: contain; object-position: left }
 summary { cursor: pointer; padding: 6px 0 } .wide, pre { overflow-x: auto }
 table { border-collapse: collapse; font-size: 14px; min-width: 640px; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line) }

@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--text", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompt_file", default="", help="a text file, a prompt a line")
     parser.add_argument("--out", default="sample.wav", help="several prompts become sample-0.wav, sample-1.wav, ...")
-    parser.add_argument("--steps", type=int, default=0, help="Euler steps; default: as trained")
-    parser.add_argument("--cfg_scale", type=float, default=-1.0, help="guidance, 1 = none; default: as trained")
+    parser.add_argument("--steps", type=int, help="Euler steps; default: as trained")
+    parser.add_argument("--cfg_scale", type=float, help="guidance, 1 = none; default: as trained")
     parser.add_argument("--seconds", type=float, default=0.0, help="length of each text; default: predicted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
@@ -49,8 +49,9 @@ def main() -> None:
     sentences = [split_text(text, network.longest) for text in texts]
     if not 0 <= options.seconds <= config.data.max_seconds or not 0 <= options.seed < 2 ** 63:
         raise UserError(f"--seconds goes from 0 to {config.data.max_seconds}, --seed from 0 to 2^63 - 1")
-    settings = replace(config.sample, **{name: value for name, value, given in (
-        ("euler_steps", options.steps, options.steps > 0), ("cfg_scale", options.cfg_scale, options.cfg_scale >= 0)) if given})
+    given = {"euler_steps": options.steps, "cfg_scale": options.cfg_scale}
+    settings = replace(config.sample, **{name: value for name, value in given.items() if value is not None})
+    configs.check(replace(config, sample=settings))
     prompts = [Prompt(sentence, options.seconds * len(sentence) / sum(map(len, parts)), options.seed)
                for parts in sentences for sentence in parts]
     made = []

@@ -208,13 +208,14 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def resume(out_dir: str, network: nn.Module, average: Average, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
-    """Load the newest checkpoint of `out_dir`, if there is one; returns its step and the seconds trained."""
-    path = newest_checkpoint(out_dir)
+def resume(config: Config, network: nn.Module, average: Average, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
+    """Load the newest checkpoint of config.out_dir, if there is one; returns its step and the seconds trained."""
+    path = newest_checkpoint(config.out_dir)
     if path is None:
         return 0, 0.0
     state = load_checkpoint(path)
     load_weights(network, state["model"], str(path))
+    check_unchanged(configs.to_dict(config), state["config"], str(path))
     for name, value in average.mean.items():
         value.copy_(state["ema"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -230,6 +231,16 @@ def weights(network: nn.Module) -> dict[str, torch.Tensor]:
     """What a checkpoint keeps of a network: its state_dict without frozen parameters."""
     frozen = {name for name, p in network.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return {name: value for name, value in network.state_dict().items() if name not in frozen}
+
+
+def check_unchanged(config: dict, saved: dict, where: str) -> None:
+    """raises UserError where the weights would fit, and mean something else: another alpha, another picture."""
+    for section, keys in {"mel": config["mel"], "picture": config["picture"], "model": config["model"], "klein": config["klein"],
+                          "flow": ("predict", "min_t")}.items():
+        for key in keys:
+            now, then = config[section][key], saved.get(section, {}).get(key, config[section][key])
+            if now != then and key not in ("base", "checkpointing"):       # may move; changes no result
+                raise UserError(f"{where}: was trained with {section}.{key} {then!r}, not {now!r}; choose another out_dir")
 
 
 def load_weights(network: nn.Module, found: dict[str, torch.Tensor], where: str) -> None:

@@ -40,7 +40,7 @@ def main() -> None:
     if world > 1:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     optimizers, average = system.optimizers(network, config), system.Average(network, t.ema)
-    start, seconds = system.resume(config.out_dir, network, average, optimizers)
+    start, seconds = system.resume(config, network, average, optimizers)
     if rank == 0:
         system.record_run(config, network, device, world)
         writer = metric.Writer(out, configs.to_dict(config), config.wandb, config.wandb_project, config.wandb_url, start)

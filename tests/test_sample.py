@@ -118,6 +118,12 @@ def test_one_bad_text_of_several_stops_before_anything_is_spoken(run, refusal, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words, knob", [("--steps=0", "sample.euler_steps"), ("--cfg_scale=nan", "sample.cfg_scale"),
+                                         ("--cfg_scale=-1", "sample.cfg_scale")])
+def test_settings_are_checked_as_in_a_config(run, refusal, words, knob):
+    assert knob in refusal(sample, f"--ckpt={run}", "--text=Hello.", words)
+
+
 def test_no_text_at_all_is_an_error(run, refusal):
     assert "--text or --prompt_file" in refusal(sample, f"--ckpt={run}")
 

@@ -78,6 +78,10 @@ def test_resumed_is_bit_for_bit_uninterrupted(knobs, painted, tmp_path):
     assert all(map(torch.equal, *states))
 
 
+def test_a_run_does_not_go_on_with_another_alpha(refusal, knobs, painted):
+    assert "klein.alpha 4.0, not 32.0" in refusal(train, *options(knobs | {"out_dir": painted, "steps": 5, "alpha": 32}))
+
+
 def test_two_ranks_are_one_process_with_the_double_batch(knobs, tmp_path):
     shared = knobs | {"steps": 3, "save_interval": 3}
     finish(start("train.py", *options(shared | {"out_dir": tmp_path / "two"}), ranks=2))

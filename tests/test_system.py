@@ -108,16 +108,17 @@ def test_a_folder_is_its_newest_checkpoint_and_speaks_with_the_average(run):
 
 
 def test_a_run_is_not_resumed_with_another_shape(run):
-    network = system.build(configs.from_dict(SHAPE))
+    config = configs.from_dict({**SHAPE, "out_dir": str(run)})
+    network = system.build(config)
     with pytest.raises(UserError, match=f"{run}.*step_0000006.pt: .*trained with another config"):
-        system.resume(str(run), network, system.Average(network, 0.9), [])
+        system.resume(config, network, system.Average(network, 0.9), [])
 
 
 def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):
     values = {**SHAPE, "train": {"muon_lr": 0.5, "lr": 0.25}}
     config, network, _ = system.load(str(run), CPU, {"train": {"muon_lr": 0.5, "lr": 0.25}})
     optimizers = system.optimizers(network, config)
-    assert system.resume(str(run), network, system.Average(network, 0.9), optimizers)[0] == 6
+    assert system.resume(config, network, system.Average(network, 0.9), optimizers)[0] == 6
     assert [group["peak_lr"] for o in optimizers for group in o.param_groups] == [0.5, 0.25]
     assert all(o.state for o in optimizers)
 
