@@ -180,8 +180,12 @@ def load(path: str = "", overrides: list[str] = ()) -> Config:
     A leaf's bare name is enough while it is unique; `-` and `_` are the same.
     raises UserError for an unknown key, a wrong type, a bad choice or combination.
     """
-    config = from_dict(read_yaml(path) if path else {}, where=path)
-    for key, text in parse_overrides(overrides).items():
+    return overridden(from_dict(read_yaml(path) if path else {}, where=path), overrides)
+
+
+def overridden(config: Config, words: list[str]) -> Config:
+    """A copy of `config` with words of a command line on top, as `load`."""
+    for key, text in parse_overrides(words).items():
         config = override(config, find_key(key).split("."), text, f"--{key}")
     check(config)
     return config

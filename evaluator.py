@@ -206,7 +206,8 @@ def read_prompts(path: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     epilog="--key value for any knob of config.py changes what the checkpoint says, as --klein.base DIR")
     parser.add_argument("--ckpt", required=True, help="a checkpoint, or the folder of a run")
     parser.add_argument("--prompts", default="", help="a text file, a sentence a line; default: the validation clips")
     parser.add_argument("--split", default="val", choices=("val", "test"))
@@ -219,7 +220,7 @@ def main() -> None:
     parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
     parser.add_argument("--out_dir", default="", help="default: the run's")
     parser.add_argument("--device", default="auto")
-    o = parser.parse_args()
+    o, knobs = parser.parse_known_args()
     changes = {"eval": {"prompts": o.prompts, "split": o.split, "limit": o.limit, "recogniser": o.recogniser,
                         "true_durations": o.true_durations},
                "sample": {name: value for name, value, given in (("euler_steps", o.steps, o.steps > 0), ("vocoder", o.vocoder, o.vocoder),
@@ -227,7 +228,7 @@ def main() -> None:
     if o.data_dir:
         changes["data"] = {"data_dir": o.data_dir}
     device = system.pick_device(o.device)
-    config, network, step = system.load(o.ckpt, device, changes, o.out_dir)
+    config, network, step = system.load(o.ckpt, device, changes, o.out_dir, knobs)
     judge = Evaluator(config, None if o.prompts else system.open_corpus(config), device)
     found = judge.run(network, step)
     show(found)

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import typing
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -267,6 +268,7 @@ def conv(channels: int, out_channels: int, kernel: int, dilation: int = 1, bias:
 # FLUX.2 Klein: the parts of a diffusers Flux2KleinPipeline, each by itself, because training never needs all of them at once
 
 KLEIN_TAPS = (9, 18, 27)             # hidden states of the text encoder that the transformer reads; what is above is never computed
+KLEIN_REMEDY = "give --klein.base the folder of a Flux2KleinPipeline"
 KLEIN_CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
@@ -294,10 +296,11 @@ def load_klein(config: Config, part: str) -> nn.Module:
              "vae": diffusers.AutoencoderKLFlux2}
     try:
         dtype = torch.float32 if part == "vae" or part == "transformer" and k.tune == "full" else half
-        module, report = kinds[part].from_pretrained(k.base, subfolder=part, dtype=dtype, local_files_only=klein_is_away(k.base),
-                                                     output_loading_info=True)
+        with warnings.catch_warnings(action="ignore"):       # diffusers' own, about the hub's client
+            module, report = kinds[part].from_pretrained(k.base, subfolder=part, dtype=dtype, local_files_only=klein_is_away(k.base),
+                                                         output_loading_info=True)
     except Exception as e:                                   # each library below has its own for a missing or damaged file
-        raise UserError(f"klein.base {k.base}: its {part} cannot be loaded ({brief(e)}); give the folder of a Flux2KleinPipeline") from e
+        raise UserError(f"klein.base {k.base}: its {part} cannot be loaded ({brief(e)}); {KLEIN_REMEDY}") from e
     if report["missing_keys"] or report["mismatched_keys"]:
         raise UserError(f"klein.base {k.base}: its {part} lacks {min(map(str, report['missing_keys'] or report['mismatched_keys']))}")
     return module if part == "transformer" else KleinText(module) if part == "text_encoder" else KleinVAE(module)
@@ -325,7 +328,7 @@ def load_klein_tokenizer(base: str):
         if tokenizer.decode(tokenizer("speech").input_ids) != "speech":      # without files, AutoTokenizer makes up an empty vocabulary
             raise ValueError("it has no vocabulary")
     except Exception as e:
-        raise UserError(f"klein.base {base}: its tokenizer cannot be loaded ({brief(e)}); give the folder of a Flux2KleinPipeline") from e
+        raise UserError(f"klein.base {base}: its tokenizer cannot be loaded ({brief(e)}); {KLEIN_REMEDY}") from e
     return tokenizer
 
 

@@ -25,7 +25,8 @@ PAUSE_SEC = 0.15                     # between the sentences of a long text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     epilog="--key value for any knob of config.py changes what the checkpoint says, as --klein.base DIR")
     parser.add_argument("--ckpt", default="", help="a checkpoint, or the folder of a run")
     parser.add_argument("--config", default="", help="instead of --ckpt: a recipe, for its network as it is before training")
     parser.add_argument("--lora", default="", help="a published LoRA to put on top: a folder, or a hub id")
@@ -39,13 +40,13 @@ def main() -> None:
     parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
     parser.add_argument("--png", action="store_true", help="write pictures beside each wav")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    options = parser.parse_args()
+    options, knobs = parser.parse_known_args()
     texts = options.text + (evaluator.read_prompts(options.prompt_file) if options.prompt_file else [])
     if not texts:
         raise UserError("nothing to say: give --text or --prompt_file")
     texts = [check_text(text) for text in texts]
     check_output(Path(options.out))
-    config, network = open_network(options)
+    config, network = open_network(options, knobs)
     sentences = [split_text(text, network.longest) for text in texts]
     if not 0 <= options.seconds <= config.data.max_seconds or not 0 <= options.seed < 2 ** 63:
         raise UserError(f"--seconds goes from 0 to {config.data.max_seconds}, --seed from 0 to 2^63 - 1")
@@ -63,15 +64,15 @@ def main() -> None:
         write(path, pieces, options.png or network.paints)
 
 
-def open_network(options: argparse.Namespace) -> tuple[Config, torch.nn.Module]:
-    """The network of --ckpt or --config, ready to sample, with the adapter of --lora."""
+def open_network(options: argparse.Namespace, knobs: list[str]) -> tuple[Config, torch.nn.Module]:
+    """The network of --ckpt or --config, with `knobs` on top, ready to sample, with the adapter of --lora."""
     if bool(options.ckpt) == bool(options.config):
         raise UserError("give --ckpt, a checkpoint or the folder of a run, or --config, a recipe: one of the two")
     device, changes = system.pick_device(options.device), {"vocoder": options.vocoder} if options.vocoder else {}
     if options.ckpt:
-        config, network, _ = system.load(options.ckpt, device, {"sample": changes})
+        config, network, _ = system.load(options.ckpt, device, {"sample": changes}, words=knobs)
     else:
-        config = configs.load(options.config, [f"--sample.{name}={value}" for name, value in changes.items()])
+        config = configs.load(options.config, [f"--sample.{name}={value}" for name, value in changes.items()] + knobs)
         network = system.build(config).to(device).eval()
     if options.lora:
         network.load_adapter(options.lora)

@@ -254,11 +254,13 @@ def load_weights(network: nn.Module, found: dict[str, torch.Tensor], where: str)
     network.load_state_dict(found, strict=False)               # what is frozen stays as it was built
 
 
-def load(path: str, device: torch.device, overrides: dict[str, dict], out_dir: str = "") -> tuple[Config, nn.Module, int]:
+def load(path: str, device: torch.device, overrides: dict[str, dict], out_dir: str = "",
+         words: Sequence[str] = ()) -> tuple[Config, nn.Module, int]:
     """A trained system, ready to sample, with its averaged weights; returns its config, the network and its step.
 
     path: a checkpoint, or the folder of a run, of which the newest is taken.
     overrides, out_dir: sections of the config to change, {"sample": {"vocoder": ...}}, and its out_dir.
+    words: of a command line, ["--klein.base", "elsewhere"], on top.
     """
     if Path(path).is_dir():
         newest = newest_checkpoint(path)
@@ -269,7 +271,7 @@ def load(path: str, device: torch.device, overrides: dict[str, dict], out_dir: s
     values = {**state["config"], **({"out_dir": out_dir} if out_dir else {})}
     for section, changes in overrides.items():
         values = {**values, section: {**values.get(section, {}), **changes}}
-    config = configs.from_dict(values, where=str(path))
+    config = configs.overridden(configs.from_dict(values, where=str(path)), list(words))
     network = build(config)
     load_weights(network, {**state["model"], **state["ema"]}, str(path))
     return config, network.to(device).eval(), state["step"]
@@ -326,10 +328,8 @@ def main() -> None:
     if o.command == "prepare":
         config = configs.from_command_line(rest)
         SYSTEMS[config.system].prepare(config)
-    elif rest:
-        raise UserError(f"{rest[0]}: unknown option; see `python system.py {o.command} --help`")
     else:
-        config, network, step = load(o.ckpt, torch.device("cpu"), {})
+        config, network, step = load(o.ckpt, torch.device("cpu"), {}, words=rest)
         make_folder(o.out)
         network.export(o.out, {"step": str(step), "commit": commit(), "corpus": config.data.corpus})
         print("made:", *sorted(path for path in o.out.rglob("*") if path.is_file()))

@@ -110,7 +110,7 @@ def test_a_painted_picture_is_heard_the_same_by_the_codec(painted, tmp_path):
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
 
-def test_a_klein_tuned_in_full_is_the_base_of_a_lora_that_leaves_it_as_it_is(knobs, tmp_path):
+def test_a_klein_tuned_in_full_is_the_base_of_a_lora_that_leaves_it_as_it_is(refusal, knobs, tmp_path):
     full = knobs | {"tune": "full", "out_dir": tmp_path / "full", "steps": 2, "vae": "patches"}
     call(system, "prepare", *options(full))
     call(train, *options(full))
@@ -120,6 +120,11 @@ def test_a_klein_tuned_in_full_is_the_base_of_a_lora_that_leaves_it_as_it_is(kno
     call(system, "prepare", *options(lora))
     call(train, *options(lora))
     assert before and all(path.read_bytes() == content for path, content in before.items())
+    (tmp_path / "klein").rename(tmp_path / "moved")
+    words = [f"--ckpt={tmp_path / 'lora'}", "--text=Anna", f"--out={tmp_path / 'x.wav'}"]
+    assert "klein.base" in refusal(sample, *words) and "unknown key" in refusal(sample, *words, "--bse=x")
+    call(sample, *words, f"--klein.base={tmp_path / 'moved'}")
+    (tmp_path / "moved").rename(tmp_path / "klein")
     _, tuned, _ = system.load(str(tmp_path / "full"), torch.device("cpu"), {})
     _, adapted, _ = system.load(str(tmp_path / "lora"), torch.device("cpu"), {})
     trained = dict(tuned.transformer.named_parameters())

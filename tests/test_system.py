@@ -316,7 +316,6 @@ def test_prepare_is_the_systems_own(hummer, tmp_path, refusal):
     call(system, "prepare", *options(hummer))
     assert (tmp_path / "prepared").exists()
     assert "unknown key" in refusal(system, "prepare", "--sytem=tts")
-    assert "--out" in refusal(system, "export", "--ckpt=x", "--out=y", "--outt=z")
 
 
 def test_a_checkpoint_holds_what_is_trained_and_the_rest_is_as_built(hummed):
