@@ -1,6 +1,6 @@
 """Speech painted by FLUX.2 Klein: a text becomes the RGB picture of a magnitude spectrogram, the picture becomes sound.
 
-Top-down: the system, its batches and caches, LoRA, adapters as files, commands. The transformer is diffusers' own class; a
+Top-down: the system, its batches and caches, LoRA, adapters as files. The transformer is diffusers' own class; a
 hand-written LoRA is all that is trained of it (or every weight: klein.tune full). Tokens x are (B, N, C): 16 x 16 pixels each.
 Source: the model card of phanerozoic/sonic-plantain; LoRA is arXiv 2106.09685.
 """

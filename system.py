@@ -1,5 +1,5 @@
 """What a system is, the table of systems, and how one is built, saved and loaded. `python system.py prepare --config FILE
-[--key value ...]` makes what a config's training needs: a packed corpus, caches.
+[--key value ...]` makes what a config's training needs: a packed corpus, caches; `export` writes what other software loads.
 
 A checkpoint holds plain tensors and values: model (what is frozen left out), EMA, optimizers, step, config. It is written to a
 temporary file and renamed, so there is never half of one, and read with `weights_only`, so it can run no code.
