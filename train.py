@@ -120,6 +120,7 @@ def main() -> None:
         writer.close()
         print("made:", *sorted(out.glob("sample.*")), metric.write_report(out), flush=True)
     if world > 1:
+        dist.barrier()                                 # no rank leaves while rank 0 still writes
         dist.destroy_process_group()
 
 
