@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import time
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,7 @@ def test_wandb_runs_offline_in_silence_and_a_resumed_run_keeps_its_id(tmp_path, 
     first.media(1, "eval/picture", tmp_path / "a.png")
     first.close()
     identity = (tmp_path / "wandb_id").read_text().strip()
+    time.sleep(1.1)                                           # W&B names a run's folder by the second in which it began
     second = writer(tmp_path, resume_step=1, mode="offline")
     second.log(2, {"train/loss": 0.5})
     second.close()
