@@ -54,6 +54,7 @@ class Clip(NamedTuple):
     shard: int = 0
     offset: int = 0              # rows before it in its shard
     number: int = 0              # clips before it in the corpus
+    group: str = ""              # what figures are also told by: a language and a voice, "en f3"
 
 
 class Packed:

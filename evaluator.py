@@ -1,15 +1,17 @@
-"""How good a system is: validation loss on fixed noise, and sampled speech that a recogniser must understand.
+"""How good a system is: validation loss on fixed noise, and samples: heard by a recogniser, looked at by the system's own judges.
 
 All ranks take their share of the clips and gather at the end. `python evaluator.py --ckpt out/demo --limit 64` does after
-training what the loop does in it. Everything lands in <out_dir>/eval/step_*: wavs, pictures, wer.jsonl.
+training what the loop does in it; `--snr inf 20 10 5 0` repeats it under noise. All lands in <out_dir>/eval/step_*: wavs, pictures, samples.jsonl.
 """
 
 import argparse
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -27,72 +29,88 @@ IN_BIN = re.compile(r"_t\d$")        # a loss in one of them
 
 
 class Evaluator:
-    """Prompts, references and the recogniser, resident; `run` samples and scores a network."""
+    """Prompts, references and, for a system that speaks, the recogniser, resident; `run` samples and scores a network."""
 
     def __init__(self, config: Config, corpus, device: torch.device, rank: int = 0, world: int = 1):
         self.config, self.corpus, self.device, self.rank, self.world = config, corpus, device, rank, world
         self.prompts = read_prompts(config.eval.prompts)[:config.eval.limit] if config.eval.prompts else []
         self.clips = [] if self.prompts else corpus.clips(config.eval.split)[:config.eval.limit]
+        parts = system.SYSTEMS[config.system].network
+        if parts.listens and self.prompts:
+            raise UserError(f"eval.prompts {config.eval.prompts}: system {config.system} listens; it is evaluated on its corpus's speech")
         if rank != 0:
             dist.barrier()                                     # rank 0 downloads it, the others find it
-        self.recogniser = recogniser.load(config.eval.recogniser, device)
+        self.recogniser = recogniser.load(config.eval.recogniser, device) if parts.speaks else None
         if world > 1 and rank == 0:
             dist.barrier()
-        self.floors, self.references = {}, {}
+        self.floors, self.references, self.snr = {}, {}, math.inf
 
     def run(self, network, step: int) -> dict[str, float | str]:
-        """Sample every prompt with `network`, transcribe, score; returns metrics on rank 0, {} on the others."""
+        """Sample every prompt with `network`, score, and let the recogniser hear them; returns metrics on rank 0, {} on the others."""
         self.floors = self.floors or self.measure_floors(network)
         folder = Path(self.config.out_dir, "eval", f"step_{step:07d}")
         folder.mkdir(parents=True, exist_ok=True)
-        rows = self.sample_share(network, folder)
-        rows = sorted(gather(rows, self.world), key=lambda row: row["number"])
+        rows, features = self.sample_share(network, folder)
+        rows, features = (sorted(gather(part, self.world), key=lambda item: item["number"]) for part in (rows, features))
         if self.rank != 0:
             return {}
         keys = dict.fromkeys(key for row in rows for key in row)
         rows = [dict.fromkeys(keys) | row for row in rows]     # every line has the same keys
-        with open(folder / "wer.jsonl", "w", encoding="utf-8") as f:
+        with open(folder / "samples.jsonl", "w", encoding="utf-8") as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        for name in [row[kind] for row in rows[:1] for kind in (("audio", "picture") if network.paints else ("audio",))]:
-            shutil.copy(folder / name, Path(self.config.out_dir, f"sample{Path(name).suffix}"))
-        errors, words = [r["errors"] for r in rows], [r["words"] for r in rows]
-        low, high = metric.bootstrap_interval(errors, words)
-        found = {"eval/wer": sum(errors) / max(1, sum(words)), "eval/wer_low": low, "eval/wer_high": high, **self.floors,
-                 "eval/recogniser": self.recogniser.name}
-        return found | {f"eval/{key}": value for key, value in mean_scores(rows).items()}
+        for ending, kind in (("wav", "audio"), ("png", "picture")):
+            if ending in network.makes:
+                shutil.copy(folder / rows[0][kind], Path(self.config.out_dir, f"sample.{ending}"))
+        found = error_rate(rows) | {"eval/recogniser": self.recogniser.name} if self.recogniser else {}
+        found |= {**self.floors, **{f"eval/{key}": value for key, value in mean_scores(rows).items()}, **by_group(rows)}
+        return found | (survey(network, features, folder) if features else {})
 
-    def sample_share(self, network, folder: Path) -> list[dict]:
-        """This rank's prompts, longest first in batches of sample_batch: sampled, written, transcribed; a row each."""
-        e, rows = self.config.eval, []
+    def sample_share(self, network, folder: Path) -> tuple[list[dict], list[dict]]:
+        """This rank's prompts, longest first in batches of sample_batch: sampled, written, heard; a row each, and its features, if any."""
+        e, rows, features = self.config.eval, [], []
         texts = self.prompts or [clip.text for clip in self.clips]
         mine = sorted(range(self.rank, len(texts), self.world), key=lambda n: -len(texts[n]))
-        bar = tqdm(total=len(mine), desc="speaking", unit="prompt", disable=None if self.rank == 0 else True, leave=False)
+        bar = tqdm(total=len(mine), desc="sampling", unit="prompt", disable=None if self.rank == 0 else True, leave=False)
         for start in range(0, len(mine), e.sample_batch):
             numbers = mine[start:start + e.sample_batch]
             made = network.sample([self.prompt(network, n, texts[n]) for n in numbers], self.config.sample)
-            heard = self.recogniser.transcribe([a.wave for a in made], made[0].sample_rate)
+            heard = self.recogniser.transcribe([a.wave for a in made], made[0].sample_rate) if self.recogniser else [None] * len(made)
             rows += [self.row(network, n, texts[n], a, h, folder) for n, a, h in zip(numbers, made, heard)]
+            if network.features and self.clips:
+                features += [{"number": n, **network.features(a, self.corpus, self.clips[n])} for n, a in zip(numbers, made)]
             bar.update(len(numbers))
         bar.close()
-        return rows
+        return rows, features
 
     def prompt(self, network, number: int, text: str) -> Prompt:
         true_length = self.config.eval.true_durations and self.clips
-        return Prompt(text, self.clips[number].frames / network.frame_rate if true_length else 0.0, seed=number)
+        seconds = self.clips[number].frames / network.frame_rate if true_length else 0.0
+        return Prompt(text, seconds, seed=number, speech=self.speech(number) if network.listens else None)
 
-    def row(self, network, number: int, text: str, made, heard: str, folder: Path) -> dict:
-        """Write one sample, and for the first ones the pictures and the reference; returns its line of wer.jsonl."""
-        errors, words = metric.word_errors(recogniser.normalise(text), recogniser.normalise(heard))
-        row = {"number": number, "id": self.clips[number].id if self.clips else f"prompt-{number}", "text": text, "hypothesis": heard,
-               "errors": errors, "words": words, **(network.score(made, self.corpus, self.clips[number]) if self.clips else {}),
-               "audio": f"{number:03d}.wav", "reference_audio": None, "picture": None, "reference_picture": None}
+    def speech(self, number: int) -> torch.Tensor:
+        """What a clip says, (N,) at 16 kHz, with white noise `snr` dB below it, if any."""
+        wave, rate = self.corpus.recording(self.clips[number])
+        return add_noise(audio.resample(wave, rate, 16000), self.snr, seed=number)
+
+    def row(self, network, number: int, text: str, made, heard: str | None, folder: Path) -> dict:
+        """Write one sample, and for the first ones the pictures and the reference; returns its line of samples.jsonl."""
+        row = {"number": number, "id": self.clips[number].id if self.clips else f"prompt-{number}", "text": text}
+        if heard is not None:
+            errors, words = metric.word_errors(recogniser.normalise(text), recogniser.normalise(heard))
+            row |= {"hypothesis": heard, "errors": errors, "words": words}
+        if self.clips:
+            row |= {"group": self.clips[number].group, **network.score(made, self.corpus, self.clips[number])}
+        if any(score.match for key, score in metric.SCORES.items() if key in row):
+            other = self.clips[(number + max(1, len(self.clips) // 2)) % len(self.clips)]
+            row |= {f"{key}_shuffled": value for key, value in network.score(made, self.corpus, other).items() if metric.SCORES[key].match}
+        row |= {"audio": f"{number:03d}.wav", "reference_audio": None, "picture": None, "reference_picture": None}
         audio.save_wav(folder / row["audio"], made.wave, made.sample_rate)
         if number < SHOWN:
             row |= made.draw(folder / f"{number:03d}")
         if number < SHOWN and self.clips:
             drawn = self.reference(network, number).draw(folder / f"{number:03d}.ref")
             row |= {f"reference_{kind}": name for kind, name in drawn.items()}
-            recording = self.corpus.recording(self.clips[number])
+            recording = None if network.listens else self.corpus.recording(self.clips[number])     # else it is the prompt
             if recording is not None:
                 row["reference_audio"] = f"{number:03d}.ref.wav"
                 audio.save_wav(folder / row["reference_audio"], *recording)
@@ -108,29 +126,52 @@ class Evaluator:
         return self.references[number]
 
     def measure_floors(self, network) -> dict[str, float]:
-        """What no voice can be expected to be better than: the recogniser's error rate on the recordings, and on what is left of them
+        """What nothing can be expected to be better than: the recogniser's error rate on the recordings, and on what is left of them
         after all but the generative network ("vocoded"), and the scores of the latter, where they are not 0 by their nature."""
         mine = range(self.rank, len(self.clips), self.world)
         recordings = {n: found for n in mine if (found := self.corpus.recording(self.clips[n])) is not None}
-        vocoded, scores, floors = {}, [], {}
+        vocoded, scores, features, floors = {}, [], [], {}
         for n in recordings:
             made = self.reference(network, n)
             vocoded[n] = made.wave, made.sample_rate
             scores.append(network.score(made, self.corpus, self.clips[n]))
-        for name, sounds in (("ground_truth", recordings), ("vocoded", vocoded)):
+            features += [{"number": n, **network.features(made, self.corpus, self.clips[n])}] if network.features else []
+        for name, sounds in (("ground_truth", recordings), ("vocoded", vocoded)) if self.recogniser else ():
             heard = self.recogniser.transcribe([wave for wave, _ in sounds.values()], next(iter(sounds.values()))[1]) if sounds else []
             counts = gather([metric.word_errors(recogniser.normalise(self.clips[n].text), recogniser.normalise(h))
                              for n, h in zip(sounds, heard)], self.world)
             if counts:
                 floors[f"eval/wer_{name}"] = sum(e for e, _ in counts) / max(1, sum(w for _, w in counts))
-        means = mean_scores(gather(scores, self.world))
-        return floors | {f"eval/{key}_vocoded": value for key, value in means.items() if value > 1e-3}
+        floors |= {f"eval/{key}_vocoded": value for key, value in mean_scores(gather(scores, self.world)).items() if value > 1e-3}
+        features = sorted(gather(features, self.world), key=lambda item: item["number"])
+        return floors | {f"{key}_vocoded": value for key, value in (survey(network, features, None) if features else {}).items()}
+
+
+def error_rate(rows: list[dict]) -> dict[str, float]:
+    errors, words = [row["errors"] for row in rows], [row["words"] for row in rows]
+    low, high = metric.bootstrap_interval(errors, words)
+    return {"eval/wer": sum(errors) / max(1, sum(words)), "eval/wer_low": low, "eval/wer_high": high}
 
 
 def mean_scores(rows: list[dict]) -> dict[str, float]:
-    """The mean of each of metric.SCORES over the rows that have it."""
-    values = {key: [row[key] for row in rows if row.get(key) is not None] for key in metric.SCORES}
-    return {key: sum(found) / len(found) for key, found in values.items() if found}
+    """The mean of each of metric.SCORES, and of its shuffled control, over the rows that have it."""
+    names = [name for key in metric.SCORES for name in (key, f"{key}_shuffled")]
+    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items() if found}
+
+
+def by_group(rows: list[dict]) -> dict[str, float]:
+    """The means of what is a match by the words of the clips' groups, where there are several: eval/all_match/en."""
+    words = sorted({word for row in rows for word in (row.get("group") or "").split()})
+    found = {word: mean_scores([row for row in rows if word in (row.get("group") or "").split()]) for word in words if len(words) > 1}
+    return {f"eval/{key}/{word}": value for word, means in found.items() for key, value in means.items()
+            if key in metric.SCORES and metric.SCORES[key].match}
+
+
+def survey(network, features: list[dict], folder: Path | None) -> dict[str, float]:
+    """The network's figures of the whole set. folder: where its pictures go, if there are to be any."""
+    stacked = {key: np.stack([item[key] for item in features]) for key in features[0] if key != "number"}
+    return {f"eval/{key}": value for key, value in network.summary(stacked, folder).items()}
 
 
 @torch.no_grad()
@@ -165,24 +206,32 @@ def show(found: dict) -> None:
               if key.startswith("val/") and not IN_BIN.search(key)]
     if losses:
         print(f"  validation: {'  '.join(losses)}", flush=True)
-    if "eval/wer" not in found:
-        return
-    floors = [f"{what} {100 * found[key]:.1f} %" for what, key in (("recordings", "eval/wer_ground_truth"), ("vocoded", "eval/wer_vocoded"))
-              if key in found]
-    print(f"  word error rate {100 * found['eval/wer']:.1f} % [{100 * found['eval/wer_low']:.1f}, {100 * found['eval/wer_high']:.1f}]"
-          f"  by {found['eval/recogniser']}  floors: {', '.join(floors) or 'none'}", flush=True)
+    if "eval/wer" in found:
+        floors = [f"{what} {100 * found[key]:.1f} %" for what, key in
+                  (("recordings", "eval/wer_ground_truth"), ("vocoded", "eval/wer_vocoded")) if key in found]
+        print(f"  word error rate {100 * found['eval/wer']:.1f} % [{100 * found['eval/wer_low']:.1f}, {100 * found['eval/wer_high']:.1f}]"
+              f"  by {found['eval/recogniser']}  floors: {', '.join(floors) or 'none'}", flush=True)
     for key in metric.SCORES:
         if f"eval/{key}" in found:
-            floor = f"  floor: vocoded {found[f'eval/{key}_vocoded']:.3g}" if f"eval/{key}_vocoded" in found else ""
-            print(f"  {metric.SCORES[key].title} {metric.with_unit(key, found[f'eval/{key}'])}{floor}", flush=True)
+            beside = "".join(f"  {name} {metric.with_unit(key, value)}" for name, value in metric.compared_with([found], key))
+            print(f"  {metric.SCORES[key].title} {metric.with_unit(key, found[f'eval/{key}'])}{beside}", flush=True)
 
 
 def log_media(writer: metric.Writer, out_dir: str, step: int) -> None:
     """Hand the first samples to W&B, to hear and to look at."""
     folder = Path(out_dir, "eval", f"step_{step:07d}")
-    for name, ending in (("audio", "wav"), ("spectrogram", "png"), ("attention", "attention.png"), ("confidence", "confidence.png")):
+    for name, ending in (("audio", "wav"), ("picture", "png"), ("attention", "attention.png"), ("confidence", "confidence.png"),
+                         ("nearest", "nearest.png")):
         if paths := sorted(folder.glob(f"00[0-{SHOWN - 1}].{ending}")):
             writer.media(step, f"eval/{name}", paths)
+    if paths := sorted(folder.glob("summary*.png")):
+        writer.media(step, "eval/summary", paths)
+
+
+def add_noise(wave: torch.Tensor, snr: float, seed: int) -> torch.Tensor:
+    """A wave (N,) and white noise `snr` dB below its mean power."""
+    noise = torch.randn(wave.shape, generator=torch.Generator().manual_seed(seed))
+    return wave + noise * wave.square().mean().sqrt() * 10 ** (-snr / 20)
 
 
 def gather(share: list, world: int) -> list:
@@ -218,6 +267,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="Euler steps; default: as trained")
     parser.add_argument("--cfg_scale", type=float, default=-1.0, help="guidance; default: as trained")
     parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
+    parser.add_argument("--snr", type=float, nargs="+", default=[], help="dB, inf for none: systems that listen, under white noise at each")
     parser.add_argument("--out_dir", default="", help="default: the run's")
     parser.add_argument("--device", default="auto")
     o, knobs = parser.parse_known_args()
@@ -229,10 +279,15 @@ def main() -> None:
         changes["data"] = {"data_dir": o.data_dir}
     device = system.pick_device(o.device)
     config, network, step = system.load(o.ckpt, device, changes, o.out_dir, knobs)
+    if o.snr and not network.listens:
+        raise UserError(f"--snr is for systems that listen; {config.system} does not")
     judge = Evaluator(config, None if o.prompts else system.open_corpus(config), device)
-    found = judge.run(network, step)
-    show(found)
-    print(json.dumps(found))
+    for judge.snr in o.snr or [math.inf]:
+        if o.snr:
+            print(f"speech at {judge.snr:g} dB over white noise")
+        found = judge.run(network, step)
+        show(found)
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

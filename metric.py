@@ -1,7 +1,7 @@
 """What a run leaves behind: metrics.jsonl and a W&B run while it trains, scores, and one HTML page that shows all of it.
 
 Top-down: `Writer`, pure scores, pictures, `write_report`. The report needs nothing but the files in the run's folder:
-metrics.jsonl, run.json, config.yaml, eval/step_*/wer.jsonl with the wavs and pngs that it names; any may be missing.
+metrics.jsonl, run.json, config.yaml, eval/step_*/samples.jsonl with the wavs and pngs that it names; any may be missing.
 
     python metric.py OUT_DIR         # rebuild OUT_DIR/report.html
 """
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import string
 import sys
 from html import escape
 from pathlib import Path
@@ -23,28 +24,40 @@ import numpy as np
 from config import Mel, UserError, run_main
 
 BLUE, ORANGE, GREY = "#3d7fd9", "#d97b29", "#7d7d7d"           # legible on white and on black
+PAGE = Path(__file__).parent / "assets" / "report.html"
 INK = "#010203"                                                # in charts, stands for the page's text colour
 
 
 class Score(NamedTuple):
-    """A distance of what was made to the recording, as the report shows it; 0 is equal."""
+    """A figure beside the word error rate, as the report shows it. It is of one sample, and then its mean is shown, or of all of them."""
     title: str
-    unit: str
-    note: str
+    unit: str = ""
+    note: str = ""
+    match: bool = False              # 1 where a sample is what its prompt asks for, else 0: against another prompt it falls to chance
 
 
-SCORES = {"mcd": Score("mel-cepstral distortion", "dB", "from log-mels, time-warped: a scale of its own"),
-          "lsd": Score("log-spectral distance", "dB", "of the magnitudes at equal loudness"),
-          "path_distance": Score("distance to the colour path", "", "mean over a picture, whose colours go from 0 to 1")}
+SCORES = {"mcd": Score("mel-cepstral distortion", "dB", "from log-mels, time-warped: a scale of its own; 0 is the recording"),
+          "lsd": Score("log-spectral distance", "dB", "of the magnitudes at equal loudness; 0 is the recording"),
+          "path_distance": Score("distance to the colour path", "", "mean over a picture, whose colours go from 0 to 1"),
+          "all_match": Score("everything as asked for", "%", "all that the prompt says, at once", match=True),
+          **{f"{what}_match": Score(f"{what} as asked for", "%", match=True) for what in ("key", "tempo", "timbre", "colour", "shape", "place")},
+          "chance": Score("chance", "%", "of everything being as asked for, by a guess"),
+          "fad": Score("Fréchet audio distance", "", "of the sets' features; 0 is the recordings"),
+          "kad": Score("kernel audio distance", "", "of the sets' features, times 100; 0 is the recordings"),
+          "clap": Score("CLAP score", "", "cosine of sound and prompt"),
+          "fid": Score("Fréchet inception distance", "", "of the sets' features; 0 is the real pictures"),
+          "inception_score": Score("inception score", "", "1 is all alike"),
+          **{f"{kind}_{k}": Score(f"R@{k} {title}", "%", f"the right one is among the first {k}") for kind, title in
+             (("recall", "speech to picture"), ("recall_back", "picture to speech"), ("recall_made", "made to real picture")) for k in (1, 5, 10)},
+          "cos_matched": Score("cosine of pairs"), "cos_unmatched": Score("cosine of strangers"),
+          "modality_gap": Score("modality gap", "", "distance of the mean speech and the mean picture"),
+          "language_gap": Score("gap between languages", "%", "best to worst, relative")}
 
 
 class Writer:
-    """One JSON line a call in <out_dir>/metrics.jsonl, and the same to W&B.
+    """One JSON line a call in <out_dir>/metrics.jsonl, and the same to W&B: offline (files in <out_dir>/wandb) | online | disabled.
 
-    config: nested plain values, for W&B.
-    wandb_mode: offline (files in <out_dir>/wandb, no network) | online | disabled.
-    url: base URL of one's own W&B server, or "".
-    resume_step: later lines are dropped and the W&B run is continued; 0 begins both anew.
+    url: of one's own W&B server, or "". resume_step: later lines are dropped and the W&B run goes on; 0 begins both anew.
     """
 
     def __init__(self, out_dir: str, config: dict, wandb_mode: str, project: str, url: str, resume_step: int):
@@ -64,12 +77,11 @@ class Writer:
         if self.run:
             self.run.log(values, step=step)
 
-    def media(self, step: int, name: str, path_or_list) -> None:
+    def media(self, step: int, name: str, paths: list[Path]) -> None:
         """Hand .wav and .png files to W&B; on disk they already are."""
         if not self.run:
             return
         import wandb
-        paths = path_or_list if isinstance(path_or_list, (list, tuple)) else [path_or_list]
         kinds = {".wav": wandb.Audio, ".png": wandb.Image}
         self.run.log({name: [kinds[Path(path).suffix](str(path)) for path in paths]}, step=step)
 
@@ -120,15 +132,10 @@ def bootstrap_interval(errors: list[int], words: list[int], draws: int = 1000, s
 
 
 def mel_cepstral_distortion(log_mel_a: np.ndarray, log_mel_b: np.ndarray, order: int = 13) -> float:
-    """Distance of two clips' spectral envelopes in dB, after dynamic time warping, averaged over the path.
+    """Distance of the spectral envelopes of two log-mels (T, M), (S, M) in dB, after dynamic time warping, averaged over the path.
 
-    A mel-based MCD: cepstra are the DCT-II of the log-mel, not WORLD's or SPTK's. Compare it with itself only, never with
-    published figures. Scaled as the classical formula is, 10 / ln 10 sqrt(2 sum d^2), so that it is the root mean square
-    difference of the two log-mels in dB once each is smoothed to `order` cosines and stripped of its level.
-
-    log_mel_a (T, M), log_mel_b (S, M): natural log of magnitudes.
-    order: coefficients c1 to c_order; c0, the level, is left out.
-    source: Kubichek 1993; Sakoe, Chiba 1978.
+    Cepstra c1 to c_order are the DCT-II of the log-mel, not WORLD's or SPTK's: compare it with itself only, never with published
+    figures. Scaled as the classical formula, 10 / ln 10 sqrt(2 sum d^2) (Kubichek 1993; Sakoe, Chiba 1978).
     """
     a, b = np.asarray(log_mel_a, np.float64), np.asarray(log_mel_b, np.float64)
     bins = a.shape[1]
@@ -138,11 +145,42 @@ def mel_cepstral_distortion(log_mel_a: np.ndarray, log_mel_b: np.ndarray, order:
     return warped_mean(10 / math.log(10) * np.sqrt(2 * squares.clip(0)))
 
 
-def warped_mean(distance: np.ndarray) -> float:
-    """Mean of distance (T, S) along the cheapest monotonic path from corner to corner; NaN if a side is empty.
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two sets of features (n, D), (m, D) as Gaussians: |mean - mean|^2 + tr(A + B - 2 (A B)^1/2) (Heusel et al. 2017)."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    covariances = [np.cov(side, rowvar=False).reshape(side.shape[1], -1) for side in (a, b)]
+    crossed = np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0)              # those of a product of two PSD matrices
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + sum(map(np.trace, covariances)) - 2 * np.sqrt(crossed).sum())
 
-    Goes over anti-diagonals i + j = d, whose cells depend on the two before only: T + S vector steps instead of T S scalar ones.
+
+def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """KAD: 100 times the unbiased squared MMD of features (n, D) to real ones (m, D); below 0 by chance where they are alike.
+
+    A Gaussian kernel as wide as the median distance between two real ones (Chung et al. 2025, arXiv 2502.15602).
     """
+    def squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return (np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2 * x @ y.T).clip(0)
+
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    width = 2 * np.median(squares(b, b)[np.triu_indices(len(b), 1)])
+    within = [(np.exp(-squares(x, x) / width).sum() - len(x)) / (len(x) * (len(x) - 1)) for x in (a, b)]
+    return float(100 * (sum(within) - 2 * np.exp(-squares(a, b) / width).mean()))
+
+
+def inception_score(shares: np.ndarray) -> float:
+    """exp of the mean divergence of class probabilities (n, K) from their mean (Salimans et al. 2016): 1 to K."""
+    shares = np.asarray(shares, np.float64).clip(1e-16)
+    return float(np.exp((shares * (np.log(shares) - np.log(shares.mean(0)))).sum(1).mean()))
+
+
+def recall_at(similarity: np.ndarray, right: np.ndarray, k: int) -> float:
+    """Share of the rows of similarity (n, m) of whose k greatest at least one is right (n, m) bool."""
+    best = np.where(right, similarity, -np.inf).max(1, keepdims=True)
+    return float(((similarity > best).sum(1) < k).mean())
+
+
+def warped_mean(distance: np.ndarray) -> float:
+    """Mean of distance (T, S) along the cheapest monotonic path from corner to corner; NaN if a side is empty."""
     rows, columns = distance.shape
     if not rows or not columns:
         return math.nan
@@ -150,7 +188,7 @@ def warped_mean(distance: np.ndarray) -> float:
     cost, before = np.full(rows + 1, np.inf), np.full(rows + 1, np.inf)    # of diagonals d - 1 and d - 2, at index i + 1
     length, length_before = np.zeros(rows + 1), np.zeros(rows + 1)         # cells on the path that led there
     before[0] = 0
-    for d in range(rows + columns - 1):
+    for d in range(rows + columns - 1):                                    # whose cells depend on those of the two before only
         low, high = max(0, d - columns + 1), min(rows, d + 1)
         both, down, along = before[low:high], cost[low:high], cost[low + 1:high + 1]
         best = np.minimum(both, np.minimum(down, along))
@@ -176,10 +214,7 @@ def spectrogram_png(log_mel: np.ndarray, path: str, mel: Mel) -> None:
 
 
 def attention_png(weights: np.ndarray, text: str, path: str, seconds: float = 0) -> None:
-    """weights (frames, bytes): which byte of `text` each frame looks at. Bytes across, time up.
-
-    seconds: length of the clip; 0 leaves the axis in frames.
-    """
+    """weights (frames, bytes): which byte of `text` each frame looks at. Bytes across, time up, in seconds where the length is given."""
     from matplotlib.colors import LinearSegmentedColormap
     frames, count = weights.shape
     labels = []
@@ -213,11 +248,7 @@ def picture_axes(width: float, height: float, x_label: str, y_label: str):
 
 
 def write_report(out_dir: str, shown: int = 8) -> Path:
-    """Write <out_dir>/report.html: one self-contained page, sounds and pictures inside, from whatever the run has left.
-
-    shown: samples with sound and pictures; the others are in the table.
-    returns its path. raises UserError if there is no such folder.
-    """
+    """Write <out_dir>/report.html: one self-contained page, sounds and pictures of `shown` samples inside, from what the run has left."""
     out = Path(out_dir)
     if not out.is_dir():
         raise UserError(f"{out}: no such folder; give the out_dir of a run")
@@ -227,24 +258,24 @@ def write_report(out_dir: str, shown: int = 8) -> Path:
         run = json.loads(read_text(out / "run.json") or "{}")
     except ValueError as e:
         raise UserError(f"{out / 'run.json'}: not JSON ({e}); mend or delete it") from e
-    evaluations = {int(path.parent.name.removeprefix("step_")): path for path in out.glob("eval/step_*/wer.jsonl")}
+    evaluations = {int(path.parent.name.removeprefix("step_")): path for path in out.glob("eval/step_*/samples.jsonl")}
     step = max(evaluations, default=0)
     entries = read_lines(evaluations[step]) if evaluations else []
     samples = "".join(sample(evaluations[step].parent, entry) for entry in entries[:shown])
+    maps = "".join(map(figure, sorted(evaluations[step].parent.glob("summary*.png")))) if evaluations else ""
     charts, system = all_charts(metrics), re.search(r"^system:\s*(\S+)", config, re.MULTILINE)
     facts = {"command": run.get("command"), "commit": run.get("commit"), **(run.get("versions") or {})}
     facts = "".join(f"<dt>{escape(name)}</dt><dd><code>{escape(str(value))}</code></dd>" for name, value in facts.items() if value)
     title = escape(f"{system[1] if system else 'nanoaudio'} · {out.resolve().name}")
-    key = f"From step {step:,}. <mark>Marked</mark>: heard, but not in the text. <del>Struck</del>: in the text, not heard."
+    key = "<mark>Marked</mark>: heard, but not in the text. <del>Struck</del>: in the text, not heard." if "<p class=heard>" in samples else ""
     body = headline(title, metrics, run)
-    body += f"<section><h2>Samples</h2><p>{key}</p>{samples}</section>" if samples else ""
+    body += f"<section><h2>Samples</h2><p>From step {step:,}. {key}</p>{samples}</section>" if samples else ""
+    body += f"<section><h2>All at once</h2><div class=charts>{maps}</div></section>" if maps else ""
     body += f"<section><h2>Curves</h2><div class=charts>{charts}</div></section>" if charts else ""
-    body += f"<section><h2>All sentences</h2>{table(entries)}</section>" if entries else ""
+    body += f"<section><h2>All samples</h2>{table(entries)}</section>" if entries else ""
     body += f"<section><h2>To run it again</h2><dl class=facts>{facts}</dl></section>" if facts else ""
     body += f"<details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>" if config else ""
-    write_atomically(out / "report.html", '<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">'
-                     '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
-                     f"<title>{title}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n")
+    write_atomically(out / "report.html", string.Template(PAGE.read_text(encoding="utf-8")).substitute(title=title, body=body))
     return out / "report.html"
 
 
@@ -259,11 +290,18 @@ def headline(title: str, metrics: list[dict], run: dict) -> str:
              (percent(last(metrics, "eval/wer_vocoded")), "floor: vocoded", "recordings through all but the network"),
              (percent(last(metrics, "eval/wer_ground_truth")), "floor: recordings", "the recordings themselves")]
     for key, score in SCORES.items():
-        floor = with_unit(key, last(metrics, f"eval/{key}_vocoded"))
-        tiles.append((with_unit(key, last(metrics, f"eval/{key}")), score.title, f"{score.note}; floor: {floor}" if floor else score.note))
+        notes = [score.note, *(f"{name}: {with_unit(key, found)}" for name, found in compared_with(metrics, key))]
+        tiles.append((with_unit(key, last(metrics, f"eval/{key}")), score.title, "; ".join(filter(None, notes))))
     cells = "".join(f"<div><dt>{label}</dt><dd>{number}<small>{escape(note)}</small></dd></div>" for number, label, note in tiles if number)
     line = " · ".join(escape(str(fact)) for fact in facts if fact)
     return f"<header><h1>{title}</h1><p>{line}</p>{f'<dl class=tiles>{cells}</dl>' if cells else ''}</header>"
+
+
+def compared_with(metrics: list[dict], key: str) -> list[tuple[str, float]]:
+    """What stands beside a score: what all but the generative network makes of the recordings, another's prompt, and each language, voice, ..."""
+    ends = {"_vocoded": "at best", "_shuffled": "shuffled prompts"}
+    ends |= {name.removeprefix(f"eval/{key}"): name.split("/")[2] for row in metrics for name in row if name.startswith(f"eval/{key}/")}
+    return [(name, found) for end, name in ends.items() if (found := last(metrics, f"eval/{key}{end}")) is not None]
 
 
 def sample(folder: Path, entry: dict) -> str:
@@ -271,22 +309,28 @@ def sample(folder: Path, entry: dict) -> str:
     name, text, heard, errors = (entry.get(key) for key in ("id", "text", "hypothesis", "errors"))
     wrong = f"{errors} error{'s' * (errors != 1)} in {entry.get('words')} words" if errors else "every word right"
     scores = ([wrong] if errors is not None else []) + [
-        f"{score.title} {with_unit(key, entry[key])}" for key, score in SCORES.items() if entry.get(key) is not None]
+        f"{score.title}{': no' if entry[key] < 1 else ''}" if score.match else f"{score.title} {with_unit(key, entry[key])}"
+        for key, score in SCORES.items() if entry.get(key) is not None]
     lines = f"<p class=text>{escape(text)}</p>" if text else ""
     lines += f"<p class=heard><b>heard</b> {compared(text or '', heard, errors)}</p>" if heard is not None else ""
     clips = ""
     for kind, sound, picture in (("generated", "audio", "picture"), ("reference", "reference_audio", "reference_picture"),
-                                 ("confidence", "", "confidence"), ("reference confidence", "", "reference_confidence"),
-                                 ("attention", "", "attention")):
+                                 ("nearest in training", "", "nearest"), ("confidence", "", "confidence"),
+                                 ("reference confidence", "", "reference_confidence"), ("attention", "", "attention")):
         sound, picture = (folder / entry[key] if entry.get(key) else None for key in (sound, picture))
-        label, inside = escape(f"{kind} {name}"), ""
-        if picture and picture.is_file():
-            inside += f'<img alt="{label}" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">'
-        if sound and sound.is_file():
-            source = f"data:audio/wav;base64,{base64.b64encode(sound.read_bytes()).decode()}"
-            inside += f'<audio controls preload="metadata" aria-label="{label}" src="{source}"></audio>'
-        clips += f'<figure class="{kind}"><figcaption>{kind}</figcaption>{inside}</figure>' if inside else ""
+        clips += figure(picture, sound, kind, f"{kind} {name}")
     return f"<article><h3>{escape(str(name))} <span>{' · '.join(scores)}</span></h3>{lines}<div class=clips>{clips}</div></article>"
+
+
+def figure(picture: Path | None, sound: Path | None = None, kind: str = "", label: str = "") -> str:
+    """A picture and a sound, those that there are, inside a <figure>."""
+    inside = ""
+    if picture and picture.is_file():
+        inside += f'<img alt="{escape(label)}" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">'
+    if sound and sound.is_file():
+        source = f"data:audio/wav;base64,{base64.b64encode(sound.read_bytes()).decode()}"
+        inside += f'<audio controls preload="metadata" aria-label="{escape(label)}" src="{source}"></audio>'
+    return f'<figure class="{kind}"><figcaption>{kind}</figcaption>{inside}</figure>' if inside else ""
 
 
 def compared(text: str, heard: str, errors: int | None) -> str:
@@ -308,15 +352,17 @@ def compared(text: str, heard: str, errors: int | None) -> str:
 
 
 def table(entries: list[dict]) -> str:
-    """Every hypothesis, the worst first."""
+    """Every sample, the worst first."""
     rows, measured = "", [key for key in SCORES if any(entry.get(key) is not None for entry in entries)]
-    for entry in sorted(entries, key=lambda e: -(e.get("errors") or 0) / max(e.get("words") or 0, 1)):
+    heard = ("heard", "errors") if any(entry.get("errors") is not None for entry in entries) else ()
+    for entry in sorted(entries, key=lambda e: (-(e.get("errors") or 0) / max(e.get("words") or 0, 1), e.get("all_match") or 0)):
         text, errors = entry.get("text") or "", entry.get("errors")
-        cells = [escape(str(entry.get("id", ""))), escape(text), compared(text, entry.get("hypothesis") or "", errors),
-                 "" if errors is None else f"{errors}/{entry.get('words')}", *(with_unit(key, entry.get(key)) for key in measured)]
+        count = "" if errors is None else f"{errors}/{entry.get('words')}"
+        cells = [escape(str(entry.get("id", ""))), escape(text), *((compared(text, entry.get("hypothesis") or "", errors), count) if heard else ()),
+                 *(with_unit(key, entry.get(key)) for key in measured)]
         rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    head = "".join(f"<th scope=col>{name}</th>" for name in ("id", "text", "heard", "errors", *measured))
-    return (f"<details><summary>{len(entries)} sentences, the worst first</summary>"
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("id", "text", *heard, *(key.replace("_", " ") for key in measured)))
+    return (f"<details><summary>{len(entries)} samples, the worst first</summary>"
             f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>")
 
 
@@ -344,8 +390,9 @@ def all_charts(metrics: list[dict]) -> str:
         chart("Word error rate, %", "shaded: 95 % interval", [("generated", BLUE, wer), *floors], zero=True, band=(low, high)),
         chart("Validation loss by t", "0 is data, 1 is noise", bins, zero=True, x_label="t"),
         *(chart(", ".join(filter(None, (score.title.capitalize(), score.unit))), "",
-                [("generated", BLUE, found := series(metrics, f"eval/{key}")),
-                 level("vocoded", ORANGE, found, last(metrics, f"eval/{key}_vocoded"))], zero=True) for key, score in SCORES.items()),
+                [("generated", BLUE, found := series(metrics, f"eval/{key}") * [[1], [100 if score.unit == "%" else 1]]),
+                 *(level(name, colour, found, value, 100 if score.unit == "%" else 1)
+                   for colour, (name, value) in zip((ORANGE, GREY), compared_with(metrics, key)))], zero=True) for key, score in SCORES.items()),
         chart("Throughput, frames/s", pace, [("smoothed", BLUE, series(metrics, "perf/frames_per_sec"))], zero=True)])
 
 
@@ -414,7 +461,7 @@ def last(metrics: list[dict], key: str):
 
 def with_unit(key: str, value: float | None) -> str:
     """A value of SCORES for reading, "5.43 dB"; nothing for None."""
-    return "" if value is None else f"{value:.3g} {SCORES[key].unit}".strip()
+    return "" if value is None else percent(value) if SCORES[key].unit == "%" else f"{value:.3g} {SCORES[key].unit}".strip()
 
 
 def percent(share: float | None) -> str:
@@ -447,37 +494,6 @@ def main() -> None:
     if len(sys.argv) != 2:
         raise UserError("usage: python metric.py OUT_DIR")
     print(write_report(sys.argv[1]))
-
-
-STYLE = """
-:root { --page: #fdfdfc; --ink: #1d1d1f; --soft: #62646a; --line: #e4e4e2; --card: #fff; --wrong: #fde3cf; --gone: #a33a1c }
-@media (prefers-color-scheme: dark) { :root {
-  --page: #141416; --ink: #ececee; --soft: #a0a2a8; --line: #2e2e32; --card: #1b1b1e; --wrong: #5a3416; --gone: #ff9d7a } }
-* { box-sizing: border-box } dl, dd, figure { margin: 0 }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-main { max-width: 1040px; margin: 0 auto; padding: 48px 20px 80px }
-h1, h2, dd { letter-spacing: -.015em; line-height: 1.3 }
-h1 { font-size: 30px; margin: 0 } h2 { font-size: 20px; margin: 56px 0 4px }
-h3 { display: flex; justify-content: space-between; gap: 12px; margin: 0 }
-h3, h3 span, header p, section > p, small, summary, dt, th, figcaption, .heard { color: var(--soft); font-size: 14px }
-h3 span, small, .tiles dd { font-weight: 400 } .tiles div:first-child dd { font-weight: 600 }
-header p, section > p { margin: 4px 0 16px } small { display: block; letter-spacing: 0 }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 24px }
-.tiles { border-top: 1px solid var(--line); padding-top: 20px } .tiles dd { font-size: 30px }
-article, pre { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 18px 20px; margin-top: 16px }
-.text { font-size: 18px; margin: 6px 0 2px } .heard { font-size: 16px; margin: 0 0 14px }
-mark { background: var(--wrong); color: inherit; border-radius: 3px; padding: 0 3px } del { color: var(--gone) }
-.clips, .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 24px; margin-top: 16px }
-.attention { grid-column: 1 / -1 } figcaption b { color: var(--ink); margin-right: 6px }
-img, audio, svg { display: block; width: 100%; height: auto; margin-top: 4px } audio { height: 36px }
-img { max-height: 360px; object-fit: contain; object-position: left }
-summary { cursor: pointer; padding: 6px 0 } .wide, pre { overflow-x: auto }
-table { border-collapse: collapse; font-size: 14px; min-width: 640px; width: 100% }
-th, td { text-align: left; vertical-align: top; padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line) }
-td:first-child, td:nth-child(n + 4) { white-space: nowrap }
-.facts { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 12px 0 }
-code, pre { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere }
-"""
 
 
 if __name__ == "__main__":

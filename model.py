@@ -28,10 +28,11 @@ from config import Config, Mel, Sample, UserError
 
 @dataclass
 class Prompt:
-    """What to make: a text; the length in seconds, or 0 to predict it; the seed of its noise."""
+    """What to make: a text; the length in seconds, or 0 to predict it; the seed of its noise; or the speech to see, (N,) at 16 kHz."""
     text: str
     seconds: float = 0.0
     seed: int = 0
+    speech: torch.Tensor | None = None
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Artifact:
 class TextToSpeech(nn.Module):
     """Losses out of `forward`, speech out of `sample`."""
 
-    paints = False                             # its pictures are of the sound, not what it makes
+    makes, speaks, listens, features = ("wav",), True, False, None
     longest = 200                              # characters spoken in one go: about 13 seconds, what training has seen
 
     def __init__(self, config: Config, mean: float = 0.0, std: float = 1.0):

@@ -1,8 +1,8 @@
 """Use a trained system: `python sample.py --ckpt out/demo --text "Anna bought two green baskets." --out x.wav`.
 
 Several --text, or --prompt_file with one a line, are made in one batch. A long text is split at its sentences, and joined again;
-its pictures stay one a sentence: x.png, x.2.png, x.3.png. A published LoRA goes on a checkpoint, or on the pretrained network
-that a config names: `--config configs/spectrogram.yaml --lora someone/their-lora`.
+its pictures stay one a sentence: x.png, x.2.png, x.3.png. A system that listens is prompted with `--speech a.wav --out a.png`.
+A published LoRA goes on a checkpoint, or on the pretrained network of `--config configs/spectrogram.yaml --lora someone/their-lora`.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import audio
 import config as configs
@@ -22,6 +23,7 @@ from model import Prompt
 
 LONGEST_TEXT = 5000                  # characters in one text
 PAUSE_SEC = 0.15                     # between the sentences of a long text
+SPEECH_RATE, SHORTEST_SEC = 16000, 0.2           # Hz and seconds, of speech that is a prompt
 
 
 def main() -> None:
@@ -32,8 +34,10 @@ def main() -> None:
     parser.add_argument("--lora", default="", help="a published LoRA to put on top: a folder, or a hub id")
     parser.add_argument("--text", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompt_file", default="", help="a text file, a prompt a line")
-    parser.add_argument("--out", default="sample.wav", help="several prompts become sample-0.wav, sample-1.wav, ...")
-    parser.add_argument("--steps", type=int, help="Euler steps; default: as trained")
+    parser.add_argument("--speech", action="append", default=[], help="a sound file, for a system that listens; may be given several times")
+    parser.add_argument("--out", default="", help="default: sample.wav, or sample.png; several become sample-0.wav, sample-1.wav, ...")
+    parser.add_argument("--seeds", type=int, default=1, help="samples of each prompt: with --seed, the one after it, ...")
+    parser.add_argument("--steps", type=int, help="of sampling; default: as trained")
     parser.add_argument("--cfg_scale", type=float, help="guidance, 1 = none; default: as trained")
     parser.add_argument("--seconds", type=float, default=0.0, help="length of each text; default: predicted")
     parser.add_argument("--seed", type=int, default=0)
@@ -42,26 +46,31 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options, knobs = parser.parse_known_args()
     texts = options.text + (evaluator.read_prompts(options.prompt_file) if options.prompt_file else [])
-    if not texts:
-        raise UserError("nothing to say: give --text or --prompt_file")
+    if bool(texts) == bool(options.speech):
+        raise UserError("nothing to make, or too much: give --text or --prompt_file, or --speech for a system that listens")
     texts = [check_text(text) for text in texts]
-    check_output(Path(options.out))
+    check_output(Path(options.out or "sample.wav"))
     config, network = open_network(options, knobs)
-    sentences = [split_text(text, network.longest) for text in texts]
-    if not 0 <= options.seconds <= config.data.max_seconds or not 0 <= options.seed < 2 ** 63:
-        raise UserError(f"--seconds goes from 0 to {config.data.max_seconds}, --seed from 0 to 2^63 - 1")
+    if network.listens == bool(texts):
+        raise UserError(f"system {config.system} {'listens: give --speech a.wav' if texts else 'reads: give --text'}")
+    out = Path(options.out or f"sample.{network.makes[0]}")
+    if out.suffix[1:] not in network.makes:
+        raise UserError(f"--out {out}: its name must end in .{network.makes[0]}")
+    if not 0 <= options.seconds <= config.data.max_seconds or not 0 <= options.seed < 2 ** 63 or not 1 <= options.seeds <= 1000:
+        raise UserError(f"--seconds goes from 0 to {config.data.max_seconds}, --seed from 0 to 2^63 - 1, --seeds from 1 to 1000")
     given = {"euler_steps": options.steps, "cfg_scale": options.cfg_scale}
     settings = replace(config.sample, **{name: value for name, value in given.items() if value is not None})
     configs.check(replace(config, sample=settings))
-    prompts = [Prompt(sentence, options.seconds * len(sentence) / sum(map(len, parts)), options.seed)
-               for parts in sentences for sentence in parts]
-    made = []
-    for start in range(0, len(prompts), config.eval.sample_batch):
+    wanted = [[Prompt(sentence, options.seconds * len(sentence) / sum(map(len, parts))) for sentence in parts]
+              for parts in (split_text(text, network.longest) for text in texts)]
+    wanted += [[Prompt(Path(path).stem, speech=read_speech(path, config.data.max_seconds))] for path in options.speech]
+    wanted = [[replace(prompt, seed=options.seed + n) for prompt in parts] for parts in wanted for n in range(options.seeds)]
+    prompts, made = sum(wanted, []), []
+    for start in tqdm(range(0, len(prompts), config.eval.sample_batch), unit="batch", disable=None, leave=False):
         made += network.sample(prompts[start:start + config.eval.sample_batch], settings)
-    for number, parts in enumerate(sentences):
+    for number, parts in enumerate(wanted):
         pieces, made = made[:len(parts)], made[len(parts):]
-        path = Path(options.out) if len(texts) == 1 else Path(options.out).with_stem(f"{Path(options.out).stem}-{number}")
-        write(path, pieces, options.png or network.paints)
+        write(out if len(wanted) == 1 else out.with_stem(f"{out.stem}-{number}"), pieces, network.makes, options.png)
 
 
 def open_network(options: argparse.Namespace, knobs: list[str]) -> tuple[Config, torch.nn.Module]:
@@ -79,21 +88,33 @@ def open_network(options: argparse.Namespace, knobs: list[str]) -> tuple[Config,
     return config, network
 
 
-def write(path: Path, pieces: list, pictures: bool) -> None:
-    """The pieces of one text as one wav, with a pause between, and, where asked, the pictures of each."""
-    rate = pieces[0].sample_rate
-    pause = torch.zeros(int(PAUSE_SEC * rate))
-    wave = torch.cat([part for piece in pieces for part in (piece.wave, pause)][:-1])
-    audio.save_wav(path, wave, rate)
-    print(f"{path}  {len(wave) / rate:.2f} s")
-    for number, piece in enumerate(pieces if pictures else [], 1):
-        piece.draw(path.with_name(path.stem if number == 1 else f"{path.stem}.{number}"))
+def write(path: Path, pieces: list, makes: tuple[str, ...], pictures: bool) -> None:
+    """The pieces of one prompt as one wav, with a pause between, if sound is made; the pictures of each, if they are, or asked for."""
+    if "wav" in makes:
+        rate = pieces[0].sample_rate
+        pause = torch.zeros(int(PAUSE_SEC * rate))
+        wave = torch.cat([part for piece in pieces for part in (piece.wave, pause)][:-1])
+        audio.save_wav(path.with_suffix(".wav"), wave, rate)
+        print(f"{path.with_suffix('.wav')}  {len(wave) / rate:.2f} s")
+    for number, piece in enumerate(pieces if pictures or "png" in makes else [], 1):
+        drawn = piece.draw(path.with_name(path.stem if number == 1 else f"{path.stem}.{number}"))
+        print(", ".join(str(path.with_name(name)) for name in drawn.values()))
+
+
+def read_speech(path: str, longest: float) -> torch.Tensor:
+    """A prompt (N,) at 16 kHz from any sound file; raises UserError for one that says nothing, or is too short or long."""
+    wave = audio.load_wav(path, SPEECH_RATE)
+    if not SHORTEST_SEC * SPEECH_RATE <= len(wave) <= longest * SPEECH_RATE:
+        raise UserError(f"{path}: {len(wave) / SPEECH_RATE:.2f} s of speech; {SHORTEST_SEC} s to data.max_seconds {longest} s are understood")
+    if not wave.isfinite().all() or wave.abs().max() < 1e-4:
+        raise UserError(f"{path}: silent, or not numbers; there is nothing to see in it")
+    return wave
 
 
 def check_output(path: Path) -> None:
     """raises UserError for what cannot be written, before any work is done."""
-    if path.suffix != ".wav":
-        raise UserError(f"--out {path}: its name must end in .wav")
+    if path.suffix not in (".wav", ".png"):
+        raise UserError(f"--out {path}: its name must end in .wav, or .png for a picture")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:

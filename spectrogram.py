@@ -56,7 +56,7 @@ class Artifact:
 class Spectrogram(nn.Module):
     """Losses out of `forward`, pictures and their sound out of `sample`."""
 
-    paints = True
+    makes, speaks, listens, features = ("wav", "png"), True, False, None
 
     def __init__(self, config: Config):
         super().__init__()

@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn as nn
 import yaml
@@ -70,8 +71,10 @@ class System(Protocol):
     A parameter that is not to be trained has requires_grad False from the start; it is in no checkpoint.
     """
     tokenizer: Callable                        # handed on to its batches
-    paints: bool                               # whether a picture is what it makes, so that sample.py always writes it
-    longest: int                               # characters that it speaks in one go
+    makes: tuple[str, ...]                     # the endings of what it makes: wav, png
+    speaks: bool                               # whether what it makes is speech, of which a recogniser tells how much is understood
+    listens: bool                              # whether its prompts are speech, not texts
+    longest: int                               # characters that it takes in one go
     frame_rate: float                          # Hz: `frames` of a clip or batch in a second
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -87,7 +90,13 @@ class System(Protocol):
         """The recorded clip through everything but the generative network: what the best network could make."""
 
     def score(self, made: Artifact, corpus: Corpus, clip: data.Clip) -> dict[str, float]:
-        """Distances of what was made to the recorded clip, by their keys in metric.SCORES; 0 is equal."""
+        """What was made beside the clip whose text it was made from, by keys in metric.SCORES: distances, and matches that are 0 or 1."""
+
+    def features(self, made: Artifact, corpus: Corpus, clip: data.Clip) -> dict[str, np.ndarray]:
+        """Arrays from which the figures of a whole set are computed; `features = None` in a system that has no such figures."""
+
+    def summary(self, features: dict[str, np.ndarray], folder: Path) -> dict[str, float]:
+        """Figures of a set, by keys in metric.SCORES, from its samples' stacked `features` (n, ...); folder: for pictures, summary*.png."""
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The parameters that Muon trains; AdamW has the others. Either may have none."""

@@ -15,7 +15,7 @@ LAYERS = [["config"], ["audio", "flow", "metric"], ["pretrained"], ["data"], ["m
           ["spectrogram", "music", "speech2image"], ["system"], ["evaluator"], ["train", "sample"]]
 SAME_LAYER = {("metric", "audio")}
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-SYSTEMS = {"tts", "spectrogram", "music", "speech", "speech2image"}
+SYSTEMS = {"tts", "spectrogram", "music", "speech_align", "speech_image", "speech2image"}
 TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
 # Names of modules and of what is installed, where they differ
 DISTRIBUTION = {"yaml": "pyyaml", "PIL": "pillow", "whisper": "openai-whisper", "espeakng_loader": "espeakng-loader"}

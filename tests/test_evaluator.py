@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def lines(folder, step: int) -> list[dict]:
-    return [json.loads(line) for line in (folder / "eval" / f"step_{step:07d}" / "wer.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "eval" / f"step_{step:07d}" / "samples.jsonl").read_text().splitlines()]
 
 
 def metrics(folder) -> dict:

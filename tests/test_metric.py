@@ -68,7 +68,7 @@ def test_wandb_runs_offline_in_silence_and_a_resumed_run_keeps_its_id(tmp_path, 
     first = writer(tmp_path, mode="offline")
     first.log(1, {"train/loss": 1.0, "eval/recogniser": "base.en", "bad": math.nan})
     first.media(1, "eval/audio", [tmp_path / "a.wav"])
-    first.media(1, "eval/picture", tmp_path / "a.png")
+    first.media(1, "eval/picture", [tmp_path / "a.png"])
     first.close()
     identity = (tmp_path / "wandb_id").read_text().strip()
     time.sleep(1.1)                                           # W&B names a run's folder by the second in which it began
@@ -219,7 +219,7 @@ def run_folder(tmp_path_factory) -> Path:
                                               "started": "2026-01-02", "parameters": 4_400_000, "versions": {"torch": "2.11.0"}}))
     (out / "config.yaml").write_text("# <i>\nsystem: tts\nout_dir: http://example.org\n")
     (out / "eval/step_0001000").mkdir(parents=True)
-    (out / "eval/step_0001000/wer.jsonl").write_text('{"id": "old", "text": "an older evaluation"}\n')
+    (out / "eval/step_0001000/samples.jsonl").write_text('{"id": "old", "text": "an older evaluation"}\n')
     folder = out / "eval/step_0002000"
     folder.mkdir()
     rows = []
@@ -233,7 +233,7 @@ def run_folder(tmp_path_factory) -> Path:
         metric.attention_png(np.eye(14), "One two three.", folder / rows[-1]["attention"], seconds=1.5)
     rows[1] |= {"text": NASTY, "hypothesis": "say <Script> thrice", "errors": 2, "words": 3}
     rows[2] |= {"audio": "gone.wav", "hypothesis": None, "errors": None, "words": None, "mcd": None}
-    (folder / "wer.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"id": "torn')
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"id": "torn')
     return out
 
 
@@ -252,7 +252,7 @@ def test_the_report_loads_nothing_and_runs_nothing(page):
 
 
 def test_the_style_refers_to_nothing_outside():
-    assert "url(" not in metric.STYLE and "@import" not in metric.STYLE
+    assert "url(" not in metric.PAGE.read_text() and "@import" not in metric.PAGE.read_text()
 
 
 def test_the_first_eight_samples_can_be_heard_and_seen(page):
@@ -283,7 +283,7 @@ def test_errors_are_marked_where_they_were_counted(page):
 def test_all_sentences_of_the_newest_evaluation_are_listed_the_worst_first(page):
     assert page.count("tr") == 1 + 10
     assert "an older evaluation" not in page.text
-    table = page.text[page.text.index("10 sentences"):]
+    table = page.text[page.text.index("10 samples"):]
     assert table.index("clip-1") < table.index("clip-0") < table.index("clip-9")
 
 
@@ -318,3 +318,44 @@ def test_the_command_rebuilds_a_report_and_names_a_folder_that_is_not_there(tmp_
     assert run(tmp_path).stdout.strip() == str(tmp_path / "report.html")
     wrong = run(tmp_path / "nowhere")
     assert wrong.returncode == 2 and "nowhere" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+
+
+# Figures of whole sets
+
+def test_frechet_distance_of_two_gaussians_is_its_closed_form_and_of_a_set_to_itself_zero():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, (20_000, 3)), rng.normal(0, 1, (20_000, 3)) * [1, 2, 3] + [1, 0, 0]
+    assert metric.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert metric.frechet_distance(a, b) == pytest.approx(1 + 1 ** 2 + 2 ** 2, rel=0.05)         # |mean|^2 + sum (1 - s)^2
+
+
+def test_kernel_distance_equals_its_sums_and_is_about_zero_for_equal_distributions():
+    rng = np.random.default_rng(0)
+    a, b, c = rng.normal(0, 1, (6, 4)), rng.normal(0, 1, (7, 4)), rng.normal(3, 1, (7, 4))
+    width = np.median([np.square(b[i] - b[j]).sum() for i in range(7) for j in range(i)])
+
+    def mean(x, y, same):
+        return np.mean([np.exp(-np.square(p - q).sum() / 2 / width) for i, p in enumerate(x) for j, q in enumerate(y) if not same or i != j])
+
+    assert metric.kernel_distance(a, b) == pytest.approx(100 * (mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)))
+    big = rng.normal(0, 1, (2, 400, 4))
+    assert abs(metric.kernel_distance(*big)) < 0.5 < 20 < metric.kernel_distance(a, c)
+
+
+def test_inception_score_is_the_number_of_classes_at_best_and_one_at_worst():
+    assert metric.inception_score(np.eye(10)) == pytest.approx(10)
+    assert metric.inception_score(np.full((8, 10), 0.1)) == pytest.approx(1)
+
+
+def test_recall_counts_a_row_whose_best_right_one_is_among_the_first():
+    similarity = np.array([[0.9, 0.1, 0.2, 0.3], [0.5, 0.4, 0.1, 0.0], [0.1, 0.2, 0.3, 0.05]])
+    right = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]], bool)                           # ranks 0, 1 (the better of two), 3
+    assert [metric.recall_at(similarity, right, k) for k in (1, 2, 3, 4)] == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1])
+
+
+def test_a_match_is_shown_in_percent_beside_its_controls_and_its_groups(tmp_path):
+    log = writer(tmp_path)
+    log.log(1, {"eval/all_match": 0.875, "eval/all_match_vocoded": 0.99, "eval/all_match_shuffled": 0.01, "eval/all_match/en": 0.9})
+    log.close()
+    page = metric.write_report(tmp_path).read_text()
+    assert "87.5 %" in page and "at best: 99.0 %; shuffled prompts: 1.0 %; en: 90.0 %" in page

@@ -39,7 +39,7 @@ def test_one_text_is_one_wav_and_its_pictures_where_asked(run, tmp_path):
     wav = tmp_path / "new" / "x.wav"
     out = finish(start("sample.py", f"--ckpt={run}", "--text", "Anna bought two green baskets.", "--out", str(wav), "--png"))
     wave, rate = soundfile.read(wav)
-    assert out == f"{wav}  {len(wave) / rate:.2f} s\n"
+    assert out == f"{wav}  {len(wave) / rate:.2f} s\n{wav.with_suffix('.png')}, {wav.with_name('x.attention.png')}\n"
     assert rate == 22050 and 1 < len(wave) / rate < 4 and wave.std() > 1e-3
     assert {path.name for path in wav.parent.iterdir()} == {"x.wav", "x.png", "x.attention.png"}
     assert wav.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

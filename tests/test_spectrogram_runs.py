@@ -49,7 +49,7 @@ def checkpoint(folder: Path) -> dict:
 
 
 def test_a_run_leaves_pictures_sound_scores_and_a_report(painted):
-    rows = metric.read_lines(painted / "eval" / "step_0000004" / "wer.jsonl")
+    rows = metric.read_lines(painted / "eval" / "step_0000004" / "samples.jsonl")
     assert len(rows) == 3 and all(row["lsd"] > 0 and row["path_distance"] > 0 for row in rows)
     for name in ("000.png", "000.wav", "000.confidence.png", "000.ref.png", "000.ref.wav"):
         assert (painted / "eval" / "step_0000004" / name).is_file()
