@@ -1,7 +1,8 @@
 """Sound in and out: wav files, log-mel, sound as a picture and back, Griffin-Lim, and espeak-ng for corpora made on the spot.
 
 A wave is a float32 tensor (N,) in [-1, 1]; a log-mel is (T, M), natural log, frame m centred on sample (m + 1/2) hop,
-T = N // hop: exactly what NVIDIA's BigVGAN is trained on (meldataset.py, mel_spectrogram with center=False).
+T = N // hop: exactly what NVIDIA's BigVGAN is trained on (meldataset.py, mel_spectrogram with center=False); with Mel.centred on
+sample m hop: exactly what AudioLDM2's VAE and vocoder are trained on.
 A picture is (3, H, W) in [0, 1], as sonic-plantain paints them: row 0 is 0 Hz, frame m is centred on sample m hop, T = N // hop + 1, and
 [-80, 0] dB is a walk along seven edges of the RGB cube. `python audio.py encode a.wav a.png`, `decode a.png a.wav`, `roundtrip a.wav`.
 """
@@ -22,6 +23,7 @@ import zlib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -58,12 +60,25 @@ def resample(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
 
 def log_mel(wave: torch.Tensor, mel: Mel) -> torch.Tensor:
     """wave (N,) -> log-mel (N // hop, M); a wave shorter than one hop is padded to one frame."""
-    pad = (mel.n_fft - mel.hop) // 2
+    pad, frames = mel.n_fft // 2 if mel.centred else (mel.n_fft - mel.hop) // 2, max(1, len(wave) // mel.hop)
     wave = F.pad(wave, (0, max(0, pad + 1 - len(wave))))     # reflection needs more samples than it mirrors
     wave = F.pad(wave[None], (pad, pad), mode="reflect")[0]
     spectrum = torch.stft(wave, mel.n_fft, mel.hop, window=window(mel.n_fft), center=False, return_complex=True)
-    magnitude = (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt()            # (n_fft / 2 + 1, T)
+    power = torch.view_as_real(spectrum[:, :frames]).square().sum(-1)                    # (n_fft / 2 + 1, T)
+    magnitude = (power if mel.centred else power + 1e-9).sqrt()
     return (mel_filters(mel) @ magnitude).clamp_min(LOG_FLOOR).log().T.contiguous()
+
+
+def draw_crop(wave: torch.Tensor, samples: int, rng: np.random.Generator) -> torch.Tensor:
+    """A random stretch (samples,) of a piece (N,): no mean, peak 0.5, silence after its end; never one that is silent.
+
+    Of eight places the first is taken that comes within 40 dB of the piece's peak, or else the peak's own.
+    """
+    level, last = (wave - wave.mean()).abs(), max(0, len(wave) - samples)
+    starts = [*rng.integers(0, last + 1, 8).tolist(), min(last, max(0, level.argmax().item() - samples // 2))]
+    start = next(start for start in starts if start == starts[-1] or level[start:start + samples].max() > 0.01 * level.max())
+    crop = wave[start:start + samples] - wave[start:start + samples].mean()
+    return F.pad(0.5 * crop / crop.abs().max().clamp_min(1e-9), (0, samples - len(crop)))
 
 
 def normalise(x: torch.Tensor, mean: float, std: float) -> torch.Tensor:
@@ -81,7 +96,8 @@ def griffin_lim(x: torch.Tensor, mel: Mel, iterations: int = 32, momentum: float
     if magnitude.shape[1] < 2:
         return torch.zeros(magnitude.shape[1] * mel.hop)
     wave = find_phase(magnitude, mel.n_fft, mel.hop, iterations, momentum)
-    return F.pad(wave, (mel.hop // 2, mel.hop - mel.hop // 2))     # find_phase centres frame m on m hop, log_mel on (m + 1/2) hop
+    start = 0 if mel.centred else mel.hop // 2                     # find_phase centres frame m on m hop, log_mel on (m + 1/2) hop
+    return F.pad(wave, (start, mel.hop - start))
 
 
 def find_phase(magnitude: torch.Tensor, n_fft: int, hop: int, iterations: int, momentum: float = 0.99) -> torch.Tensor:

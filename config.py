@@ -26,6 +26,7 @@ class Mel:
     n_mels: int = 80
     fmin: float = 0.0                # Hz
     fmax: float = 8000.0             # Hz
+    centred: bool = False            # frame m stands at sample m hop, and no 1e-9 beside the magnitude: as AudioLDM2, for music
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Data:
-    corpus: str = "ljspeech"         # ljspeech | librispeech | demo (spoken by espeak-ng on the spot)
+    corpus: str = "ljspeech"         # ljspeech | librispeech | demo (spoken by espeak-ng on the spot); music (recordings with
+                                     # captions: a JSON list, or a folder with a table) | pieces (played on the spot); pictures and speech:
+                                     # shapes (drawn and described on the spot) | flickr8k (and its audio captions) | s2igan (CUB-200 or
+                                     # Oxford-102 with spoken captions, as S2IGAN lays them out) | listed (see assets/spoken_pictures.py)
     data_dir: str = "data/ljspeech"  # packed shards, or a folder in the corpus's published layout, which is packed on first use
     download: bool = False           # fetch LJSpeech-1.1 or LibriSpeech train-clean-100 when data_dir does not exist
     align: str = ""                  # Whisper that cuts long clips between words, for pictures; "" = leave out what is too long
     grammar: str = "matrix"          # demo: matrix (60 words, one pattern) | open (500 words and more, many patterns)
     voice: str = "en-us"             # demo: of espeak-ng
-    sentences: int = 4000            # demo: training sentences to speak
+    langs: tuple = ("en",)           # of spoken descriptions of pictures, drawn equally often: [en, ar]
+    sentences: int = 4000            # demo: training sentences to speak; pieces: how many to play
     overfit: int = 0                 # train, validate and sample on this many clips only; 0 = the corpus's own split
     max_seconds: float = 20.0        # longer clips are left out
     silence_prob: float = 0.0        # chance that silence is appended to a training clip
@@ -87,6 +92,84 @@ class Klein:
 
 
 @dataclass(frozen=True)
+class Size:
+    """FluxMusic's network: its width, blocks of two streams and of one, how many of a head's numbers turn by nothing, time, frequency."""
+    width: int
+    double: int
+    single: int
+    axes: tuple[int, int, int]
+    heads: int = 16
+    channels: int = 32               # of a token
+    bands: int = 8                   # tokens of one time: 64 mel bins / 4 (VAE) / 2
+    text_width: int = 4096           # of T5-XXL
+    vector_width: int = 768          # of CLAP's text tower
+
+
+SIZES = {"small": Size(512, 8, 16, (8, 12, 12)),                 # 142,333,984 parameters
+         "base": Size(768, 12, 24, (16, 16, 16)),                # 473,971,232
+         "large": Size(1024, 12, 24, (16, 24, 24)),              # 840,628,256
+         "giant": Size(1408, 16, 32, (16, 36, 36)),              # 2,109,904,928, the paper's
+         "giant_full": Size(1408, 12, 24, (16, 36, 36))}         # 1,586,238,752, published as Giant-Full, trained for longer
+
+
+@dataclass(frozen=True)
+class Music:
+    """FluxMusic, for system `music`, which also reads model.text_encoder: google/t5-v1_1-xxl, or scratch."""
+    size: str = "small"              # small | base | large | giant | giant_full, as published | own: of model.width, heads, layers
+    double_blocks: int = 2           # own: of model.layers, how many have a stream for the text and one for the music
+    weights: str = ""                # a published checkpoint to start from; "" = random weights
+    vector_encoder: str = "laion/larger_clap_music"  # hub id or folder of a ClapModel: a text's vector | pooled: the mean of its features
+    text_width: int = 4096           # own: numbers a token of model.text_encoder, if that is not scratch
+    vector_width: int = 768          # own: numbers of a vector, if it is not pooled
+    caption_tokens: int = 256        # of a text; more are cut off
+    text_padding: str = "masked"     # masked: nobody attends to it | last: the last token's features to the end, for published weights
+    joint_dropout: float = 1.0       # of captions that are dropped, the share that lose features and vector together; FluxMusic: 0
+    autoencoder: str = "cvssp/audioldm2"     # hub id or folder with AudioLDM2's vae/ and vocoder/ | patches: the log-mel as it is
+    patch_frames: int = 8            # patches: mel frames of a token
+    patch_mels: int = 8              # patches: mel bins of a token
+    crops: int = 8                   # of each piece, whose latents are cached; patches: any, drawn anew each time
+    crop_seconds: float = 10.24      # of music in one go; longer pieces are made of overlapping stretches
+
+
+@dataclass(frozen=True)
+class Align:
+    """Speech and pictures in one space, for system `speech_align`: SpeechCLIP's parallel branch, as Speak the Art has it.
+
+    It also reads model.layers (1 in the paper) and heads (8), and, where speech is scratch, model.width.
+    """
+    speech: str = "facebook/hubert-large-ll60k"            # hub id or folder of a HubertModel, frozen | scratch: log-mels, trained along
+    image: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"   # hub id or folder of a CLIPVisionModelWithProjection, frozen | scratch: a
+                                     # small one, made by prepare, that learns to tell pictures by the words of their descriptions
+    temperature: float = 0.07        # at the start: it is trained
+    crop_sec: float = 6.4            # of a description, at random, when it is trained on
+    noise_prob: float = 0.5          # chance that a description is trained on under white noise
+    min_snr_db: float = 5.0          # the loudest of it; the softest is 30 dB above
+    gain_db: float = 6.0             # how much louder or softer, at most, a description is than it came, before the noise
+    hidden_spans: int = 2            # stretches of time, and of channels, that are hidden in training
+    hidden_share: float = 0.1        # of the whole, the longest of them
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Pictures as codes, and the diffusion that makes them, for system `speech_image`, which also reads model.width, layers and heads."""
+    stage1: str = "out/speech_align" # a run of system speech_align, or a checkpoint of it: its embedding of the speech is the condition
+    require_r1: float = 0.35         # R@1 below which stage 1 did not learn, and stage 2 is not begun
+    vq: str = "amused/amused-256"    # hub id or folder of a diffusers VQModel | scratch: a small one of 64 codes, made by prepare
+    vq_steps: int = 1200             # in which prepare trains that one; the judge takes a third of them
+    picture_size: int = 256          # pixels
+    grid: int = 16                   # codes in a row and in a column
+    kept: int = 974                  # codes of the codebook, the most used; 974 is what ImageNet's 16,384 shrink to
+    judge: bool = False              # prepare trains a small judge of what pictures show, by the parts of labels like red-circle-left
+    condition: str = "adaln"         # adaln: learned projection to scale and shift | sta: its halves are these, as published | concat: a
+                                     # token | cross: attention to four
+    condition_scale: float = 0.0     # of the embedding, which has length 1, as published; 0: the root of its width, so variance 1
+    conv_ratio: int = 4              # how much wider a block is between its two convolutions
+    diffusion_steps: int = 100
+    mask_share: float = 0.99999      # gamma_T: codes that are MASK at the last step; the others are random ones
+    auxiliary_weight: float = 1.0e-3 # of the cross-entropy beside the bound
+
+
+@dataclass(frozen=True)
 class Flow:
     predict: str = "x"               # x | v: what the network puts out; the loss is in v either way; published Kleins put out v
     min_t: float = 0.05              # predicting x: v = (x_t - x) / max(t, min_t)
@@ -106,7 +189,9 @@ class Sample:
     cfg_to: float = 1.0
     sway: float = 0.0                # F5's sway coefficient in [-1, 1]: negative spends more steps near the noise
     shift: float = 1.0               # SD3's time shift: t' = shift t / (1 + (shift - 1) t); Klein's own comes on top
-    vocoder: str = "griffinlim"      # griffinlim | BigVGAN hub id or folder
+    vocoder: str = "griffinlim"      # griffinlim | BigVGAN hub id or folder | own: that of music.autoencoder
+    truncation: float = 0.86         # speech_image: of each code's distribution, the likeliest part that is drawn from; guidance wants 1
+    negative: str = ""               # music: the text that guidance steers away from; "" is what training gives dropped captions
 
 
 @dataclass(frozen=True)
@@ -138,6 +223,7 @@ class Eval:
     prompts: str = ""                # a text file, a sentence a line; empty = the validation clips
     split: str = "val"               # clips for validation and prompts: val | test
     recogniser: str = "base.en"      # Whisper name or .pt file; one that cannot be had falls back to assets/
+    features: str = ""               # music: hub id or folder of a ClapModel, as laion/larger_clap_music, for FAD, KAD and CLAP score
     true_durations: bool = False     # sample at the reference's length instead of the predicted one
     sample_batch: int = 16           # prompts sampled together on a rank
 
@@ -156,21 +242,30 @@ class Config:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     klein: Klein = field(default_factory=Klein)
+    music: Music = field(default_factory=Music)
+    align: Align = field(default_factory=Align)
+    codes: Codes = field(default_factory=Codes)
     flow: Flow = field(default_factory=Flow)
     sample: Sample = field(default_factory=Sample)
     train: Train = field(default_factory=Train)
     eval: Eval = field(default_factory=Eval)
 
 
-CHOICES = {"system": ("tts", "spectrogram"), "device": ("auto", "cpu", "cuda"), "wandb": ("offline", "online", "disabled"),
+CHOICES = {"system": ("tts", "spectrogram", "music", "speech_align", "speech_image"), "device": ("auto", "cpu", "cuda"),
+           "wandb": ("offline", "online", "disabled"),
+           "codes.condition": ("adaln", "sta", "concat", "cross"),
+           "music.size": (*SIZES, "own"), "music.text_padding": ("masked", "last"),
            "picture.reference": ("peak", "fixed"), "klein.vae": ("own", "patches"), "klein.tune": ("lora", "full"),
-           "data.corpus": ("ljspeech", "librispeech", "demo"), "data.grammar": ("matrix", "open"),
+           "data.corpus": ("ljspeech", "librispeech", "music", "demo", "pieces", "shapes", "flickr8k", "s2igan", "listed"),
+           "data.grammar": ("matrix", "open"),
            "model.alignment": ("learned", "uniform", "none"), "flow.predict": ("x", "v"),
            "train.schedule": ("cosine", "trapezoid"), "train.dtype": ("bf16", "fp32"), "eval.split": ("val", "test")}
 MAY_BE_ZERO = {"seed", "mel.fmin", "data.overfit", "data.workers", "data.silence_prob", "data.max_silence_sec", "flow.timestep_uniform",
-               "flow.text_condition_dropout", "flow.duration_weight", "model.text_layers", "klein.text_rank", "sample.cfg_scale",
-               "sample.cfg_from", "train.max_minutes", "train.weight_decay", "train.warmup", "train.decay", "train.grad_clip",
-               "train.ema", "train.muon_lr", "train.lr", "train.val_interval", "train.eval_interval"}
+               "flow.text_condition_dropout", "flow.duration_weight", "model.text_layers", "klein.text_rank", "music.joint_dropout",
+               "align.noise_prob", "align.min_snr_db", "align.gain_db", "align.hidden_spans", "align.hidden_share",
+               "codes.require_r1", "codes.condition_scale", "codes.auxiliary_weight",
+               "sample.cfg_scale", "sample.cfg_from", "train.max_minutes", "train.weight_decay", "train.warmup", "train.decay",
+               "train.grad_clip", "train.ema", "train.muon_lr", "train.lr", "train.val_interval", "train.eval_interval"}
 MAY_BE_NEGATIVE = {"flow.timestep_logit_mean", "sample.sway"}
 
 
@@ -309,6 +404,8 @@ def convert(kind, value, name: str, where: str):
     """`value` as `kind`, without guessing: only int -> float, and "1e-3" -> float because PyYAML reads that as a string."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is tuple and isinstance(value, list):
+        return tuple(map(str, value))
     if kind is float and isinstance(value, str):
         try:
             return float(value)
@@ -317,7 +414,7 @@ def convert(kind, value, name: str, where: str):
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if type(value) is not kind:
-        raise UserError(f"{where}: {name} must be {kind.__name__}, got {value!r}")
+        raise UserError(f"{where}: {name} must be {'a list, [a, b]' if kind is tuple else kind.__name__}, got {value!r}")
     return value
 
 
@@ -340,7 +437,12 @@ def check(config: Config) -> None:
     rules = [
         (m.width % (2 * m.heads) == 0, f"model.width {m.width} must be a multiple of twice model.heads {m.heads}"),
         (d.pad_multiple % m.frame_stack == 0, f"data.pad_multiple {d.pad_multiple} is no multiple of model.frame_stack {m.frame_stack}"),
-        (max(d.silence_prob, f.timestep_uniform, f.text_condition_dropout, t.decay) <= 1, "a probability or share is above 1"),
+        (max(d.silence_prob, f.timestep_uniform, f.text_condition_dropout, config.music.joint_dropout, t.decay, config.align.noise_prob,
+             config.align.hidden_share) <= 1, "a probability or share is above 1"),
+        (config.codes.mask_share <= 0.99999, f"codes.mask_share {config.codes.mask_share} must be at most 0.99999, as published"),
+        (config.codes.kept < 2 ** 15, f"codes.kept {config.codes.kept} must be below 32768"),
+        (s.truncation <= 1, f"sample.truncation {s.truncation} must be at most 1"),
+        (bool(d.langs) and {*d.langs} <= {"en", "ar"}, f"data.langs must be a list of en and ar, got {[*d.langs]}"),
         (0 <= t.ema < 1, f"train.ema {t.ema} must be below 1"),
         (s.cfg_from <= s.cfg_to, f"sample.cfg_from {s.cfg_from} is above sample.cfg_to {s.cfg_to}"),
         (-1 <= s.sway <= 1, f"sample.sway {s.sway} must be in [-1, 1]"),
@@ -354,13 +456,35 @@ def check(config: Config) -> None:
          f"picture.canvas_width {p.canvas_width} is too narrow for picture.seconds {p.seconds} at hop {p.hop} and stretch {p.stretch}"),
         (k.double_layers < m.layers or config.system != "spectrogram" or k.base != "scratch",
          f"klein.double_layers {k.double_layers} must be below model.layers {m.layers}"),
-        (config.system == "tts" or s.vocoder == "griffinlim", f"sample.vocoder {s.vocoder}: system {config.system} has griffinlim only"),
+        (config.system in ("tts", "music") or s.vocoder == "griffinlim",
+         f"sample.vocoder {s.vocoder}: system {config.system} has griffinlim only"),
         (config.system == "tts" or not config.eval.true_durations, f"eval.true_durations: system {config.system} predicts no lengths"),
         (k.prompt.count("{text}") == 1, f"klein.prompt {k.prompt!r} must have {{text}} in it, once"),
     ]
-    for holds, message in rules:
+    for holds, message in rules + (music_rules(config) if config.system == "music" else []):
         if not holds:
             raise UserError(message)
+
+
+def music_rules(config: Config) -> list[tuple[bool, str]]:
+    """Combinations of system `music`: whether each holds, and what to say if not."""
+    u, mel, vocoder = config.music, config.mel, config.sample.vocoder
+    own, frames = u.autoencoder != "patches", u.crop_seconds * mel.sample_rate / mel.hop
+    token = 8 if own else u.patch_frames                     # mel frames: the VAE makes one of 4, a token has 2 of these
+    return [
+        (abs(frames - round(frames)) < 1e-6 and round(frames) % (2 * token) == 0,
+         f"music.crop_seconds {u.crop_seconds} are {frames:.6g} mel frames, not a multiple of two tokens' {2 * token}"),
+        (own or mel.n_mels % u.patch_mels == 0, f"mel.n_mels {mel.n_mels} is no multiple of music.patch_mels {u.patch_mels}"),
+        (vocoder == "griffinlim" or own and vocoder == "own",
+         f"sample.vocoder {vocoder}: system music has griffinlim, and own where music.autoencoder is a folder or hub id"),
+        (u.size != "own" or u.double_blocks < config.model.layers,
+         f"music.double_blocks {u.double_blocks} must be below model.layers {config.model.layers}"),
+        (not u.weights or u.size != "own" and config.flow.predict == "v",
+         "music.weights: a published network puts out v and has a size: give --flow.predict v and --music.size small, base, ..."),
+        (not own or mel == Mel(16000, 1024, 160, 64, 0.0, 8000.0, True), "music.autoencoder: AudioLDM2's VAE wants mel.sample_rate 16000, "
+         "n_fft 1024, hop 160, n_mels 64, fmin 0, fmax 8000, centred true"),
+        (u.size == "own" or own, f"music.size {u.size} takes AudioLDM2's latents: give music.autoencoder, or music.size own"),
+    ]
 
 
 def run_main(main: typing.Callable[[], None]) -> None:

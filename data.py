@@ -8,6 +8,7 @@ flushed, renamed. What is random in a batch comes from (seed, step, row of the g
 import argparse
 import collections
 import contextlib
+import csv
 import functools
 import hashlib
 import json
@@ -16,7 +17,6 @@ import os
 import re
 import shutil
 import tarfile
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -82,6 +82,13 @@ class Packed:
         """(T, M) float32."""
         return torch.from_numpy(self.shards[clip.shard][clip.offset:clip.offset + clip.frames].astype(np.float32))
 
+    def wave(self, clip: Clip) -> torch.Tensor:
+        """(N,) float32 at `rate` Hz, where the rows are samples."""
+        return self.rows(clip).flatten() / 32767
+
+    def recording(self, clip: Clip) -> tuple[torch.Tensor, int]:
+        return self.wave(clip), self.rate
+
 
 class Waves(Packed):
     """Speech as waves of at most picture.seconds; `statistics`: none, pictures are in [0, 1] as they are."""
@@ -94,18 +101,13 @@ class Waves(Packed):
         self.longest = int(seconds * self.rate)                # samples
 
     def wave(self, clip: Clip) -> torch.Tensor:
-        """(N,) float32 at `rate` Hz."""
-        return self.rows(clip).flatten()[:self.longest] / 32767
-
-    def recording(self, clip: Clip) -> tuple[torch.Tensor, int]:
-        return self.wave(clip), self.rate
+        return super().wave(clip)[:self.longest]
 
 
 def schedule(lengths: np.ndarray, step: int, batch: int, seed: int) -> np.ndarray:
-    """Which clips make the global batch of a step: indices (batch,), shortest first; a pure function.
-
-    An epoch shows every clip once: sorted by length, give or take 2 %, so that neighbours need little padding and still differ from
-    epoch to epoch, cut into batches, and these shuffled. What the last batch lacks is filled up with clips shown again.
+    """Which clips make the global batch of a step: indices (batch,), shortest first; a pure function. An epoch shows every clip once:
+    sorted by length, give or take 2 %, so that neighbours need little padding and still differ from epoch to epoch, cut into
+    batches, and these shuffled. What the last batch lacks is filled up with clips shown again.
     """
     steps = math.ceil(len(lengths) / batch)
     epoch, position = divmod(step, steps)
@@ -124,8 +126,7 @@ def prefetch(make: Callable, steps: Iterable[int], workers: int) -> Iterator:
             ahead.append(pool.submit(make, step))
             if len(ahead) > workers:
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        yield from (made.result() for made in ahead)
 
 
 def golden(number: int) -> float:
@@ -151,37 +152,28 @@ def cache_rows(path: Path, lengths: list[int], width: int | None, encode: Callab
     """
     if path.exists():
         return
-    order, unfinished = sorted(range(len(lengths)), key=lambda n: lengths[n]), path.with_suffix(".unfinished")
-    stops, done = np.cumsum([lengths[n] for n in order]), 0
+    order, target = sorted(range(len(lengths)), key=lambda n: lengths[n]), None
+    stops, unfinished, progress = np.cumsum([lengths[n] for n in order]), path.with_suffix(".unfinished"), path.with_suffix(".done")
     try:
-        with open(unfinished, "ab+") as f, tqdm(total=len(order), desc=what, disable=None) as bar:
-            f.seek(0)
-            with contextlib.suppress(ValueError):              # an empty file, or half a header
-                np.lib.format.read_magic(f)
-                shape, _, _ = np.lib.format.read_array_header_1_0(f)
-                if shape == (stops[-1], width or shape[1]):    # whole items stay: the file is written from front to end
-                    done = int(np.searchsorted(stops, (unfinished.stat().st_size - f.tell()) // (2 * shape[1]), side="right"))
-            f.seek(f.truncate(f.tell() + 2 * shape[1] * int(stops[done - 1]) if done else 0))
-            bar.update(done)
-            for start in range(done, len(order), batch):
-                items = order[start:start + batch]
-                for n, rows in zip(items, encode(items), strict=True):
-                    if rows.shape != (lengths[n], width or rows.shape[1]) or not (np.abs(rows) < 65504).all():
-                        raise UserError(f"{what}: item {n} is {rows.shape} instead of {lengths[n], width}, or too large for float16")
-                    if not f.tell():
-                        shape = int(stops[-1]), rows.shape[1]
-                        need, free = 2 * shape[0] * shape[1], shutil.disk_usage(path.parent).free
-                        if need > free:
-                            raise UserError(f"{path}: {what} need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
-                        print(f"{what}: {need / 1e9:.2f} GB into {path}", flush=True)
-                        np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": shape})
-                    f.write(np.ascontiguousarray(rows, dtype="<f2"))
-                bar.update(len(items))
-            f.flush()
-            os.fsync(f.fileno())
+        done = int(progress.read_text()) if unfinished.exists() and progress.exists() else 0
+        for first in tqdm(range(done, len(order), batch), desc=what, disable=None):
+            items = order[first:first + batch]
+            for n, rows in zip(items, found := list(encode(items)), strict=True):
+                if rows.shape != (lengths[n], width or rows.shape[1]) or not (np.abs(rows) < 65504).all():
+                    raise UserError(f"{what}: item {n} is {rows.shape} instead of {lengths[n], width}, or too large for float16")
+            if target is None:
+                shape = int(stops[-1]), found[0].shape[1]
+                if not done and (need := 2 * shape[0] * shape[1]) > (free := shutil.disk_usage(path.parent).free):
+                    raise UserError(f"{path}: {what} need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
+                target = np.lib.format.open_memmap(unfinished, "r+" if done else "w+", "<f2", shape)
+            target[stops[first] - lengths[order[first]]:stops[first + len(items) - 1]] = np.concatenate(found)
+            target.flush()
+            with replacing(progress) as part:
+                part.write_text(str(first + len(items)))
         with replacing(path.with_suffix(".spans.npy")) as part, open(part, "wb") as f:
             np.save(f, np.stack([stops - [lengths[n] for n in order], stops], 1)[np.argsort(order)])
         os.replace(unfinished, path)
+        progress.unlink()
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e})") from e
 
@@ -207,9 +199,9 @@ def prepare_speech(config: Config, form: dict, cut: Callable[[Config, list[Clip]
 def packed_dir(config: Config, form: dict) -> Path:
     """data.data_dir itself where it is packed, or to be spoken; else a folder named by what is packed there and how."""
     root = Path(config.data.data_dir)
-    if config.data.corpus == "demo" or (root / "index.json").exists():
+    if config.data.corpus in ("demo", "pieces") or (root / "index.json").exists():
         return root
-    return Path("data/packed", f"{root.resolve().name}-{digest([str(root.resolve()), form, config.data.align])[:8]}")
+    return Path("data/packed", f"{root.resolve().stem}-{digest([str(root.resolve()), form, config.data.align])[:8]}")
 
 
 def wave_form(picture: Picture) -> dict:
@@ -223,12 +215,13 @@ def read_corpus(config: Config) -> tuple[dict, list[Clip], list[str]]:
         return {"name": "demo", "grammar": d.grammar, "sentences": d.sentences, "voice": d.voice}, demo_clips(d.grammar, d.sentences), []
     if d.download and not root.exists():
         download(d.corpus, root)
-    return {"name": d.corpus, "resample": d.corpus != "ljspeech"}, *(read_metadata if d.corpus == "ljspeech" else read_librispeech)(root)
+    read = {"ljspeech": read_metadata, "librispeech": read_librispeech, "music": read_music}
+    return {"name": d.corpus, "resample": d.corpus != "ljspeech"}, *read[d.corpus](root)
 
 
 def read_speech(out: Path, corpus: dict, form: dict, clip: Clip) -> np.ndarray | None:
-    """A clip as log-mels (T, M), float16, or as a wave (T, hop), int16, its end filled up with 0; None for one that is too long."""
-    rate, hop, longest = form["sample_rate"], form["hop"], form.get("seconds", LONGEST_SEC)
+    """A clip as log-mels (T, M), float16, or as a wave, see `wave_rows`; None for one that is too long."""
+    rate, hop, longest = form["sample_rate"], form["hop"], form.get("seconds", math.inf if corpus["name"] == "music" else LONGEST_SEC)
     if corpus["name"] == "demo":
         wave = audio.speak(clip.text, rate, corpus["voice"])
         if clip.wav:
@@ -243,16 +236,18 @@ def read_speech(out: Path, corpus: dict, form: dict, clip: Clip) -> np.ndarray |
         return None
     if "n_mels" in form:
         return audio.log_mel(wave, Mel(**form)).numpy().astype(np.float16)
-    samples = np.zeros((math.ceil(len(wave) / hop), hop), np.int16)
-    samples.ravel()[:len(wave)] = (wave.clamp(-1, 1) * 32767).round()
-    return samples
+    return wave_rows(wave, hop)
+
+
+def wave_rows(wave: torch.Tensor, hop: int) -> np.ndarray:
+    """A wave (N,) as rows (T, hop), int16, the last one filled up with 0."""
+    return np.pad((wave.clamp(-1, 1) * 32767).round().short().numpy(), (0, -len(wave) % hop)).reshape(-1, hop)
 
 
 def demo_clips(grammar: str, sentences: int) -> list[Clip]:
     """`sentences` sentences to train on, and 64 to validate and 64 to test on that training never has."""
     texts = audio.distinct_sentences(grammar, sentences, held_out=False) + audio.distinct_sentences(grammar, 128, held_out=True)
-    splits = ["train"] * sentences + ["val"] * 64 + ["test"] * 64
-    names = [f"{grammar}-{n:05d}" for n in range(len(texts))]
+    names, splits = [f"{grammar}-{n:05d}" for n in range(len(texts))], ["train"] * sentences + ["val"] * 64 + ["test"] * 64
     wavs = [f"wavs/{name}.wav" if n < 64 or n >= sentences else None for n, name in enumerate(names)]     # to hear beside samples
     return list(map(Clip, names, texts, splits, wavs))
 
@@ -261,8 +256,8 @@ def pack(out: Path, corpus: dict, clips: list[Clip], skipped: list[str], form: d
          workers: int, strict: bool = False, share: tuple[int, int] = (0, 1)) -> None:
     """Make the shards of a share (i, n: every n-th from the i-th on) that are missing, and the index when no shard is any more.
 
-    corpus, form: what this is, what the rows are; a reader must want the same form. skipped: what is no clip, and why.
-    read: a clip's rows (T, M); None: it is too long, which is counted; a UserError: it is skipped, by name. strict: no index then.
+    corpus: what this is. form: what the rows are; a reader must want the same. skipped: what is no clip, and why. strict: then no index.
+    read: a clip's rows (T, M); None: it is too long, which is counted; a UserError: it is skipped, by name.
     """
     plan = digest([FORMAT, corpus, form, [[*clip[:3], *clip[4:6]] for clip in clips]])         # wherever the recordings lie
     done = (out / "index.json").exists()
@@ -272,11 +267,9 @@ def pack(out: Path, corpus: dict, clips: list[Clip], skipped: list[str], form: d
     undone = [n for n in range(len(parts))[share[0]::share[1]] if not read_shard(out, n, plan)]
     if done and not undone and not strict:
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{out}: cannot be made ({e.strerror})") from e
     print("".join(f"skipped {line}\n" for line in skipped) + f"packing {sum(len(parts[n]) for n in undone)} clips into {out}/", flush=True)
+    with replacing(out / "plan") as part:                      # before any work: whether this folder can be written to
+        part.write_text(plan)
     make = functools.partial(pack_shard, out, plan, read)
     with (ProcessPoolExecutor(max(1, min(workers, len(undone))), initializer=torch.set_num_threads, initargs=(1,)) as pool,
           tqdm(total=sum(len(parts[n]) for n in undone), unit="clip", disable=None) as bar):
@@ -299,8 +292,8 @@ def pack_shard(out: Path, plan: str, read: Callable, shard: int, clips: list[Cli
             skipped.append(f"{clip.id}: {e}")
             print(f"skipped {skipped[-1]}", flush=True)
             continue
+        too_long += x is None
         if x is None:
-            too_long += 1
             continue
         packed.append(clip._replace(frames=len(x), shard=shard, offset=offset))
         rows.append(x)
@@ -364,9 +357,10 @@ def read_shard(folder: Path, shard: int, plan: str) -> tuple[dict, list[Clip], n
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to that becomes `path` when the block ends well, so that nobody ever sees half a file."""
+    """A name to write to that becomes `path` when the block ends well, so that nobody ever sees half a file; its folder is made."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
@@ -385,7 +379,7 @@ def read_metadata(root: Path) -> tuple[list[Clip], list[str]]:
     """The lines of metadata.csv (id|transcript|normalised) as clips of wavs/<id>.wav, in the published split; what is wrong with others."""
     path = root / "metadata.csv"
     if not path.is_file():
-        raise UserError(f"{path}: missing; --download (in a config: data.download true) fetches LJSpeech-1.1 where there is no {root}")
+        raise UserError(f"{path}: missing; --download (data.download) fetches LJSpeech-1.1 where there is no {root}")
     texts, skipped = read_transcripts([path], "|", 3)
     published = dict(line.split()[::-1] for line in (ASSETS / "ljspeech_split.txt").read_text().splitlines() if not line.startswith("#"))
     return validate_on_some(root, [Clip(name, text, published.get(name, "train"), str(folder / "wavs" / f"{name}.wav"))
@@ -393,21 +387,37 @@ def read_metadata(root: Path) -> tuple[list[Clip], list[str]]:
 
 
 def read_librispeech(root: Path) -> tuple[list[Clip], list[str]]:
-    """The utterances below `root`, by <speaker>/<chapter>/<speaker>-<chapter>.trans.txt; what is wrong with others.
-
-    Transcripts are capitals without marks: they become what people type, "A capital first and a mark last.", because prompts will be so.
+    """The utterances below `root`, by <speaker>/<chapter>/<speaker>-<chapter>.trans.txt; what is wrong with others. Transcripts are
+    capitals without marks: they become what people type, "A capital first and a mark last.", because prompts will be so.
     2 % of the speakers validate, 2 % test: no voice, room or book that is known from training makes a validation loss look good.
     """
     texts, skipped = read_transcripts(sorted(root.rglob("*.trans.txt")), " ", 2)
     if not texts:
-        raise UserError(f"{root}: no <speaker>/<chapter>/*.trans.txt below it; --download (in a config: data.download true) fetches "
-                        f"LibriSpeech train-clean-100 where there is no {root}")
+        raise UserError(f"{root}: no <speaker>/<chapter>/*.trans.txt below it; --download (data.download) fetches it where it is missing")
     speakers = sorted({name.split("-")[0] for name in texts}, key=lambda speaker: zlib.crc32(speaker.encode()))
     held_out = round(len(speakers) / 50)
     splits = dict.fromkeys(speakers[:held_out], "val") | dict.fromkeys(speakers[held_out:2 * held_out], "test")
     return validate_on_some(root, [
-        Clip(name, sentence(re.sub(r"\bi\b", "I", text.lower())), splits.get(name.split("-")[0], "train"), str(folder / f"{name}.flac"))
+        Clip(name, re.sub(r"\bi\b", "I", text.capitalize()) + ".", splits.get(name.split("-")[0], "train"), str(folder / f"{name}.flac"))
         for name, (text, folder) in texts.items()]), skipped
+
+
+def read_music(path: Path) -> tuple[list[Clip], list[str]]:
+    """The recordings and captions of a JSON list, [{"wav", "label"}], or of a folder's table *.csv, by its columns file and caption;
+    paths are relative to it. And what is wrong with others. raises UserError for a recording that is missing: nobody trains on silence.
+    """
+    table = path if path.suffix == ".json" else min(path.glob("*.csv"), default=path / "captions.csv")
+    wav, label = ("wav", "label") if table.suffix == ".json" else ("file", "caption")
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as f:
+            entries = [*(csv.DictReader(f) if label == "caption" else json.load(f))]
+        clips = [Clip(f"{n:05d}-{Path(e[wav]).stem}", e[label].strip(), SPLITS[SPLITS.index(e.get("split") or "train")],
+                      str(table.parent.resolve() / e[wav])) for n, e in enumerate(entries)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as e:
+        raise UserError(f'{table}: missing, or not [{{"wav": ..., "label": ...}}, ...], or no table of file and caption ({e!r})') from e
+    if missing := [clip.wav for clip in clips if not Path(clip.wav).is_file()]:
+        raise UserError(f"{missing[0]} is missing, as {len(missing)} of {len(clips)} recordings in {table}: fetch them, or strike them out")
+    return validate_on_some(path, [c for c in clips if c.text]), [f"{c.wav}: empty caption" for c in clips if not c.text]
 
 
 def read_transcripts(paths: list[Path], separator: str, columns: int) -> tuple[dict[str, tuple[str, Path]], list[str]]:
@@ -436,11 +446,6 @@ def validate_on_some(root: Path, clips: list[Clip]) -> list[Clip]:
     return [clip._replace(split="val") if n in held_out else clip for n, clip in enumerate(clips)]
 
 
-def sentence(text: str) -> str:
-    """Words as a prompt has them: a capital first, a mark last."""
-    return text[:1].upper() + text[1:] + ("." if text[-1:].isalnum() else "")
-
-
 def read_recording(clip: Clip, sample_rate: int, resample: bool) -> torch.Tensor:
     """raises UserError for a recording that is missing, damaged, or at another rate."""
     if not Path(clip.wav).is_file():
@@ -450,7 +455,7 @@ def read_recording(clip: Clip, sample_rate: int, resample: bool) -> torch.Tensor
         raise UserError(f"{clip.wav} is truncated")              # libsndfile reads what is left and only mentions the rest
     if info.samplerate != sample_rate and not resample:
         raise UserError(f"{clip.wav} has {info.samplerate} Hz instead of {sample_rate}; `python data.py ljspeech --resample` converts")
-    if not wave.isfinite().all() or not wave.any():
+    if not wave.isfinite().all() or wave.abs().max() < 1e-4:           # int16 would have 3 steps of it
         raise UserError(f"{clip.wav} is silent, or not numbers")
     return wave
 
@@ -460,8 +465,7 @@ def download(corpus: str, root: Path) -> None:
     (url, folder), archive, unpacked = ARCHIVES[corpus], root.with_name(f"{root.name}.archive.part"), root.with_name(f"{root.name}.part")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        with tqdm(desc=url, unit="B", unit_scale=True, disable=None) as bar:
-            urllib.request.urlretrieve(url, archive, lambda n, block, size: bar.update(block) if n else bar.reset(size))
+        torch.hub.download_url_to_file(url, str(archive))
         print(f"unpacking {archive}", flush=True)
         with tarfile.open(archive) as tar:
             tar.extractall(unpacked, filter="data")
@@ -473,11 +477,10 @@ def download(corpus: str, root: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Pack a corpus as log-mels; beside what follows, --key value for the "
-                                     "knobs `data` and `mel` of config.py, as --grammar open.")
-    parser.add_argument("corpus", choices=("ljspeech", "librispeech", "demo"))
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Pack a corpus.", epilog="--key value for any knob of config.py.")
+    parser.add_argument("corpus", choices=("ljspeech", "librispeech", "music", "demo"))
     parser.add_argument("--out", required=True, help="where the shards go")
-    parser.add_argument("--root", default="", help="the folder with the corpus as it is published: metadata.csv, wavs/")
+    parser.add_argument("--root", "--json", default="", help="the corpus as published: a folder; music: that of a table, or a JSON list")
     parser.add_argument("--download", action="store_true", help="fetch it into --root if that is missing")
     parser.add_argument("--shard", default="0/1", help="i/n: make every n-th shard only; n machines share --out")
     parser.add_argument("--resample", action="store_true", help="recordings at another sample rate, instead of skipping them")
@@ -485,9 +488,10 @@ def main() -> None:
     o, rest = parser.parse_known_args()
     if not (share := re.fullmatch(r"(\d+)/(\d+)", o.shard)) or int(share[1]) >= int(share[2]):
         raise UserError(f"--shard {o.shard}: expected i/n with i below n, as 0/4")
-    config = load("", [f"--corpus={o.corpus}", f"--data_dir={o.root or o.out}", f"--download={o.download}", *rest])
-    corpus, clips, skipped = read_corpus(config)
-    corpus, form, out = corpus | ({"resample": True} if o.resample else {}), asdict(config.mel), Path(o.out)
+    usual = ["--mel.sample_rate=16000", "--mel.hop=160"] if o.corpus == "music" else []
+    config = load("", [f"--corpus={o.corpus}", f"--data_dir={o.root or o.out}", f"--download={o.download}", *usual, *rest])
+    (corpus, clips, skipped), out, mel = read_corpus(config), Path(o.out), asdict(config.mel)
+    form, corpus = {key: mel[key] for key in ("sample_rate", "hop")} if usual else mel, corpus | ({"resample": True} if o.resample else {})
     read = functools.partial(read_speech, out, corpus, form)
     pack(out, corpus, clips, skipped, form, read, config.data.workers, o.strict, (int(share[1]), int(share[2])))
 

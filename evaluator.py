@@ -1,7 +1,7 @@
 """How good a system is: validation loss on fixed noise, and samples: heard by a recogniser, looked at by the system's own judges.
 
 All ranks take their share of the clips and gather at the end. `python evaluator.py --ckpt out/demo --limit 64` does after
-training what the loop does in it; `--snr inf 20 10 5 0` repeats it under noise. All lands in <out_dir>/eval/step_*: wavs, pictures, samples.jsonl.
+training what the loop does in it; `--snr inf 20 10 5 0` repeats it under noise. All of it lands in <out_dir>/eval/step_*.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from model import Prompt
 
 SHOWN = 8                            # samples that get pictures and a place in W&B and the report
 BINS = 10                            # of t, for the validation loss
+OF_MADE = re.compile(r"eval/(fad|kad|clap|fid|inception_score|recall_made)")      # figures that depend on what was made
 IN_BIN = re.compile(r"_t\d$")        # a loss in one of them
 
 
@@ -63,7 +64,7 @@ class Evaluator:
                 shutil.copy(folder / rows[0][kind], Path(self.config.out_dir, f"sample.{ending}"))
         found = error_rate(rows) | {"eval/recogniser": self.recogniser.name} if self.recogniser else {}
         found |= {**self.floors, **{f"eval/{key}": value for key, value in mean_scores(rows).items()}, **by_group(rows)}
-        return found | (survey(network, features, folder) if features else {})
+        return found | (figures(features, folder) if features else {})
 
     def sample_share(self, network, folder: Path) -> tuple[list[dict], list[dict]]:
         """This rank's prompts, longest first in batches of sample_batch: sampled, written, heard; a row each, and its features, if any."""
@@ -144,7 +145,8 @@ class Evaluator:
                 floors[f"eval/wer_{name}"] = sum(e for e, _ in counts) / max(1, sum(w for _, w in counts))
         floors |= {f"eval/{key}_vocoded": value for key, value in mean_scores(gather(scores, self.world)).items() if value > 1e-3}
         features = sorted(gather(features, self.world), key=lambda item: item["number"])
-        return floors | {f"{key}_vocoded": value for key, value in (survey(network, features, None) if features else {}).items()}
+        of_sets = figures(features) if features else {}        # those that tell of what was made, not of how it was asked for
+        return floors | {f"{key}_vocoded": value for key, value in of_sets.items() if OF_MADE.match(key)}
 
 
 def error_rate(rows: list[dict]) -> dict[str, float]:
@@ -161,17 +163,66 @@ def mean_scores(rows: list[dict]) -> dict[str, float]:
 
 
 def by_group(rows: list[dict]) -> dict[str, float]:
-    """The means of what is a match by the words of the clips' groups, where there are several: eval/all_match/en."""
-    words = sorted({word for row in rows for word in (row.get("group") or "").split()})
-    found = {word: mean_scores([row for row in rows if word in (row.get("group") or "").split()]) for word in words if len(words) > 1}
-    return {f"eval/{key}/{word}": value for word, means in found.items() for key, value in means.items()
-            if key in metric.SCORES and metric.SCORES[key].match}
+    """How often all was as asked for, by the words of the clips' groups, where there are several: eval/all_match/en."""
+    rows = [row for row in rows if row.get("all_match") is not None]
+    words = sorted({word for row in rows for word in row["group"].split()})
+    return {f"eval/all_match/{word}": mean_scores([row for row in rows if word in row["group"].split()])["all_match"]
+            for word in words if len(words) > 1}
 
 
-def survey(network, features: list[dict], folder: Path | None) -> dict[str, float]:
-    """The network's figures of the whole set. folder: where its pictures go, if there are to be any."""
-    stacked = {key: np.stack([item[key] for item in features]) for key in features[0] if key != "number"}
-    return {f"eval/{key}": value for key, value in network.summary(stacked, folder).items()}
+def figures(features: list[dict], folder: Path | None = None) -> dict[str, float]:
+    """Figures of a whole set from what `System.features` gave for each sample. folder: where pictures of them go, if there are to be any.
+
+    speech, image, picture, label, group: retrieval, with image in the space of speech. made in that space: the same for pictures made.
+    made, real, text: distances of sounds as CLAP has them. seen, seen_real, shares: those of pictures as Inception has them.
+    """
+    f = {key: np.stack([item[key] for item in features]) for key in features[0] if key != "number"}
+    found = {"chance": float(f["chance"].mean())} if "chance" in f else {}
+    if "image" in f:
+        found |= retrieval(f, "speech")
+        found |= {f"recall_made_{k}": value for k in (1, 5, 10) if "made" in f for value in [retrieval(f, "made")[f"recall_{k}"]]}
+    if "real" in f:
+        found |= {"fad": metric.frechet_distance(f["made"], f["real"]), "kad": metric.kernel_distance(f["made"], f["real"]),
+                  "clap": float((f["made"] * f["text"]).sum(1).mean())}
+    if "seen" in f:
+        found["fid"] = metric.frechet_distance(f["seen"], f["seen_real"])
+        found |= {"inception_score": metric.inception_score(f["shares"])} if f["shares"].size else {}
+    if folder and "image" in f:
+        draw_space(f["made" if "made" in f else "speech"], f["image"], folder / "summary.png")
+    return {f"eval/{key}": value for key, value in found.items()}
+
+
+def retrieval(f: dict[str, np.ndarray], kind: str) -> dict[str, float]:
+    """Figures of f[kind] (n, D) among the pictures f["image"] (n, D), by keys of metric.SCORES; f["picture"] (n,) is in the gallery once.
+
+    A picture is right where it has the query's f["label"] (n,). f["group"] (n,): words by which R@1 is also told, the language first.
+    """
+    query, image, label, group = f[kind], f["image"], f["label"], f["group"]
+    first = np.unique(f["picture"], return_index=True)[1]
+    similarity, right = query @ image[first].T, label[:, None] == label[first]
+    found = {f"recall_{k}": metric.recall_at(similarity, right, k) for k in (1, 5, 10)}
+    found |= {f"recall_back_{k}": metric.recall_at(similarity.T, right.T, k) for k in (1, 5, 10)}
+    gap = query.mean(0) - image[first].mean(0)
+    found |= {"cos_matched": float((query * image).sum(1).mean()), "modality_gap": float(np.linalg.norm(gap))}
+    found |= {"cos_unmatched": float(similarity[~right].mean())} if not right.all() else {}
+    words = [words.split() for words in group.tolist()]
+    rows = {word: np.array([word in own for own in words]) for word in sorted(set(sum(words, [])))}
+    found |= {f"recall_1/{word}": metric.recall_at(similarity[own], right[own], 1) for word, own in rows.items() if not own.all()}
+    languages = [found[f"recall_1/{word}"] for word in {own[0] for own in words if own} if f"recall_1/{word}" in found]
+    return found | ({"language_gap": 1 - min(languages) / max(languages)} if len(languages) > 1 and max(languages) > 0 else {})
+
+
+def draw_space(queries: np.ndarray, pictures: np.ndarray, path: Path) -> None:
+    """What is asked with and the pictures, (n, D) each, along the two directions in which they differ most, pairs joined by a line."""
+    both = np.concatenate([queries, pictures]).astype(np.float64)
+    flat = (both - both.mean(0)) @ np.linalg.svd(both - both.mean(0), full_matrices=False)[2][:2].T
+    asked, seen = np.split(flat, 2)
+    axes = metric.picture_axes(4.6, 4.2, "", "")
+    axes.plot(*np.stack([asked, seen], 1).transpose(2, 1, 0), color=metric.GREY, alpha=0.25, linewidth=0.5)
+    for points, colour, name in ((seen, metric.BLUE, "recorded pictures"), (asked, metric.ORANGE, "speech, or what was made of it")):
+        axes.scatter(*points.T, s=9, color=colour, label=name)
+    axes.legend(frameon=False, labelcolor=metric.GREY, fontsize=8)
+    axes.figure.savefig(path, transparent=True)
 
 
 @torch.no_grad()

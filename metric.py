@@ -23,9 +23,8 @@ import numpy as np
 
 from config import Mel, UserError, run_main
 
-BLUE, ORANGE, GREY = "#3d7fd9", "#d97b29", "#7d7d7d"           # legible on white and on black
 PAGE = Path(__file__).parent / "assets" / "report.html"
-INK = "#010203"                                                # in charts, stands for the page's text colour
+BLUE, ORANGE, GREY, INK = "#3d7fd9", "#d97b29", "#7d7d7d", "#010203"     # legible on white and black; INK stands for the page's text
 
 
 class Score(NamedTuple):
@@ -40,7 +39,7 @@ SCORES = {"mcd": Score("mel-cepstral distortion", "dB", "from log-mels, time-war
           "lsd": Score("log-spectral distance", "dB", "of the magnitudes at equal loudness; 0 is the recording"),
           "path_distance": Score("distance to the colour path", "", "mean over a picture, whose colours go from 0 to 1"),
           "all_match": Score("everything as asked for", "%", "all that the prompt says, at once", match=True),
-          **{f"{what}_match": Score(f"{what} as asked for", "%", match=True) for what in ("key", "tempo", "timbre", "colour", "shape", "place")},
+          **{f"{of}_match": Score(f"{of} as asked for", "%", match=True) for of in ("key", "tempo", "timbre", "colour", "shape", "place")},
           "chance": Score("chance", "%", "of everything being as asked for, by a guess"),
           "fad": Score("Fréchet audio distance", "", "of the sets' features; 0 is the recordings"),
           "kad": Score("kernel audio distance", "", "of the sets' features, times 100; 0 is the recordings"),
@@ -48,7 +47,7 @@ SCORES = {"mcd": Score("mel-cepstral distortion", "dB", "from log-mels, time-war
           "fid": Score("Fréchet inception distance", "", "of the sets' features; 0 is the real pictures"),
           "inception_score": Score("inception score", "", "1 is all alike"),
           **{f"{kind}_{k}": Score(f"R@{k} {title}", "%", f"the right one is among the first {k}") for kind, title in
-             (("recall", "speech to picture"), ("recall_back", "picture to speech"), ("recall_made", "made to real picture")) for k in (1, 5, 10)},
+             (("recall", "speech to picture"), ("recall_back", "picture to speech"), ("recall_made", "made to real")) for k in (1, 5, 10)},
           "cos_matched": Score("cosine of pairs"), "cos_unmatched": Score("cosine of strangers"),
           "modality_gap": Score("modality gap", "", "distance of the mean speech and the mean picture"),
           "language_gap": Score("gap between languages", "%", "best to worst, relative")}
@@ -78,7 +77,7 @@ class Writer:
             self.run.log(values, step=step)
 
     def media(self, step: int, name: str, paths: list[Path]) -> None:
-        """Hand .wav and .png files to W&B; on disk they already are."""
+        """Hand wavs and pngs to W&B; on disk they already are."""
         if not self.run:
             return
         import wandb
@@ -267,7 +266,7 @@ def write_report(out_dir: str, shown: int = 8) -> Path:
     facts = {"command": run.get("command"), "commit": run.get("commit"), **(run.get("versions") or {})}
     facts = "".join(f"<dt>{escape(name)}</dt><dd><code>{escape(str(value))}</code></dd>" for name, value in facts.items() if value)
     title = escape(f"{system[1] if system else 'nanoaudio'} · {out.resolve().name}")
-    key = "<mark>Marked</mark>: heard, but not in the text. <del>Struck</del>: in the text, not heard." if "<p class=heard>" in samples else ""
+    key = "<mark>Marked</mark>: heard, not in the text. <del>Struck</del>: in the text, not heard." if "<p class=heard>" in samples else ""
     body = headline(title, metrics, run)
     body += f"<section><h2>Samples</h2><p>From step {step:,}. {key}</p>{samples}</section>" if samples else ""
     body += f"<section><h2>All at once</h2><div class=charts>{maps}</div></section>" if maps else ""
@@ -290,15 +289,15 @@ def headline(title: str, metrics: list[dict], run: dict) -> str:
              (percent(last(metrics, "eval/wer_vocoded")), "floor: vocoded", "recordings through all but the network"),
              (percent(last(metrics, "eval/wer_ground_truth")), "floor: recordings", "the recordings themselves")]
     for key, score in SCORES.items():
-        notes = [score.note, *(f"{name}: {with_unit(key, found)}" for name, found in compared_with(metrics, key))]
-        tiles.append((with_unit(key, last(metrics, f"eval/{key}")), score.title, "; ".join(filter(None, notes))))
+        notes = "; ".join(filter(None, [score.note, *(f"{name}: {with_unit(key, found)}" for name, found in compared_with(metrics, key))]))
+        tiles.append((with_unit(key, last(metrics, f"eval/{key}")), score.title, notes))
     cells = "".join(f"<div><dt>{label}</dt><dd>{number}<small>{escape(note)}</small></dd></div>" for number, label, note in tiles if number)
     line = " · ".join(escape(str(fact)) for fact in facts if fact)
     return f"<header><h1>{title}</h1><p>{line}</p>{f'<dl class=tiles>{cells}</dl>' if cells else ''}</header>"
 
 
 def compared_with(metrics: list[dict], key: str) -> list[tuple[str, float]]:
-    """What stands beside a score: what all but the generative network makes of the recordings, another's prompt, and each language, voice, ..."""
+    """What stands beside a score: that of the recordings through all but the network, of another's prompt, and by language and voice."""
     ends = {"_vocoded": "at best", "_shuffled": "shuffled prompts"}
     ends |= {name.removeprefix(f"eval/{key}"): name.split("/")[2] for row in metrics for name in row if name.startswith(f"eval/{key}/")}
     return [(name, found) for end, name in ends.items() if (found := last(metrics, f"eval/{key}{end}")) is not None]
@@ -357,8 +356,8 @@ def table(entries: list[dict]) -> str:
     heard = ("heard", "errors") if any(entry.get("errors") is not None for entry in entries) else ()
     for entry in sorted(entries, key=lambda e: (-(e.get("errors") or 0) / max(e.get("words") or 0, 1), e.get("all_match") or 0)):
         text, errors = entry.get("text") or "", entry.get("errors")
-        count = "" if errors is None else f"{errors}/{entry.get('words')}"
-        cells = [escape(str(entry.get("id", ""))), escape(text), *((compared(text, entry.get("hypothesis") or "", errors), count) if heard else ()),
+        said = (compared(text, entry.get("hypothesis") or "", errors), f"{errors}/{entry.get('words')}" if errors is not None else "")
+        cells = [escape(str(entry.get("id", ""))), escape(text), *(said if heard else ()),
                  *(with_unit(key, entry.get(key)) for key in measured)]
         rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     head = "".join(f"<th scope=col>{name}</th>" for name in ("id", "text", *heard, *(key.replace("_", " ") for key in measured)))
@@ -392,7 +391,8 @@ def all_charts(metrics: list[dict]) -> str:
         *(chart(", ".join(filter(None, (score.title.capitalize(), score.unit))), "",
                 [("generated", BLUE, found := series(metrics, f"eval/{key}") * [[1], [100 if score.unit == "%" else 1]]),
                  *(level(name, colour, found, value, 100 if score.unit == "%" else 1)
-                   for colour, (name, value) in zip((ORANGE, GREY), compared_with(metrics, key)))], zero=True) for key, score in SCORES.items()),
+                   for colour, (name, value) in zip((ORANGE, GREY), compared_with(metrics, key)))], zero=True)
+          for key, score in SCORES.items()),
         chart("Throughput, frames/s", pace, [("smoothed", BLUE, series(metrics, "perf/frames_per_sec"))], zero=True)])
 
 

@@ -23,6 +23,18 @@ import audio
 from config import Config, Mel, UserError
 
 
+@functools.cache
+def load_frozen(kind: type, name: str, part: str, knob: str, device: torch.device) -> nn.Module:
+    """A network of transformers or diffusers from a folder or the hub, frozen, float32, kept; part: its subfolder, or ""."""
+    try:
+        module, report = kind.from_pretrained(name, subfolder=part, local_files_only=klein_is_away(name), output_loading_info=True)
+    except Exception as e:                                   # each library below has its own for a missing or damaged file
+        raise UserError(f"{knob} {name}: its {part or 'weights'} cannot be loaded by {kind.__name__} ({brief(e)}); give a folder") from e
+    if missing := report["missing_keys"] or report["mismatched_keys"]:
+        raise UserError(f"{knob} {name}: its {part or 'weights'} lacks {min(map(str, missing))}: not a {kind.__name__}")
+    return Frozen(module.float()).to(device).module
+
+
 class Frozen(nn.Module):
     """A network that stays as it came: no gradient, always in eval mode, in nobody's parameters, state_dict or checkpoint.
 

@@ -1,26 +1,29 @@
-"""Speech to text by openai-whisper: one path for its published models and for the tiny one in assets/, which is trained here.
+"""Who listens: Whisper for words, one path for its published models and for the tiny one in assets/, and plain mathematics for notes.
 
-A machine without a hub still needs an error rate in the loop, so `python recogniser.py train` makes a checkpoint in
-Whisper's own format (width 64, Whisper's vocabulary and 30-second window) on the demo voice. Half of what it hears is words in
-random order, so that it has to listen: no grammar tells it the answer. `python recogniser.py assess` prints its floors.
+A machine without a hub still needs an error rate in the loop: `python assets/whisper_demo.py train` made the tiny Whisper on the
+demo voice, `assess` prints its floors. And it needs music of which one can tell whether it is what its caption says:
+assets/music_pieces.py plays some, `hear` measures key, tempo and timbre of any sound, `match` compares them with a caption.
+Last, what hears speech as numbers for speech2image.py: a frozen HuBERT or a small front trained along, and the contrast with pictures.
 """
 
-import argparse
 import contextlib
-import dataclasses
 import functools
+import itertools
 import json
 import math
-import random
 import re
-import time
-from concurrent.futures import ProcessPoolExecutor
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 import whisper
+import yaml
 from tqdm import tqdm
 from whisper.normalizers import EnglishTextNormalizer
 from whisper.timing import find_alignment
@@ -28,12 +31,13 @@ from whisper.tokenizer import get_tokenizer
 
 import audio
 import data
-import metric
 import pretrained
-from config import Config, Mel, UserError, run_main
+from config import Align, Config, Mel, UserError, to_dict
+from model import sinusoids
 
 TINY = Path(__file__).parent / "assets" / "whisper-demo.pt"
-RATE = whisper.audio.SAMPLE_RATE     # Hz: Whisper listens at 16 kHz
+RATE = whisper.audio.SAMPLE_RATE     # Hz: Whisper listens at 16 kHz, HuBERT too
+HOP = 320                            # samples a frame of HuBERT: 50 a second
 normalise = EnglishTextNormalizer()  # Whisper's own: case, punctuation, numbers, British spelling
 
 
@@ -126,9 +130,14 @@ def cut_clips(config: Config, clips: list[data.Clip], folder: Path) -> list[data
                 part.write_text(json.dumps(known), encoding="utf-8")
     for clip in clips:
         pieces = cut(known[clip.id]["words"], config.picture.seconds)
-        found += [clip._replace(id=f"{clip.id}_{n}", text=data.sentence(text), start=start, stop=stop)
+        found += [clip._replace(id=f"{clip.id}_{n}", text=sentence(text), start=start, stop=stop)
                   for n, (text, start, stop) in enumerate(pieces)] or [clip]
     return found
+
+
+def sentence(text: str) -> str:
+    """Words as a prompt has them: a capital first, a mark last."""
+    return text[:1].upper() + text[1:] + ("." if text[-1:].isalnum() else "")
 
 
 def time_words(listener: Recogniser, clip: data.Clip, longest: float) -> dict:
@@ -226,209 +235,236 @@ class NotDownloaded(UserError):
     """A published model that is neither kept here nor to be had."""
 
 
-# Training the tiny one
+class Clap:
+    """A ClapModel: a caption as its text tower has it, and captions and sounds as unit vectors where the two are compared.
 
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How the tiny recogniser is trained; found by trial, see docs/log.md."""
-    clips: int = 7000                # spoken once, heard again and again under fresh noise
-    steps: int = 2000
-    batch_size: int = 32
-    lr: float = 3e-3
-    ctc_weight: float = 0.5          # letters read off the encoder: it learns to listen before the decoder learns to speak
-    full_window: float = 0.05        # share of steps, and the last ones, that hear the 30-second window of whisper.decode
-
-
-DIMS = whisper.model.ModelDimensions(n_mels=80, n_audio_ctx=1500, n_audio_state=64, n_audio_head=4, n_audio_layer=5,
-                                     n_vocab=51864, n_text_ctx=96, n_text_state=64, n_text_head=4, n_text_layer=2)
-
-
-def train(out: str, init: str, recipe: Recipe, seed: int) -> None:
-    """Train the tiny recogniser, from the checkpoint `init` or from nothing (""), and write it to `out` in Whisper's format."""
-    torch.manual_seed(seed)
-    started = time.time()
-    with ProcessPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        clips = list(pool.map(functools.partial(speak_clip, seed), range(recipe.clips), chunksize=50))
-    print(f"{len(clips)} clips spoken in {time.time() - started:.0f} s", flush=True)
-    model, letters = whisper.model.Whisper(DIMS), torch.nn.Linear(DIMS.n_audio_state, 28)
-    model.decoder.token_embedding = torch.nn.Embedding(len(known_tokens()) + 1, DIMS.n_text_state)     # the last row: any other token
-    torch.nn.init.normal_(model.decoder.token_embedding.weight, std=0.05)
-    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.02)
-    if init:
-        restore(model, init)
-    parameters = [*model.parameters(), *letters.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.steps, pct_start=0.1)
-    rng = random.Random(seed)
-    for step in range(recipe.steps):
-        full = rng.random() < recipe.full_window or step >= recipe.steps * (1 - recipe.full_window)
-        batch = [clips[rng.randrange(len(clips))] for _ in range(recipe.batch_size // (4 if full else 1))]
-        loss, ctc = losses(model, letters, batch, rng, full)
-        optimizer.zero_grad()
-        (loss + recipe.ctc_weight * ctc).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            seconds = time.time() - started
-            print(f"step {step}/{recipe.steps}  loss {loss.item():.3f}  letters {ctc.item():.3f}  {seconds:.0f} s", flush=True)
-        if (step + 1) % 250 == 0 or step == recipe.steps - 1:
-            save(model, out)
-    print(f"{out}: {Path(out).stat().st_size / 1e6:.2f} MB", flush=True)
-
-
-def save(model, out: str) -> None:
-    """Write a model in Whisper's format, float16, with Whisper's whole vocabulary: tokens that never occur share one row."""
-    weights = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    table = weights["decoder.token_embedding.weight"]
-    full = table[-1].repeat(DIMS.n_vocab, 1)
-    full[known_tokens()] = table[:-1]
-    weights["decoder.token_embedding.weight"] = full
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"dims": dataclasses.asdict(DIMS), "model_state_dict": weights}, f"{out}.part")
-    Path(f"{out}.part").replace(out)
-
-
-def restore(model, path: str) -> None:
-    """Load what `save` wrote into a model that has rows for the known tokens only."""
-    weights = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
-    table = weights["decoder.token_embedding.weight"]
-    unknown = min(set(range(DIMS.n_vocab)) - set(known_tokens()))
-    weights["decoder.token_embedding.weight"] = table[[*known_tokens(), unknown]]
-    model.load_state_dict(weights)
-
-
-def losses(model, letters, batch: list, rng: random.Random, full: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the next token and the CTC loss of the letters, for clips (text, wave at 16 kHz)."""
-    tokenizer = get_tokenizer(multilingual=False)
-    waves = [disturb(wave, rng) for _, wave in batch]
-    width = 480000 if full else max(map(len, waves)) + rng.randrange(RATE)
-    mels = torch.stack([whisper.log_mel_spectrogram(whisper.pad_or_trim(w, width)) for w in waves])
-    mels = mels[:, :, :mels.shape[2] // 2 * 2]
-    number = {token: i for i, token in enumerate(known_tokens())}
-    tokens = [[tokenizer.sot, tokenizer.no_timestamps, *tokenizer.encode(" " + text), tokenizer.eot] for text, _ in batch]
-    rows = [torch.tensor([number[token] for token in row]) for row in tokens]
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-    targets = padded[:, 2:]
-    heard = encode(model.encoder, mels)
-    logits = model.decoder(padded[:, :-1].clamp_min(0), heard)[:, 1:]
-    scores = letters(heard)
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, label_smoothing=0.05)
-    spelled = [torch.tensor([ord(c) - 95 for c in text.lower().replace(" ", "`") if c == "`" or "a" <= c <= "z"]) for text, _ in batch]
-    lengths = torch.tensor([len(s) for s in spelled])
-    frames = torch.tensor([min(len(w) // 320 + 1, heard.shape[1]) for w in waves])
-    ctc = F.ctc_loss(scores.log_softmax(-1).transpose(0, 1), torch.cat(spelled), frames, lengths, zero_infinity=True)
-    return loss, ctc
-
-
-@functools.cache
-def known_tokens() -> list[int]:
-    """The tokens that the demo's words are made of, at the end of a sentence or not, and the special ones, sorted.
-
-    Only these have rows while training: the other 50,000 of Whisper's table share one.
+    The whole model is loaded, and its tower taken: ClapTextModel.from_pretrained finds none of its weights in such a checkpoint,
+    and FluxMusic's programs, which call it, read captions with random ones.
     """
-    tokenizer = get_tokenizer(multilingual=False)
-    known = {tokenizer.sot, tokenizer.no_timestamps, tokenizer.eot}
-    for word in vocabulary():
-        for form in (word, word.capitalize()):
-            known |= {token for end in ("", ".", "?") for token in tokenizer.encode(f" {form}{end}")}
-    return sorted(known)
+
+    def __init__(self, knob: str, name: str, device: torch.device):
+        self.device, self.model = device, pretrained.load_frozen(transformers.ClapModel, name, "", knob, device)
+        try:
+            self.tokenizer, self.extractor = (kind.from_pretrained(name, local_files_only=pretrained.klein_is_away(name))
+                                              for kind in (transformers.AutoTokenizer, transformers.ClapFeatureExtractor))
+        except Exception as e:                 # a damaged file fails in every way there is
+            raise UserError(f"{knob} {name}: its tokenizer or feature extractor cannot be loaded ({pretrained.brief(e)})") from e
+
+    def read(self, text: str) -> torch.Tensor:
+        """(1, V), what the text tower's pooler puts out, on the CPU."""
+        return self.model.text_model(**self.words(text)).pooler_output.cpu()
+
+    def place(self, text: str) -> np.ndarray:
+        """(D,), beside sounds."""
+        return self.model.get_text_features(**self.words(text)).pooler_output[0].cpu().numpy()
+
+    def words(self, text: str) -> dict:
+        return self.tokenizer([text], truncation=True, max_length=77, return_tensors="pt").to(self.device)
+
+    def listen(self, wave: torch.Tensor, sample_rate: int) -> np.ndarray:
+        """(D,), beside captions: the first ten seconds of a wave (N,)."""
+        rate, longest = self.extractor.sampling_rate, self.extractor.nb_max_samples
+        heard = self.extractor(audio.resample(wave, sample_rate, rate)[:longest].numpy(), sampling_rate=rate, return_tensors="pt")
+        return self.model.get_audio_features(**heard.to(self.device)).pooler_output[0].cpu().numpy()
 
 
-def encode(encoder, mels: torch.Tensor) -> torch.Tensor:
-    """Whisper's encoder on fewer than 30 seconds: mels (B, M, T) -> (B, T / 2, D). Its own forward insists on the full window."""
-    x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mels)))).permute(0, 2, 1)
-    x = x + encoder.positional_embedding[:x.shape[1]]
-    for block in encoder.blocks:
-        x = block(x)
-    return encoder.ln_post(x)
+load_clap = functools.cache(Clap)              # (knob, hub id or folder, device), once
 
 
-def speak_clip(seed: int, index: int) -> tuple[str, torch.Tensor]:
-    """Clip `index` of the training set: (text, wave at 16 kHz); half of them words in random order, half of them vocoded."""
-    rng = random.Random(f"{seed} {index}")
-    text = salad(rng) if rng.random() < 0.5 else training_sentence(rng)
-    mel = Mel()
-    rate, pitch = rng.choice((160, 160, rng.randint(135, 190))), rng.choice((50, rng.randint(35, 65)))       # the demo's is 160, 50
-    wave = audio.espeak(text, mel.sample_rate, rate=rate, pitch=pitch)
-    if rng.random() < 0.5:
-        x = audio.log_mel(wave, mel)
-        blur = rng.choice((1, 1, 3, 5))                        # frames: what a voice that has not converged sounds like
-        x = F.avg_pool1d(x.T[None], blur, 1, blur // 2, count_include_pad=False)[0].T
-        x = x + rng.uniform(0, 0.5) * torch.randn(x.shape, generator=torch.Generator().manual_seed(index))
-        wave = audio.griffin_lim(x, mel, iterations=rng.choice((8, 16, 32)))
-    return text, audio.resample(wave, mel.sample_rate, RATE)
+# Music of known key, tempo and timbre: assets/music_pieces.py plays it
+
+ROOTS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}      # semitones above C
+TEMPI = {"slow": 72, "medium": 108, "fast": 162}     # beats a minute: none is twice another
+TIMBRES = ("flute", "violin", "trumpet", "marimba", "banjo")
+KEYS = [f"{root} {mode}" for root in ROOTS for mode in ("major", "minor")]
+CHANCE = 1 / (len(KEYS) * len(TEMPI) * len(TIMBRES))           # that all of a caption is right by a guess
 
 
-def training_sentence(rng: random.Random) -> str:
-    grammar = rng.choice(("matrix", "open", "open"))
-    while True:
-        sentence = audio.make_sentence(grammar, rng)
-        if not audio.is_held_out(sentence):
-            return sentence
+class Pieces(data.Packed):
+    """Music as waves of any length; `statistics`: mean and deviation of the log-mels of its training pieces, the peak of each at 0.5."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, piece_form(config.mel), math.inf)
+        self.mel = config.mel
+
+    @functools.cached_property
+    def statistics(self) -> tuple[float, float]:
+        some = self.clips("train")[::math.ceil(len(self.clips("train")) / 256)]
+        waves = [self.wave(clip)[:60 * self.rate] for clip in some]
+        x = torch.cat([audio.log_mel(0.5 * wave / wave.abs().max().clamp_min(1e-9), self.mel) for wave in waves]).double()
+        return x.mean().item(), x.std().item()
+
+
+def prepare_music(config: Config) -> None:
+    """Pack data.corpus, unless that was done: `music` as recorded, or `pieces`, which are played on the spot."""
+    d, form = config.data, piece_form(config.mel)
+    if d.corpus != "pieces":
+        data.prepare_speech(config, form, lambda _, clips, __: clips)
+        return
+    index = data.read_index(Path(d.data_dir), form) if Path(d.data_dir, "index.json").exists() else None
+    if index is None or (index["corpus"].get("seconds"), index["clips"]["train"]) != (config.music.crop_seconds, d.sentences):
+        run_asset("music_pieces.py", config)                   # which refuses a folder that holds another corpus
+
+
+def run_asset(script: str, config: Config) -> None:
+    """Let a script in assets/ make what belongs to a config; raises its UserError."""
+    made = subprocess.run([sys.executable, data.ASSETS / script, "--config=/dev/stdin"], input=yaml.safe_dump(to_dict(config)), text=True,
+                          stderr=subprocess.PIPE)
+    if made.returncode:
+        raise UserError(made.stderr.strip().rpartition("error: ")[2])
+
+
+def piece_form(mel: Mel) -> dict:
+    """Of packed music: waves in rows of a frame."""
+    return {"sample_rate": mel.sample_rate, "hop": mel.hop}
+
+
+def asked_for(caption: str) -> dict[str, str]:
+    """{"key": "D minor", "tempo": "slow", "timbre": "flute"} of the caption of a piece; {} for any other."""
+    found = {name: [word for word in words if re.search(rf"\b{word}\b", caption)]
+             for name, words in (("key", KEYS), ("tempo", TEMPI), ("timbre", TIMBRES))}
+    return {name: words[0] for name, words in found.items()} if all(len(words) == 1 for words in found.values()) else {}
+
+
+def match(heard: dict[str, str], caption: str) -> dict[str, float]:
+    """1 or 0 for each of key, tempo and timbre, and for all of them; {} where the caption is not of a piece."""
+    same = {f"{name}_match": float(heard[name] == wanted) for name, wanted in asked_for(caption).items()}
+    return same | {"all_match": min(same.values())} if same else {}
+
+
+def hear(wave: torch.Tensor, sample_rate: int) -> dict[str, str]:
+    """The key, tempo and timbre of a wave (N,), whatever it is: {"key": "D minor", "tempo": "slow", "timbre": "flute"}.
+
+    key: whose mean chroma, as of known pieces, is nearest. tempo: of those there are, the one by which onsets repeat most.
+    timbre: nearest in bands of the spectrum and in how fast the sound fades, by Fisher's linear discriminant.
+    """
+    wave = audio.resample(wave.float().cpu(), sample_rate, RATE)
+    if len(wave) < RATE or not wave.any():
+        return {"key": "", "tempo": "", "timbre": ""}
+    known, pitches = known_pieces(), chroma(wave)
+    nearness = {key: (pitches * known[key.split()[1]].roll(ROOTS[key.split()[0]])).sum().item() for key in KEYS}
+    off = texture(wave) - known["centres"]                     # (timbres, 11)
+    return {"key": max(KEYS, key=nearness.get), "tempo": tempo(wave), "timbre": TIMBRES[((off @ known["precision"]) * off).sum(1).argmin()]}
 
 
 @functools.cache
-def vocabulary() -> list[str]:
-    """All words of the demo's grammars, sorted."""
-    words = set()
-    for grammar in (audio.load_grammar("matrix"), audio.load_grammar("open")):
-        for entries in grammar.values():
-            for entry in entries:
-                words |= set(re.findall(r"[A-Za-z]+", re.sub(r"\{.*?\}", " ", entry)))
-    return sorted(words)
+def known_pieces() -> dict[str, torch.Tensor]:
+    """What pieces sound like whose caption is known, from assets/music_pieces.json: chroma of C major and minor, textures of timbres."""
+    return {name: torch.tensor(rows) for name, rows in json.loads((data.ASSETS / "music_pieces.json").read_text()).items()}
 
 
-def salad(rng: random.Random) -> str:
-    """Three to seven words of the vocabulary in random order, as a sentence."""
-    words = " ".join(rng.choice(vocabulary()) for _ in range(rng.randint(3, 7)))
-    return words[0].upper() + words[1:] + "."
+def chroma(wave: torch.Tensor) -> torch.Tensor:
+    """How loud each of the twelve notes is from 250 to 1300 Hz, (12,), of unit length; low ones count more, as harmonics are high."""
+    s, hz = spectrum(wave, 4096, 1024)
+    s, hz = s[(hz > 250) & (hz < 1300)], hz[(hz > 250) & (hz < 1300)]
+    pitch = 12 * (hz / 261.63).log2()
+    weight = torch.exp(-8 * (pitch - pitch.round()).square()) / hz
+    found = torch.zeros(12).index_add(0, pitch.round().long() % 12, (s.square() * weight[:, None]).sum(1).sqrt())
+    return found / found.norm().clamp_min(1e-9)
 
 
-def disturb(wave: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """Fresh gain, leading and trailing silence and white noise (15 to 50 dB) on a wave."""
-    wave = F.pad(wave, (rng.randrange(RATE // 4), rng.randrange(RATE // 4))) * 10 ** rng.uniform(-0.7, 0.1)
-    if rng.random() < 0.5:
-        level = wave.square().mean().sqrt() * 10 ** (-rng.uniform(15, 50) / 20)
-        wave = wave + level * torch.randn(len(wave), generator=torch.Generator().manual_seed(rng.randrange(2 ** 31)))
-    return wave
+def tempo(wave: torch.Tensor) -> str:
+    """The tempo whose beat the growth of the log-spectrum has most of."""
+    growth = F.relu((spectrum(wave, 1024, 160)[0] + 0.01).log().diff(dim=1)).mean(0)
+    t = torch.arange(len(growth)) * 160 / RATE
+    return max(TEMPI, key=lambda name: torch.polar(growth - growth.mean(), -2 * math.pi * TEMPI[name] / 60 * t).sum().abs().item())
 
 
-def assess(name: str, sentences: int = 200) -> dict[str, float]:
-    """Word error rates of a recogniser on held-out sentences of each grammar and on word salad, as spoken and vocoded."""
-    torch.set_num_threads(2)
-    listener, mel, rates = load(name, torch.device("cpu")), Mel(), {}
-    for kind in ("matrix", "open", "salad"):
-        rng, texts = random.Random(f"assess {kind}"), []
-        while len(texts) < sentences:
-            text = salad(rng) if kind == "salad" else audio.make_sentence(kind, rng)
-            if kind == "salad" or audio.is_held_out(text):
-                texts.append(text)
-        spoken = [audio.espeak(text, mel.sample_rate) for text in texts]
-        vocoded = [audio.griffin_lim(audio.log_mel(w, mel), mel) for w in spoken]
-        for how, waves in (("spoken", spoken), ("vocoded", vocoded)):
-            heard = listener.transcribe(waves, mel.sample_rate)
-            rates[f"{kind}/{how}"] = metric.word_error_rate([(normalise(t), normalise(h)) for t, h in zip(texts, heard)])
-            print(f"{kind:7s}{how:8s} WER {100 * rates[f'{kind}/{how}']:.1f} %   e.g. {texts[0]!r} heard as {heard[0]!r}", flush=True)
-    return rates
+def texture(wave: torch.Tensor) -> torch.Tensor:
+    """(11,): the log-energy of seven bands from 100 to 4000 Hz beside their mean, and how loudness changes in 100 ms."""
+    s, hz = spectrum(wave, 1024, 160)
+    edges = itertools.pairwise((100, 350, 700, 1100, 1600, 2200, 3000, 4000))
+    energy = torch.stack([s[(hz >= low) & (hz < high)].square().mean(0) for low, high in edges])
+    bands, total = (energy.mean(1) + 1e-6 * energy.mean()).log(), energy.sum(0)
+    loudness = F.avg_pool1d(total[None], 8, 2)[0].sqrt() + 0.03 * total.mean().sqrt()
+    change = (loudness[5:] / loudness[:-5]).log().quantile(torch.tensor([0.1, 0.3, 0.5, 0.9]))
+    return torch.cat([bands - bands.mean(), 4 * change])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("train", "assess"))
-    parser.add_argument("--out", default=str(TINY), help="train: where the checkpoint goes")
-    parser.add_argument("--init", default="", help="train: go on from this checkpoint")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="train: updates")
-    parser.add_argument("--seed", type=int, default=0, help="train: of sentences, noise and weights")
-    parser.add_argument("--model", default=str(TINY), help="assess: a Whisper name or .pt file")
-    parser.add_argument("--sentences", type=int, default=200, help="assess: sentences of each kind")
-    options = parser.parse_args()
-    if options.command == "train":
-        train(options.out, options.init, Recipe(steps=options.steps), options.seed)
-    else:
-        print(json.dumps(assess(options.model, options.sentences)))
+def spectrum(wave: torch.Tensor, n_fft: int, hop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Magnitudes (n_fft / 2 + 1, T) of a wave at 16 kHz, and the frequencies of the rows, Hz."""
+    bins = torch.stft(wave, n_fft, hop, window=audio.window(n_fft), pad_mode="constant", return_complex=True)
+    return bins.abs(), torch.arange(n_fft // 2 + 1) * RATE / n_fft
 
 
-if __name__ == "__main__":
-    run_main(main)
+# Speech as numbers, for pictures of what is said: two fronts, and the contrast with pictures
+
+class HubertFront(nn.Module):
+    """A frozen HuBERT, whose layers, each normalised, are added by a learned softmax."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        hubert = pretrained.load_frozen(transformers.HubertModel, name, "", "align.speech", torch.device("cpu"))
+        hubert.config.output_hidden_states = True
+        self.hubert, self.width = pretrained.Frozen(hubert, cuda_dtype=torch.bfloat16), hubert.config.hidden_size
+        self.weights = nn.Parameter(torch.zeros(hubert.config.num_hidden_layers + 1))
+
+    def forward(self, wave: torch.Tensor, wave_mask: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """wave (B, N), wave_mask (B, N) -> (B, T, W) and its mask (B, T)."""
+        layers = self.hubert(wave.to(self.hubert.module.dtype), wave_mask.long()).hidden_states            # (B, T, W) each
+        mask = self.hubert.module._get_feature_vector_attention_mask(layers[0].shape[1], wave_mask.long()).bool()
+        h = sum(weight * F.layer_norm(layer.float(), layer.shape[-1:]) for weight, layer in zip(self.weights.softmax(0), layers))
+        return hide(h, mask, hidden), mask
+
+
+class MelFront(nn.Module):
+    """In HuBERT's place, trained along: log-mels, in each clip of mean 0 in every band and of deviation 1, and two strided convolutions."""
+
+    mel, floor = Mel(sample_rate=RATE, n_fft=512, hop=HOP, n_mels=40), 1e-3        # what is below, of a wave of deviation 1, is silence
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.convs = nn.ModuleList(nn.Conv1d(channels, width, 5, stride=2, padding=2) for channels in (self.mel.n_mels, width))
+
+    def forward(self, wave: torch.Tensor, wave_mask: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As HubertFront, at 12.5 frames a second."""
+        with torch.autocast(wave.device.type, enabled=False):
+            hann, filters = (part.to(wave.device) for part in (audio.window(self.mel.n_fft), audio.mel_filters(self.mel)))
+            spectrum = torch.stft(wave, self.mel.n_fft, HOP, window=hann, center=False, return_complex=True)
+            x = (filters @ spectrum.abs()).clamp_min(self.floor).log().transpose(1, 2)           # (B, T, M)
+        frames = (wave_mask.sum(1) - self.mel.n_fft) // HOP + 1
+        mask = torch.arange(x.shape[1], device=x.device) < frames[:, None]
+        count, valid = frames[:, None, None], mask[:, :, None]
+        x = (x - (x * valid).sum(1, keepdim=True) / count) * valid
+        x = hide(x / (x.square().sum((1, 2), keepdim=True) / (count * x.shape[2])).sqrt().clamp_min(0.1), mask, hidden)
+        for conv in self.convs:
+            mask = mask[:, ::2]
+            x = F.gelu(conv(x.transpose(1, 2))).transpose(1, 2) * mask[:, :, None]
+        return x + sinusoids(torch.arange(x.shape[1], device=x.device), self.width), mask
+
+
+def hide(h: torch.Tensor, mask: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """h (B, T, W) without stretches of its time and its channels (SpecAugment), hidden (B, 2, K, 2): start and stop of each, as shares."""
+    for axis, size in ((1, mask.sum(1)), (2, torch.full_like(mask[:, 0], h.shape[2], dtype=torch.long))):
+        place = torch.arange(h.shape[axis], device=h.device) / size[:, None]
+        start, stop = hidden[:, axis - 1, :, None].unbind(-1)                            # (B, K, 1)
+        h = h.masked_fill(((place[:, None] >= start) & (place[:, None] < stop)).any(1).unsqueeze(3 - axis), 0)
+    return h
+
+
+def standardise(wave: torch.Tensor) -> torch.Tensor:
+    """Mean 0, deviation 1, as HuBERT's own extractor."""
+    return (wave - wave.mean()) / wave.std(correction=0).clamp_min(1e-4)
+
+
+def info_nce(speech: torch.Tensor, image: torch.Tensor, label: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Symmetric InfoNCE of pairs (B, D), (B, D), a scalar; what has the same label (B,) as a pair is none of its negatives."""
+    own = torch.eye(len(label), dtype=torch.bool, device=label.device)
+    similarity = (scale * speech @ image.T).masked_fill((label[:, None] == label) & ~own, -math.inf)
+    target = torch.arange(len(label), device=label.device)
+    return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+
+
+def roughened(wave: torch.Tensor, a: Align, rng: np.random.Generator) -> tuple[torch.Tensor, np.ndarray]:
+    """A wave (N,) cropped, louder or softer, under noise, as config.align says; and what to `hide` of it, (2, K, 2)."""
+    longest = int(a.crop_sec * RATE)
+    start = rng.integers(max(0, len(wave) - longest) + 1)
+    wave = wave[start:start + longest]
+    wave = wave * 10 ** (torch.linspace(*rng.uniform(-a.gain_db, a.gain_db, 2), len(wave)) / 20)
+    if rng.random() < a.noise_prob:
+        noise, snr = torch.from_numpy(rng.standard_normal(len(wave), dtype=np.float32)), a.min_snr_db + 30 * rng.random()
+        wave = wave + noise * wave.square().mean().sqrt() * 10 ** (-snr / 20)
+    lengths = a.hidden_share * rng.random((2, a.hidden_spans))
+    starts = rng.random((2, a.hidden_spans)) * (1 - lengths)
+    return wave, np.stack([starts, starts + lengths], -1).astype(np.float32)

@@ -62,7 +62,7 @@ def main() -> None:
     settings = replace(config.sample, **{name: value for name, value in given.items() if value is not None})
     configs.check(replace(config, sample=settings))
     wanted = [[Prompt(sentence, options.seconds * len(sentence) / sum(map(len, parts))) for sentence in parts]
-              for parts in (split_text(text, network.longest) for text in texts)]
+              for parts in (split_text(text, network.longest) if network.speaks else [text] for text in texts)]
     wanted += [[Prompt(Path(path).stem, speech=read_speech(path, config.data.max_seconds))] for path in options.speech]
     wanted = [[replace(prompt, seed=options.seed + n) for prompt in parts] for parts in wanted for n in range(options.seeds)]
     prompts, made = sum(wanted, []), []
@@ -105,7 +105,7 @@ def read_speech(path: str, longest: float) -> torch.Tensor:
     """A prompt (N,) at 16 kHz from any sound file; raises UserError for one that says nothing, or is too short or long."""
     wave = audio.load_wav(path, SPEECH_RATE)
     if not SHORTEST_SEC * SPEECH_RATE <= len(wave) <= longest * SPEECH_RATE:
-        raise UserError(f"{path}: {len(wave) / SPEECH_RATE:.2f} s of speech; {SHORTEST_SEC} s to data.max_seconds {longest} s are understood")
+        raise UserError(f"{path}: {len(wave) / SPEECH_RATE:.2f} s of speech; it must have {SHORTEST_SEC} to {longest} s, data.max_seconds")
     if not wave.isfinite().all() or wave.abs().max() < 1e-4:
         raise UserError(f"{path}: silent, or not numbers; there is nothing to see in it")
     return wave

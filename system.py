@@ -28,7 +28,9 @@ import yaml
 import config as configs
 import data
 import model
+import music
 import spectrogram
+import speech2image
 from config import Config, Sample, UserError, run_main
 
 
@@ -93,10 +95,7 @@ class System(Protocol):
         """What was made beside the clip whose text it was made from, by keys in metric.SCORES: distances, and matches that are 0 or 1."""
 
     def features(self, made: Artifact, corpus: Corpus, clip: data.Clip) -> dict[str, np.ndarray]:
-        """Arrays from which the figures of a whole set are computed; `features = None` in a system that has no such figures."""
-
-    def summary(self, features: dict[str, np.ndarray], folder: Path) -> dict[str, float]:
-        """Figures of a set, by keys in metric.SCORES, from its samples' stacked `features` (n, ...); folder: for pictures, summary*.png."""
+        """Arrays from which evaluator.figures computes figures of a whole set; `features = None` in a system that has none."""
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The parameters that Muon trains; AdamW has the others. Either may have none."""
@@ -120,6 +119,9 @@ class Parts:
 SYSTEMS = {
     "tts": Parts(model.TextToSpeech, model.Corpus, model.SpeechBatches, model.prepare),
     "spectrogram": Parts(spectrogram.Spectrogram, data.Waves, spectrogram.PictureBatches, spectrogram.prepare),
+    "music": Parts(music.Music, music.Corpus, music.MusicBatches, music.prepare),
+    "speech_align": Parts(speech2image.SpeechAlign, speech2image.Corpus, speech2image.AlignBatches, speech2image.prepare_align),
+    "speech_image": Parts(speech2image.SpeechImage, speech2image.Corpus, speech2image.ImageBatches, speech2image.prepare_image),
 }
 
 
@@ -242,13 +244,16 @@ def weights(network: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in network.state_dict().items() if name not in frozen}
 
 
+MAY_MOVE = ("base", "checkpointing", "weights", "autoencoder", "vector_encoder", "stage1", "vq", "require_r1")       # or change no result
+
+
 def check_unchanged(config: dict, saved: dict, where: str) -> None:
     """raises UserError where the weights would fit, and mean something else: another alpha, another picture."""
-    for section, keys in {"mel": config["mel"], "picture": config["picture"], "model": config["model"], "klein": config["klein"],
-                          "flow": ("predict", "min_t")}.items():
+    sections = ("mel", "picture", "model", "klein", "music", "align", "codes")
+    for section, keys in {**{name: config[name] for name in sections}, "flow": ("predict", "min_t")}.items():
         for key in keys:
             now, then = config[section][key], saved.get(section, {}).get(key, config[section][key])
-            if now != then and key not in ("base", "checkpointing"):       # may move; changes no result
+            if now != then and key not in MAY_MOVE:
                 raise UserError(f"{where}: was trained with {section}.{key} {then!r}, not {now!r}; choose another out_dir")
 
 

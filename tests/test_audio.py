@@ -1,10 +1,13 @@
 """Sound in and out, against BigVGAN's own mel and real recordings; sound as a picture and back, against brute force."""
 
 import itertools
+import math
 import re
 import time
 from dataclasses import replace
 
+import librosa
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -365,3 +368,60 @@ def test_what_a_command_cannot_do_is_one_line(tmp_path, monkeypatch, refusal, wo
     (tmp_path / "folder.png").mkdir()
     assert said in refusal(audio, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.wav", "folder.png"]
+
+
+# Music
+
+MUSIC_MEL = Mel(sample_rate=16000, n_fft=1024, hop=160, n_mels=64, fmin=0.0, fmax=8000.0, centred=True)
+
+
+def test_centred_log_mels_are_those_of_audioldm2():
+    """The recipe as FluxMusic has it: magnitudes of a centred, reflected STFT, librosa's Slaney filters, ln above 1e-5, one frame cut."""
+    wave = 0.3 * torch.randn(163840, generator=torch.Generator().manual_seed(0)) * torch.linspace(0, 1, 163840)
+    magnitude = torch.stft(wave, 1024, 160, window=torch.hann_window(1024), center=True, pad_mode="reflect", return_complex=True).abs()
+    filters = torch.from_numpy(librosa.filters.mel(sr=16000, n_fft=1024, n_mels=64, fmin=0, fmax=8000))
+    wanted = (filters @ magnitude).clamp(min=1e-5).log().T[:1024]
+    found = audio.log_mel(wave, MUSIC_MEL)
+    assert found.shape == (1024, 64)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [1, 159, 160, 512, 513, 1600])
+def test_a_centred_log_mel_of_any_length_has_a_frame_a_hop(samples):
+    assert audio.log_mel(torch.ones(samples), MUSIC_MEL).shape == (max(1, samples // 160), 64)
+
+
+def test_silence_is_the_floor_of_a_centred_log_mel():
+    assert torch.allclose(audio.log_mel(torch.zeros(1600), MUSIC_MEL), torch.tensor(math.log(1e-5)))
+
+
+def test_griffin_lim_puts_centred_frames_where_they_were():
+    wave = torch.zeros(16000)
+    wave[8000:8160] = torch.sin(torch.arange(160) / 160 * 2 * math.pi * 20)
+    back = audio.griffin_lim(audio.log_mel(wave, MUSIC_MEL), MUSIC_MEL)
+    centre = (back.square() * torch.arange(len(back))).sum() / back.square().sum()
+    assert len(back) == 16000 and abs(centre - 8080) < 60
+
+
+def test_a_crop_is_a_stretch_of_the_piece_without_its_mean_at_peak_a_half():
+    wave = torch.randn(50_000, generator=torch.Generator().manual_seed(0)) + 3
+    crop = audio.draw_crop(wave, 10_000, np.random.default_rng(0))
+    places = {n: audio.draw_crop(wave, 10_000, np.random.default_rng(n)) for n in range(20)}
+    assert len(crop) == 10_000 and abs(crop.mean()) < 1e-5 and abs(crop.abs().max() - 0.5) < 1e-5
+    correlation = F.conv1d((wave - 3)[None, None], crop[None, None])[0, 0]
+    start = correlation.argmax()
+    inside = wave[start:start + 10_000] - wave[start:start + 10_000].mean()
+    torch.testing.assert_close(crop / crop.norm(), inside / inside.norm(), rtol=0, atol=1e-5)
+    assert len({tuple(found[:5].tolist()) for found in places.values()}) == 20
+
+
+def test_a_short_piece_ends_in_silence():
+    crop = audio.draw_crop(torch.sin(torch.arange(3000) / 10), 10_000, np.random.default_rng(0))
+    assert crop[:3000].any() and not crop[3000:].any()
+
+
+def test_a_crop_is_never_silent():
+    wave = torch.zeros(1_000_000)
+    wave[400_000:400_050] = 0.7
+    for seed in range(20):
+        assert audio.draw_crop(wave, 1000, np.random.default_rng(seed)).abs().max() > 0.49

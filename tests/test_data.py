@@ -22,6 +22,7 @@ import audio
 import config as configs
 import data
 import model
+import recogniser
 from config import Mel, UserError
 
 MEL = Mel()
@@ -294,6 +295,71 @@ def test_what_is_wrong_in_librispeech_is_named(tmp_path):
         data.read_librispeech(tmp_path / "out")
 
 
+# Music
+
+
+def write_music(root: Path) -> list[dict]:
+    """Four sounds below `root`: 3 s, 8 kHz, stereo, one of 0.4 s; entries of a JSON list of them."""
+    (root / "sounds").mkdir(parents=True)
+    rng, entries = np.random.default_rng(0), []
+    for n, (rate, seconds, channels) in enumerate(((44100, 3.0, 1), (8000, 12.0, 1), (16000, 5.0, 2), (16000, 0.4, 1))):
+        soundfile.write(root / f"sounds/s{n}.flac", 0.3 * rng.uniform(-1, 1, (int(rate * seconds), channels)), rate)
+        entries.append({"wav": f"sounds/s{n}.flac", "label": f"noise, {n}"})
+    return entries
+
+
+def pack_music(path: Path, out: Path) -> recogniser.Pieces:
+    """What `python data.py music` makes, opened."""
+    done = run_cli("music", "--json", path, "--out", out, "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    words = ["--system=music", "--corpus=music", f"--data_dir={out}", "--mel.sample_rate=16000", "--mel.hop=160", "--n_mels=64",
+             "--autoencoder=patches", "--size=own"]
+    return recogniser.Pieces(configs.load("", words))
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_music_is_packed_whole_and_mono_at_the_rate_of_the_mel(tmp_path, kind):
+    entries, path = write_music(tmp_path / "raw"), tmp_path / "raw" / "clips.json"
+    path.write_text(json.dumps(entries))
+    if kind == "csv":
+        path = path.parent
+        (path / "list.csv").write_text("caption,file,rate\n" + "".join(f'"{e["label"]}",{e["wav"]},1\n' for e in entries))
+    corpus = pack_music(path, tmp_path / "out")
+    clips = sorted(corpus.clips("train") + corpus.clips("val"), key=lambda clip: clip.id)
+    assert [clip.text for clip in clips] == [e["label"] for e in entries]
+    assert [len(corpus.clips(split)) for split in data.SPLITS] == [3, 1, 0]
+    for clip, entry in zip(clips, entries):
+        (wave, rate), expected = corpus.recording(clip), audio.load_wav(tmp_path / "raw" / entry["wav"], 16000)
+        assert rate == 16000 and 0 <= len(wave) - len(expected) < 160
+        torch.testing.assert_close(wave[:len(expected)], expected, rtol=0, atol=2e-5)
+    left, right = soundfile.read(tmp_path / "raw/sounds/s2.flac", dtype="float32")[0].T
+    torch.testing.assert_close(corpus.wave(clips[2]), torch.from_numpy(left + right) / 2, rtol=0, atol=2e-5)
+
+
+def test_a_missing_recording_is_an_error_and_what_is_no_music_is_named(tmp_path):
+    entries, path = write_music(tmp_path), tmp_path / "clips.json"
+    soundfile.write(tmp_path / "sounds/silent.wav", np.zeros(16000), 16000)
+    soundfile.write(tmp_path / "sounds/faint.wav", np.full(16000, 2e-5), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "sounds/short.wav", np.full(800, 0.1), 16000)
+    more = [{"wav": f"sounds/{name}.wav", "label": name} for name in ("silent", "faint", "short")]
+    path.write_text(json.dumps([*entries, *more, {"wav": "sounds/s0.flac", "label": " "}]))
+    skipped = index_of(pack_music(path, tmp_path / "out").folder)["skipped"]
+    for where, reason in (("s0.flac", "empty caption"), ("silent.wav", "silent"), ("faint.wav", "silent"), ("short", "0.05 s is below")):
+        assert sum(where in line and reason in line for line in skipped) == 1, where
+    assert len(skipped) == 4
+    (tmp_path / "sounds/s3.flac").unlink()
+    done = run_cli("music", "--json", path, "--out", tmp_path / "other")
+    assert done.returncode == 2 and "s3.flac is missing, as 1 of 8 recordings" in done.stderr and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("content", ["", '{"a": 1}', "[1]", '[{"wav": "a.wav"}]', '[{"wav": "a.wav", "label": 3}]',
+                                     '[{"wav": 3, "label": "a"}]', '[{"wav": "a.wav", "label": "a", "split": "dev"}]'])
+def test_a_list_of_another_form_is_an_error(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UserError, match="x.json: missing, or not"):
+        data.read_music(tmp_path / "x.json")
+
+
 # Waves for pictures
 
 
@@ -516,29 +582,18 @@ def test_cached_rows_are_what_was_encoded(items, tmp_path, width):
     assert not again
 
 
-@pytest.mark.parametrize("fail_after, cut", [(0, 0), (3, 0), (5, 7), (7, 200), (5, 10_000)])
-def test_a_cache_that_was_interrupted_is_taken_up_where_it_was(items, tmp_path, fail_after, cut):
+@pytest.mark.parametrize("fail_after", [0, 1, 3, 7])
+def test_a_cache_that_was_interrupted_is_taken_up_where_it_was(items, tmp_path, fail_after):
     path, first, second = tmp_path / "x.npy", [], []
     with pytest.raises(KeyboardInterrupt):
         cache(path, items, first, fail_after=fail_after)
     with pytest.raises(UserError, match="missing, or damaged.*; pack"):
         data.open_rows(path, "pack")
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(unfinished.read_bytes()[:-cut or None])     # what a killed process had not written yet
     cache(path, items, second)
     rows = data.open_rows(path, "pack")
     assert all(np.array_equal(rows(n).numpy(), item) for n, item in enumerate(items))
-    done, again = sum(first, []), sum(second, [])
-    assert set(done) | set(again) == set(range(30))
-    assert cut or not set(done) & set(again)
-
-
-def test_an_unfinished_cache_of_something_else_is_not_taken_up(items, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        cache(tmp_path / "x.npy", [np.zeros((len(item), 6)) for item in items], [], fail_after=5)
-    cache(tmp_path / "x.npy", items, [], width=5)
-    rows = data.open_rows(tmp_path / "x.npy", "pack")
-    assert all(np.array_equal(rows(n).numpy(), item) for n, item in enumerate(items))
+    assert len(first) == fail_after and sorted(sum(first + second, [])) == list(range(30))      # nothing was encoded twice
+    assert {path.name for path in tmp_path.iterdir()} == {"x.npy", "x.spans.npy"}
 
 
 def test_rows_of_the_wrong_shape_or_beyond_float16_are_refused(items, tmp_path):
@@ -569,7 +624,9 @@ def test_the_command_packs(raw, tmp_path):
     (["librispeech", "--root", "nowhere", "--out", "x"], "nowhere: no <speaker>/<chapter>"),
     (["demo", "--out", "x", "--shard", "2/2"], "--shard 2/2"),
     (["demo", "--out", "x", "--sentence", "5"], "did you mean"),
-    (["demo", "--out", "/proc/nowhere"], "cannot be made"),
+    (["demo", "--out", "/proc/nowhere"], "cannot be written"),
+    (["music", "--json", "nowhere.json", "--out", "x"], "nowhere.json: missing, or not"),
+    (["music", "--root", ".", "--out", "x"], "captions.csv: missing, or not"),
 ], ids=str)
 def test_a_user_error_is_one_line_and_exit_code_2(words, message, tmp_path):
     done = run_cli(*words, cwd=tmp_path)

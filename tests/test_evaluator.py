@@ -1,8 +1,10 @@
 """Evaluation: the same for any number of ranks, repeatable, and complete on disk."""
 
 import json
+import math
 import shutil
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -105,6 +107,46 @@ def test_the_command_repeats_what_the_loop_measured(run, tiny, tmp_path):
     found = json.loads(out.splitlines()[-1])
     assert "word error rate" in out and {key: value for key, value in metrics(run).items() if key in found} == found
     assert lines(tmp_path, 6) == lines(run, 6)
+
+
+# Figures of whole sets
+
+def spoken(kinds: int = 4) -> list[dict]:
+    """Features of eight descriptions, two of each of four pictures, as far apart as can be; the last one is heard as another's."""
+    space, rows = np.eye(8)[:kinds], []
+    for n in range(2 * kinds):
+        heard = space[0] if n == 2 * kinds - 1 else space[n // 2]
+        rows.append({"number": n, "speech": heard, "image": space[n // 2], "picture": np.array(n // 2), "label": np.array(n // 2),
+                     "group": np.array("en f3" if n % 2 == 0 else "ar m3")})
+    return rows
+
+
+def test_retrieval_counts_right_pictures_by_language_and_voice_and_each_picture_once(tmp_path):
+    found = evaluator.figures(spoken(), tmp_path)
+    assert found["eval/recall_1"] == 7 / 8 and found["eval/recall_10"] == 1
+    assert found["eval/recall_1/en"] == found["eval/recall_1/f3"] == 1 and found["eval/recall_1/ar"] == found["eval/recall_1/m3"] == 3 / 4
+    assert found["eval/language_gap"] == 1 / 4 and found["eval/recall_back_1"] == 1
+    assert found["eval/cos_matched"] == 7 / 8 and found["eval/cos_unmatched"] == pytest.approx(1 / 24)      # 1 of 8 * 3 strangers is heard
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_that_were_made_are_found_again_and_sounds_are_compared_as_sets():
+    rows = [row | {"made": row["image"], "chance": np.array(1 / 120)} for row in spoken()]
+    found = evaluator.figures(rows)
+    assert found["eval/recall_made_1"] == 1 and found["eval/chance"] == pytest.approx(1 / 120)
+    rng = np.random.default_rng(0)
+    rows = [{"number": n, "made": x, "real": x, "text": x / (x @ x)} for n, x in enumerate(rng.normal(size=(16, 4)))]
+    found = evaluator.figures(rows)
+    assert found["eval/fad"] == pytest.approx(0, abs=1e-6) and found["eval/clap"] == pytest.approx(1) and found["eval/kad"] < 0.1
+    assert found.keys() == {"eval/fad", "eval/kad", "eval/clap"}
+
+
+def test_noise_is_as_loud_as_asked_and_none_at_infinity():
+    wave = torch.randn(16000, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(evaluator.add_noise(wave, math.inf, 0), wave)
+    for snr in (20, 10, 0):
+        noise = evaluator.add_noise(wave, snr, 0) - wave
+        assert 10 * math.log10(wave.square().mean() / noise.square().mean()) == pytest.approx(snr, abs=0.1)
 
 
 # Bad input

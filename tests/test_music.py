@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import config as configs
 import flow
 import music
 from bench_music import call_theirs, example, shake, theirs
@@ -38,7 +39,7 @@ def network() -> MMDiT:
 def test_a_size_has_as_many_parameters_as_published(name):
     network = on_meta(name)
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name] and len(network.state_dict()) == TENSORS[name]
-    assert sum(SIZES[name].axes) == SIZES[name].width // music.HEADS
+    assert sum(SIZES[name].axes) == SIZES[name].width // SIZES[name].heads
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -130,7 +131,7 @@ def test_bf16_autocast_stays_near_float32(network):
 def test_tokens_are_patches_channel_first_all_bands_of_a_time_before_the_next():
     latents = torch.arange(2 * 8 * 6 * 16).float().view(2, 8, 6, 16)
     tokens = music.to_tokens(latents)
-    assert tokens.shape == (2, 24, music.CHANNELS) and torch.equal(music.to_latents(tokens), latents)
+    assert tokens.shape == (2, 24, 32) and torch.equal(music.to_latents(tokens, bands=8), latents)
     assert torch.equal(tokens[1, 2 * 8 + 3], latents[1, :, 4:6, 6:8].flatten())
 
 
@@ -171,8 +172,7 @@ def test_half_precision_weights_load_as_float32(tmp_path):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_size_is_read_off_the_tensors(name, tmp_path):
-    tensors = music.read_published(write(tmp_path / "x.pt", published(name)))
-    assert music.find_size(tensors, tmp_path) == SIZES[name]
+    assert music.load_published(write(tmp_path / "x.pt", published(name))).size == SIZES[name]
 
 
 def test_tensors_of_no_published_size_are_refused(tmp_path):
@@ -185,12 +185,12 @@ def test_tensors_of_no_published_size_are_refused(tmp_path):
 def test_a_missing_tensor_is_named(key, tmp_path):
     ema = published("small")
     del ema[key]
-    assert f"'{key}' is missing" in refused(write(tmp_path / "x.pt", ema))
+    assert key in (line := refused(write(tmp_path / "x.pt", ema))) and ("missing" in line or "width 0" in line)
 
 
 def test_a_foreign_tensor_is_named(tmp_path):
     line = refused(write(tmp_path / "x.pt", published("small") | {"guidance_in.in_layer.weight": torch.zeros(512, 256)}))
-    assert "'guidance_in.in_layer.weight' is not part of FluxMusic" in line
+    assert "guidance_in.in_layer.weight has shape (512, 256), FluxMusic's (no such tensor)" in line
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path):
@@ -248,3 +248,61 @@ def test_code_in_a_checkpoint_is_named(tmp_path):
 def test_the_allow_list_ends_with_the_reading(tmp_path):
     music.read_published(write(tmp_path / "x.pt", published("small")))
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+# Published weights in the system
+
+PUBLISHED = {"system": "music", "flow": {"predict": "v"}, "mel": {"sample_rate": 16000, "hop": 160, "n_mels": 64, "centred": True}}
+
+
+def test_a_run_starts_from_published_weights_and_is_exported_as_they_came(tmp_path):
+    file = write(tmp_path / "small.pt", published("small"))
+    config = configs.from_dict(PUBLISHED | {"music": {"weights": str(file)}})
+    network = music.Music(config)
+    network.export(tmp_path, {"step": "0"})
+    again = music.load_published(tmp_path / "music.pt")
+    for key, value in music.load_published(file).state_dict().items():
+        assert torch.equal(network.transformer.state_dict()[key], value) and torch.equal(again.state_dict()[key], value)
+
+
+def test_published_weights_of_another_size_are_refused(tmp_path):
+    file = write(tmp_path / "small.pt", published("small"))
+    with pytest.raises(UserError, match="not of music.size base, its width is 512"):
+        music.Music(configs.from_dict(PUBLISHED | {"music": {"weights": str(file), "size": "base"}}))
+
+
+@pytest.mark.parametrize("width, heads", [(32, 2), (48, 2), (96, 3), (192, 3), (256, 4), (70, 1)])
+def test_an_own_size_turns_all_of_a_head_in_pairs(width, heads):
+    config = configs.from_dict({"system": "music", "model": {"width": width, "heads": heads, "text_encoder": "scratch", "layers": 3},
+                                "mel": PUBLISHED["mel"], "music": {"size": "own", "autoencoder": "patches", "vector_encoder": "pooled"}})
+    size = music.choose_size(config, music.Codec(config, 0.0, 1.0, torch.device("cpu")), text_width=192)
+    assert sum(size.axes) == width // heads and not any(axis % 2 for axis in size.axes) and min(size.axes) > 0
+    assert (size.double, size.single, size.channels, size.bands, size.text_width, size.vector_width) == (2, 1, 64, 8, 192, 192)
+
+
+@torch.no_grad()
+def test_masked_text_is_no_text(network):
+    x_t, t, text, vector = example(batch=2, tokens=16, text_tokens=6)
+    mask = torch.arange(6) < torch.tensor([[4], [6]])
+    v = network(x_t, t, text, vector, mask)
+    torch.testing.assert_close(v[:1], network(x_t[:1], t[:1], text[:1, :4], vector[:1]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(v[1:], network(x_t[1:], t[1:], text[1:], vector[1:]), rtol=0, atol=1e-5)
+
+
+# Longer than a crop
+
+def test_one_window_is_the_network_itself():
+    x_t, t = torch.randn(2, 8, 3), torch.rand(2)
+    torch.testing.assert_close(flow.overlapping(lambda x, t: x.cumsum(1), 8)(x_t, t), x_t.cumsum(1))
+
+
+@pytest.mark.parametrize("halves", [2, 3, 4, 7])
+def test_overlapping_windows_cover_everything_and_agree_where_the_network_knows_no_place(halves):
+    x_t, t = torch.randn(2, 4 * halves, 3), torch.rand(2)
+    torch.testing.assert_close(flow.overlapping(lambda x, t: t[:, None, None] * x.sin(), 8)(x_t, t), t[:, None, None] * x_t.sin())
+
+
+def test_one_window_fades_into_the_next():
+    starts = iter([0.0, 1.0])
+    v = flow.overlapping(lambda x, t: torch.full_like(x, next(starts)), 8)(torch.zeros(1, 12, 1), torch.zeros(1))[0, :, 0]
+    assert not v[:4].any() and (v[8:] == 1).all() and (v[4:8].diff() > 0).all() and abs(v[4:8].mean() - 0.5) < 1e-6

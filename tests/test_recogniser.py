@@ -1,4 +1,6 @@
-"""What listens: the tiny Whisper that is shipped hears words, not a grammar; what cannot be loaded is said in one line."""
+"""What listens: the tiny Whisper that is shipped hears words, not a grammar; what cannot be loaded is said in one line; music is
+heard as its caption says, and so are the pieces that are played here, loud or soft, at any rate, and through a log-mel.
+"""
 
 import csv
 import dataclasses
@@ -6,10 +8,12 @@ import itertools
 import math
 import pickle
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import whisper
 
 import audio
@@ -18,6 +22,10 @@ import data
 import metric
 import recogniser
 from config import Mel, UserError
+
+sys.path.insert(0, str(recogniser.TINY.parent))
+import music_pieces
+import whisper_demo
 
 CPU, MEL = torch.device("cpu"), Mel()
 
@@ -49,7 +57,7 @@ def test_sentences_that_nobody_trained_on_are_understood(listener, vocoded):
 def test_words_in_random_order_are_heard_as_they_are(listener):
     """Whoever knows a grammar and does not listen would have almost every word wrong here."""
     rng = random.Random("test salad")
-    assert wer(listener, [recogniser.salad(rng) for _ in range(16)], vocoded=False) <= 0.10
+    assert wer(listener, [whisper_demo.salad(rng) for _ in range(16)], vocoded=False) <= 0.10
 
 
 def test_silence_and_a_click_are_survived(listener):
@@ -187,6 +195,100 @@ def test_what_aligns_is_never_replaced_by_the_tiny_one(tmp_path):
         config = configs.load("", ["--system", "spectrogram", f"--align={name}"])
         with pytest.raises(UserError, match=fault):
             recogniser.cut_clips(config, [data.Clip("a", "a", "train", str(tmp_path / "a.wav"))], tmp_path)
+
+
+# Music
+
+DEMO = configs.load(str(recogniser.TINY.parents[1] / "configs" / "music_demo.yaml"))
+
+
+@pytest.fixture(scope="module")
+def played() -> list[tuple[data.Clip, torch.Tensor]]:
+    """The 64 pieces that the demo validates on, and their waves."""
+    clips = [clip for clip in music_pieces.pieces(0) if clip.split == "val"]
+    return [(clip, music_pieces.compose(clip.text, clip.id, 5.12, 16000)) for clip in clips]
+
+
+def share_matched(pairs: list[tuple[data.Clip, torch.Tensor]], sample_rate: int = 16000) -> float:
+    found = [recogniser.match(recogniser.hear(wave, sample_rate), clip.text)["all_match"] for clip, wave in pairs]
+    return sum(found) / len(found)
+
+
+def test_a_piece_is_heard_as_its_caption_says_and_another_caption_is_not(played):
+    assert share_matched(played) >= 0.97
+    shifted = zip([clip for clip, _ in played[1:] + played[:1]], [wave for _, wave in played])
+    assert share_matched(list(shifted)) <= 0.1                         # chance is 1 of 210
+
+
+def test_a_piece_is_heard_so_through_the_demos_log_mel_and_griffin_lim(played):
+    rebuilt = [(clip, audio.griffin_lim(audio.log_mel(wave, DEMO.mel), DEMO.mel)) for clip, wave in played[:32]]
+    assert share_matched(rebuilt) >= 0.96
+
+
+def test_neither_loudness_nor_rate_nor_a_little_noise_matters(played):
+    noise = torch.randn(81920, generator=torch.Generator().manual_seed(0))
+    for rate, change in ((16000, lambda wave: 0.01 * wave), (22050, lambda wave: audio.resample(wave, 16000, 22050)),
+                         (16000, lambda wave: wave + 1e-3 * noise)):
+        assert share_matched([(clip, change(wave)) for clip, wave in played[:24]], rate) >= 0.95
+
+
+def test_what_is_heard_of_one_attribute_does_not_depend_on_the_others():
+    """Every timbre at every tempo, in one key; every key, in one timbre."""
+    ways = [("D minor", tempo, timbre) for tempo in recogniser.TEMPI for timbre in recogniser.TIMBRES]
+    ways += [(key, "medium", "violin") for key in recogniser.KEYS]
+    pairs = []
+    for key, tempo, timbre in ways:
+        caption = music_pieces.CAPTIONS[0].format(key=key, tempo=tempo, timbre=timbre)
+        pairs.append((data.Clip("", caption, "", None), music_pieces.compose(caption, "x", 5.12, 16000)))
+    assert share_matched(pairs) >= 0.96
+
+
+def test_a_piece_is_a_function_of_its_caption_and_seed(played):
+    clip, wave = played[0]
+    assert torch.equal(music_pieces.compose(clip.text, clip.id, 5.12, 16000), wave)
+    other = music_pieces.compose(clip.text, "other", 5.12, 16000)
+    assert len(wave) == len(other) == 81920 and wave.abs().max() == other.abs().max() == 0.5 and not torch.allclose(wave, other, atol=0.1)
+
+
+def test_training_has_no_combination_that_validation_and_test_have():
+    clips = music_pieces.pieces(500)
+    ways = {split: {tuple(recogniser.asked_for(clip.text).values()) for clip in clips if clip.split == split} for split in data.SPLITS}
+    assert not ways["train"] & (ways["val"] | ways["test"]) and len(ways["val"]) >= 20 and all(map(all, set.union(*ways.values())))
+    assert [sum(clip.split == split for clip in clips) for split in data.SPLITS] == [500, 64, 64]
+    assert music_pieces.pieces(500)[:50] == music_pieces.pieces(50)[:50] and music_pieces.pieces(50)[50:] == clips[500:]
+    for n, values in enumerate((recogniser.KEYS, recogniser.TEMPI, recogniser.TIMBRES)):
+        assert {way[n] for way in ways["train"]} == set(values)
+
+
+@pytest.mark.parametrize("caption", ["", "A fast flute.", "ambient, choir", "A slow, fast flute in C major.",
+                                     "A slow flute in C majority."])
+def test_other_captions_ask_for_nothing(caption):
+    assert recogniser.asked_for(caption) == {} == recogniser.match({"key": "C major", "tempo": "slow", "timbre": "flute"}, caption)
+
+
+def test_silence_a_click_and_noise_are_heard_as_something_or_nothing():
+    caption = "A slow flute in C major."
+    for wave in (torch.zeros(0), torch.zeros(81920), F.one_hot(torch.tensor(9), 81920).float(), torch.rand(81920), torch.ones(81920)):
+        assert set(recogniser.match(recogniser.hear(wave, 16000), caption)) == {"key_match", "tempo_match", "timbre_match", "all_match"}
+    assert recogniser.match(recogniser.hear(torch.zeros(81920), 16000), caption)["all_match"] == 0
+
+
+def test_pieces_are_packed_as_they_are_played(tmp_path):
+    config = configs.overridden(DEMO, [f"--data_dir={tmp_path}", "--sentences=4", "--crop_seconds=1.28", "--workers=1"])
+    recogniser.prepare_music(config)
+    corpus = recogniser.Pieces(config)
+    assert [len(corpus.clips(split)) for split in data.SPLITS] == [4, 64, 64]
+    log_mels = []
+    for clip in corpus.clips("train"):
+        expected, (wave, rate) = music_pieces.compose(clip.text, clip.id, 1.28, 16000), corpus.recording(clip)
+        assert rate == 16000 and clip.group.split()[0] in clip.text
+        torch.testing.assert_close(wave[:len(expected)], expected, rtol=0, atol=2e-5)
+        log_mels.append(audio.log_mel(0.5 * wave / wave.abs().max(), config.mel))
+    x = torch.cat(log_mels)
+    assert corpus.statistics == pytest.approx((x.mean().item(), x.std().item()), rel=1e-5)
+    recogniser.prepare_music(config)                                   # once packed, nothing is played again
+    with pytest.raises(UserError, match="already holds another corpus"):
+        recogniser.prepare_music(configs.overridden(config, ["--sentences=5"]))
 
 
 # Names and files
