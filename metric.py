@@ -2,8 +2,7 @@
 
 Top-down: `Writer`, pure scores, pictures, `write_report`. The report needs nothing but the files in the run's folder:
 metrics.jsonl, run.json, config.yaml, eval/step_*/samples.jsonl with the wavs and pngs that it names; any may be missing.
-
-    python metric.py OUT_DIR         # rebuild OUT_DIR/report.html
+`python metric.py OUT_DIR` writes OUT_DIR/report.html again.
 """
 
 import base64
@@ -307,9 +306,10 @@ def sample(folder: Path, entry: dict) -> str:
     """One entry with whatever text, sounds and pictures it has."""
     name, text, heard, errors = (entry.get(key) for key in ("id", "text", "hypothesis", "errors"))
     wrong = f"{errors} error{'s' * (errors != 1)} in {entry.get('words')} words" if errors else "every word right"
-    scores = ([wrong] if errors is not None else []) + [
-        f"{score.title}{': no' if entry[key] < 1 else ''}" if score.match else f"{score.title} {with_unit(key, entry[key])}"
-        for key, score in SCORES.items() if entry.get(key) is not None]
+    known = {key: score for key, score in SCORES.items() if entry.get(key) is not None}
+    missed = [key.removesuffix("_match") for key, score in known.items() if score.match and entry[key] < 1]
+    scores = ([wrong] if errors is not None else []) + [f"not as asked for: {', '.join(missed)}"] * bool(missed)
+    scores += [f"{score.title} {with_unit(key, entry[key])}" for key, score in known.items() if not score.match]
     lines = f"<p class=text>{escape(text)}</p>" if text else ""
     lines += f"<p class=heard><b>heard</b> {compared(text or '', heard, errors)}</p>" if heard is not None else ""
     clips = ""

@@ -12,7 +12,6 @@ import transformers
 
 import audio
 import config as configs
-import data
 import evaluator
 import metric
 import music
@@ -309,6 +308,11 @@ def test_pieces_are_sampled_by_command(run, tmp_path):
     call(sample, *words, f"--out={tmp_path / 'a.wav'}", "--seconds=2")
     waves = [audio.load_wav(str(tmp_path / f"a-{n}.wav"), 16000) for n in range(2)]
     assert [len(wave) for wave in waves] == [32000, 32000] and not torch.equal(*waves)
+
+
+def test_a_caption_of_two_sentences_is_one_piece(run, tmp_path):
+    call(sample, f"--ckpt={run}", "--text=A slow melody. On a flute.", "--steps=1", f"--out={tmp_path / 'a.wav'}", "--seconds=2")
+    assert len(audio.load_wav(str(tmp_path / "a.wav"), 16000)) == 32000
 
 
 def test_the_evaluator_says_the_same_again(run, capsys):

@@ -114,8 +114,23 @@ def test_a_run_is_not_resumed_with_another_shape(run):
         system.resume(config, network, system.Average(network, 0.9), [])
 
 
+@pytest.mark.parametrize("section, key, value", [
+    ("mel", "hop", 128), ("klein", "alpha", 1.0), ("music", "patch_frames", 2), ("align", "temperature", 1.0), ("codes", "condition_scale", 2.0),
+    ("flow", "predict", "v")])
+def test_a_run_is_not_resumed_where_its_weights_would_mean_something_else(section, key, value):
+    then = configs.to_dict(configs.Config())
+    now = then | {section: then[section] | {key: value}}
+    with pytest.raises(UserError, match=f"x.pt: was trained with {section}.{key}.*choose another out_dir"):
+        system.check_unchanged(now, then, "x.pt")
+
+
+def test_what_a_network_was_made_from_may_have_moved_when_it_is_resumed():
+    then = configs.to_dict(configs.Config())
+    now = then | {"klein": then["klein"] | {"base": "/elsewhere"}, "codes": then["codes"] | {"stage1": "/elsewhere"}}
+    system.check_unchanged(now, then, "x.pt")
+
+
 def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):
-    values = {**SHAPE, "train": {"muon_lr": 0.5, "lr": 0.25}}
     config, network, _ = system.load(str(run), CPU, {"train": {"muon_lr": 0.5, "lr": 0.25}})
     optimizers = system.optimizers(network, config)
     assert system.resume(config, network, system.Average(network, 0.9), optimizers)[0] == 6
