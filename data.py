@@ -32,8 +32,7 @@ from tqdm import tqdm
 import audio
 from config import Config, Mel, Picture, UserError, load, run_main
 
-FORMAT = 2                                       # of a packed folder
-SHARD = 512                                      # clips in one
+FORMAT, SHARD = 2, 512                           # of a packed folder; clips in one shard of it
 SHORTEST_SEC, LONGEST_SEC = 0.1, 60.0            # what is packed; data.max_seconds decides what is read
 SPLITS = ("train", "val", "test")
 ORDER, TRAIN, VALIDATION = range(3)              # what a random stream of batches is for
@@ -59,7 +58,6 @@ class Clip(NamedTuple):
 
 class Packed:
     """A packed corpus: its clips, the rows of each, and the mean and deviation of all numbers that are trained on."""
-
     def __init__(self, config: Config, form: dict, longest: float):
         """longest: clips of more rows are left out. raises UserError for a folder that is missing, damaged, or packed in another form."""
         self.folder = packed_dir(config, form)
@@ -92,7 +90,6 @@ class Packed:
 
 class Waves(Packed):
     """Speech as waves of at most picture.seconds; `statistics`: none, pictures are in [0, 1] as they are."""
-
     statistics = ()
 
     def __init__(self, config: Config):
@@ -155,17 +152,20 @@ def cache_rows(path: Path, lengths: list[int], width: int | None, encode: Callab
     order, target = sorted(range(len(lengths)), key=lambda n: lengths[n]), None
     stops, unfinished, progress = np.cumsum([lengths[n] for n in order]), path.with_suffix(".unfinished"), path.with_suffix(".done")
     try:
-        done = int(progress.read_text()) if unfinished.exists() and progress.exists() else 0
+        with contextlib.suppress(OSError, ValueError, EOFError):       # cut short, or of something else: made anew
+            found = np.load(unfinished, mmap_mode="r+")
+            target = found if found.shape == (stops[-1], width or found.shape[1]) else None
+        done = int(progress.read_text()) if target is not None and progress.exists() else 0
         for first in tqdm(range(done, len(order), batch), desc=what, disable=None):
             items = order[first:first + batch]
             for n, rows in zip(items, found := list(encode(items)), strict=True):
                 if rows.shape != (lengths[n], width or rows.shape[1]) or not (np.abs(rows) < 65504).all():
                     raise UserError(f"{what}: item {n} is {rows.shape} instead of {lengths[n], width}, or too large for float16")
-            if target is None:
+            if not done and first == 0:
                 shape = int(stops[-1]), found[0].shape[1]
-                if not done and (need := 2 * shape[0] * shape[1]) > (free := shutil.disk_usage(path.parent).free):
+                if (need := 2 * shape[0] * shape[1]) > (free := shutil.disk_usage(path.parent).free):
                     raise UserError(f"{path}: {what} need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
-                target = np.lib.format.open_memmap(unfinished, "r+" if done else "w+", "<f2", shape)
+                target = np.lib.format.open_memmap(unfinished, "w+", "<f2", shape)
             target[stops[first] - lengths[order[first]]:stops[first + len(items) - 1]] = np.concatenate(found)
             target.flush()
             with replacing(progress) as part:

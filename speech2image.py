@@ -271,12 +271,6 @@ class Corpus(data.Packed):
         self.names, kinds = list(self.labels), list(dict.fromkeys(self.labels.values()))
         self.numbers, self.kinds = ({name: n for n, name in enumerate(names)} for names in (self.names, kinds))
 
-    def wave(self, clip: data.Clip) -> torch.Tensor:
-        return self.rows(clip).flatten() / 32767
-
-    def recording(self, clip: data.Clip) -> tuple[torch.Tensor, int]:
-        return self.wave(clip), RATE
-
     def number(self, clip: data.Clip) -> int:
         """Of its picture, in `names`."""
         return self.numbers[picture_of(clip)[1]]

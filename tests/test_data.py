@@ -596,6 +596,26 @@ def test_a_cache_that_was_interrupted_is_taken_up_where_it_was(items, tmp_path, 
     assert {path.name for path in tmp_path.iterdir()} == {"x.npy", "x.spans.npy"}
 
 
+def test_an_unfinished_cache_of_something_else_is_not_taken_up(items, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        cache(tmp_path / "x.npy", [np.zeros((len(item), 6)) for item in items], [], fail_after=5)
+    cache(tmp_path / "x.npy", items, [], width=5)
+    rows = data.open_rows(tmp_path / "x.npy", "pack")
+    assert all(np.array_equal(rows(n).numpy(), item) for n, item in enumerate(items))
+
+
+@pytest.mark.parametrize("cut", [1, 200, 10_000])
+def test_an_unfinished_cache_that_was_cut_short_is_made_anew(items, tmp_path, cut):
+    path = tmp_path / "x.npy"
+    with pytest.raises(KeyboardInterrupt):
+        cache(path, items, [], fail_after=5)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(unfinished.read_bytes()[:-cut])
+    cache(path, items, [])
+    rows = data.open_rows(path, "pack")
+    assert all(np.array_equal(rows(n).numpy(), item) for n, item in enumerate(items))
+
+
 def test_rows_of_the_wrong_shape_or_beyond_float16_are_refused(items, tmp_path):
     with pytest.raises(UserError, match="too large for float16"):
         data.cache_rows(tmp_path / "x.npy", [1], None, lambda _: [np.full((1, 2), 1e6)], 4, "items")
