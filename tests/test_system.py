@@ -18,6 +18,7 @@ import config as configs
 import data
 import evaluator
 import metric
+import optim
 import sample
 import system
 import train
@@ -132,7 +133,7 @@ def test_what_a_network_was_made_from_may_have_moved_when_it_is_resumed():
 
 def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):
     config, network, _ = system.load(str(run), CPU, {"train": {"muon_lr": 0.5, "lr": 0.25}})
-    optimizers = system.optimizers(network, config)
+    optimizers = optim.make_optimizers(network, config.train.muon_lr, config.train.lr, config.train.weight_decay)
     assert system.resume(config, network, system.Average(network, 0.9), optimizers)[0] == 6
     assert [group["peak_lr"] for o in optimizers for group in o.param_groups] == [0.5, 0.25]
     assert all(o.state for o in optimizers)
@@ -209,7 +210,7 @@ def test_a_frozen_parameter_is_not_averaged():
 def test_every_trained_parameter_has_exactly_one_optimizer():
     config = configs.from_dict(SHAPE)
     network = system.build(config)
-    given = [id(p) for o in system.optimizers(network, config) for group in o.param_groups for p in group["params"]]
+    given = [id(p) for o in optim.make_optimizers(network, 0.02, 3e-4, 0.01) for group in o.param_groups for p in group["params"]]
     assert sorted(given) == sorted(id(p) for p in network.parameters() if p.requires_grad)
 
 
@@ -353,7 +354,7 @@ def test_without_hidden_matrices_adamw_has_all_and_its_rate_is_logged(hummed):
 def test_of_hidden_matrices_alone_muon_has_all():
     layer = torch.nn.Linear(4, 4, bias=False)
     layer.hidden_matrices = lambda: [layer.weight]
-    assert [type(o) for o in system.optimizers(layer, configs.from_dict(SHAPE))] == [torch.optim.Muon]
+    assert [type(o) for o in optim.make_optimizers(layer, 0.02, 3e-4, 0.01)] == [optim.Muon]
 
 
 def test_a_run_says_how_many_parameters_are_frozen(hummer, tmp_path, capsys):
