@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # idle threads sleep: spinning ones slow the other ranks down
 os.environ.setdefault("OMP_NUM_THREADS", "2")           # tests are small: more threads cost more than they bring
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")      # two test runs at once would tear each other's files
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # a model that is not cached is an error at once, not minutes of retries
 TINY = {"corpus": "demo", "sentences": 24, "text_encoder": "scratch", "width": 32, "layers": 2, "heads": 2, "frame_stack": 4,
         "batch_size": 4, "euler_steps": 2, "warmup": 2, "log_interval": 1, "eval_interval": 0, "limit": 4,
