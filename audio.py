@@ -449,21 +449,22 @@ def roundtrip(source: str, target: Path | None, given: dict, recogniser: str, te
 
 
 def compare_hearing(wave: torch.Tensor, rebuilt: torch.Tensor, sample_rate: int, name: str, text: str) -> None:
-    """Print what Whisper `name` hears in both, 30 s at a time, and its word errors; recogniser.py is above this file, hence these lines."""
+    """Print what Whisper `name`, or the one in its place, hears in both, 30 s at a time, and the WER."""
     import jiwer
-    import whisper
     from whisper.normalizers import EnglishTextNormalizer
-    try:
-        model = whisper.load_model(name, device="cpu")
-    except Exception as e:                             # a network and a damaged file fail in every way there is
-        raise UserError(f"--recogniser {name}: not a Whisper that can be had ({' '.join(str(e).split())[:120]})") from e
-    options = whisper.DecodingOptions(language="en", temperature=0.0, without_timestamps=True, fp16=False)
-    normalise, heard = EnglishTextNormalizer(), []
+
+    import whisper_weights                             # seconds to import
+    model, _, why = whisper_weights.load_any(name, torch.device("cpu"), "--recogniser")
+    if why:
+        print(f"recogniser   {why}")
+    if not model:
+        return
+    heard = []
     for sound in (wave, rebuilt):
-        pieces = resample(sound, sample_rate, whisper.audio.SAMPLE_RATE).split(whisper.audio.N_SAMPLES)
-        mels = torch.stack([whisper.log_mel_spectrogram(whisper.pad_or_trim(piece), model.dims.n_mels) for piece in pieces])
-        heard.append(" ".join(result.text.strip() for result in whisper.decode(model, mels, options)))
+        pieces = resample(sound, sample_rate, whisper_weights.RATE).split(whisper_weights.WINDOW)
+        heard.append(" ".join(text.strip() for text in whisper_weights.transcribe(model, list(pieces))))
     print(f"heard before {heard[0]!r}\nheard after  {heard[1]!r}")
+    normalise = EnglishTextNormalizer()
     said = normalise(text) or normalise(heard[0])
     print(f"WER          {100 * jiwer.wer(said, normalise(heard[1])):.1f} %" if said else "WER          none: nothing was heard before")
 

@@ -223,7 +223,7 @@ class Eval:
     limit: int = 64                  # prompts
     prompts: str = ""                # a text file, a sentence a line; empty = the validation clips
     split: str = "val"               # clips for validation and prompts: val | test
-    recogniser: str = "base.en"      # Whisper name or .pt file; one that cannot be had falls back to assets/
+    recogniser: str = "base.en"      # Whisper name | .pt file | pocketsphinx; without a hub, tiny.en
     features: str = ""               # music: hub id or folder of a ClapModel, as laion/larger_clap_music, for FAD, KAD and CLAP score
     true_durations: bool = False     # sample at the reference's length instead of the predicted one
     sample_batch: int = 16           # prompts sampled together on a rank

@@ -63,6 +63,7 @@ class Packed:
         self.folder = packed_dir(config, form)
         index = read_index(self.folder, form)
         self.mean, self.std, self.rate = index["mean"], index["std"], form["sample_rate"]
+        self.plan = index["plan"]
         shards = [read_shard(self.folder, n, index["plan"]) for n in range(index["shards"])]
         if None in shards:
             raise UserError(f"{self.folder}: shard {shards.index(None)} is missing or damaged; pack again, which makes it anew: {PREPARE}")

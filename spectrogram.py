@@ -301,10 +301,13 @@ def measure_ceiling(config: Config, corpus: data.Waves, vae: pretrained.Frozen, 
     painted, kept = (audio.unpaint(torch.stack(pictures), p)[0]
                      for pictures in ([audio.paint(wave, p) for wave in waves], [artifact.picture for artifact in made]))
     rmse = (kept - painted).square().mean().sqrt().item()
-    heard = listener.transcribe([artifact.wave for artifact in made], p.sample_rate)
-    wer = metric.word_error_rate([(recogniser.normalise(clip.text), recogniser.normalise(h)) for clip, h in zip(clips, heard)])
-    print(f"the ceiling, {len(clips)} clips through picture, VAE and Griffin-Lim: {rmse:.2f} dB RMSE, word error rate {100 * wer:.1f} % "
-          f"by {listener.name}", flush=True)
+    understood = ""
+    if listener:
+        heard = listener.transcribe([artifact.wave for artifact in made], p.sample_rate)
+        pairs = [(recogniser.normalise(clip.text), recogniser.normalise(h)) for clip, h in zip(clips, heard)]
+        understood = f", word error rate {100 * metric.word_error_rate(pairs):.1f} % by {listener.name}"
+    print(f"the ceiling, {len(clips)} clips through picture, VAE and Griffin-Lim: "
+          f"{rmse:.2f} dB RMSE{understood}", flush=True)
 
 
 # LoRA

@@ -50,6 +50,8 @@ class Artifact(Protocol):
 
 class Corpus(Protocol):
     """The clips of a packed corpus, as `system` reads them."""
+    folder: Path                               # where it is packed; floors measured on it are kept there
+    plan: str                                  # digest of what was packed and how
     statistics: tuple[float, ...]              # what the network is built with beside the config, as (mean, std), or ()
 
     def clips(self, split: str) -> list[data.Clip]:

