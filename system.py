@@ -32,6 +32,7 @@ import music
 import spectrogram
 import speech2image
 from config import Config, Sample, UserError, run_main
+from device import move, pick_device
 
 
 class Artifact(Protocol):
@@ -288,7 +289,7 @@ def load(path: str, device: torch.device, overrides: dict[str, dict], out_dir: s
     config = configs.overridden(configs.from_dict(values, where=str(path)), list(words))
     network = build(config)
     load_weights(network, {**state["model"], **state["ema"]}, str(path))
-    return config, network.to(device).eval(), state["step"]
+    return config, move(network, device).eval(), state["step"]
 
 
 def record_run(config: Config, network: nn.Module, device: torch.device, world: int) -> None:
@@ -324,13 +325,6 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def pick_device(wanted: str) -> torch.device:
-    """auto | cpu | cuda -> the device; auto is CUDA where there is one."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: this machine has no usable CUDA GPU; use --device cpu")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Before and after training.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -341,6 +335,7 @@ def main() -> None:
     o, rest = parser.parse_known_args()
     if o.command == "prepare":
         config = configs.from_command_line(rest)
+        pick_device(config.device)             # what training will refuse is refused before anything is made
         SYSTEMS[config.system].prepare(config)
     else:
         config, network, step = load(o.ckpt, torch.device("cpu"), {}, words=rest)
