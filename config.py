@@ -234,7 +234,7 @@ class Config:
     system: str = "tts"
     out_dir: str = "out/tts"
     seed: int = 1337
-    device: str = "auto"             # auto | cpu | cuda
+    device: str = "auto"             # auto (cuda where there are GPUs) | cpu | cuda | mps
     wandb: str = "offline"           # offline | online | disabled
     wandb_url: str = ""              # a W&B server of your own
     wandb_project: str = "nanoaudio"
@@ -253,7 +253,7 @@ class Config:
     eval: Eval = field(default_factory=Eval)
 
 
-CHOICES = {"system": ("tts", "spectrogram", "music", "speech_align", "speech_image"), "device": ("auto", "cpu", "cuda"),
+CHOICES = {"system": ("tts", "spectrogram", "music", "speech_align", "speech_image"), "device": ("auto", "cpu", "cuda", "mps"),
            "wandb": ("offline", "online", "disabled"),
            "codes.condition": ("adaln", "sta", "concat", "cross"),
            "music.size": (*SIZES, "own"), "music.text_padding": ("masked", "last"),

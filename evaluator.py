@@ -24,7 +24,8 @@ import data
 import metric
 import recogniser
 import system
-from config import Config, UserError, run_main
+from config import CHOICES, Config, UserError, run_main
+from device import pick_device
 from model import Prompt
 
 SHOWN = 8                            # samples that get pictures and a place in W&B and the report
@@ -384,7 +385,7 @@ def main() -> None:
     parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
     parser.add_argument("--snr", type=float, nargs="+", default=[], help="dB, inf for none: systems that listen, under white noise at each")
     parser.add_argument("--out_dir", default="", help="default: the run's")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", choices=CHOICES["device"])
     o, knobs = parser.parse_known_args()
     listener = {"recogniser": o.recogniser} if o.recogniser else {}
     changes = {"eval": {"prompts": o.prompts, "split": o.split, "limit": o.limit,
@@ -393,7 +394,7 @@ def main() -> None:
                                                                  ("cfg_scale", o.cfg_scale, o.cfg_scale >= 0)) if given}}
     if o.data_dir:
         changes["data"] = {"data_dir": o.data_dir}
-    device = system.pick_device(o.device)
+    device = pick_device(o.device)
     config, network, step = system.load(o.ckpt, device, changes, o.out_dir, knobs)
     if o.snr and not network.listens:
         raise UserError(f"--snr is for systems that listen; {config.system} does not")

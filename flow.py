@@ -24,6 +24,7 @@ from einops import rearrange
 import audio
 import pretrained
 from config import Config, UserError
+from device import widest_float
 
 
 def interpolate(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -131,7 +132,8 @@ class MaskReplace(nn.Module):
         part = torch.linspace(0, 1, steps, dtype=torch.float64)
         kept, masked = 0.99999 + part * (9e-6 - 0.99999), 9e-6 + part * (mask_share - 9e-6)
         self.register_buffer("kept", torch.cat([part.new_ones(1), kept]), persistent=False)          # (T + 1,): not touched since 0
-        self.register_buffer("masked", torch.cat([part.new_zeros(1), masked]), persistent=False)     # (T + 1,); the rest: redrawn
+        self.register_buffer("masked", torch.cat([part.new_zeros(1), masked]), persistent=False)     # (T + 1,)
+        self.register_buffer("redrawn", 1 - self.kept - self.masked, persistent=False)       # (T + 1,); near 0 at the start
 
     def corrupt(self, x: torch.Tensor, t: torch.Tensor, u: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """x_t ~ q(x_t | x), (B, N), by what was drawn: u (B, N) uniform in [0, 1), other (B, N) random codes. t (B,): 0 ... T."""
@@ -143,9 +145,12 @@ class MaskReplace(nn.Module):
 
         The sum over x_0 of q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0) p0(x_0), which is normalised as it stands.
         """
-        kept_t, masked_t, kept_s, masked_s = (table[at][:, None, None] for at in (t, s) for table in (self.kept, self.masked))
-        keep, mask = kept_t / kept_s, 1 - (1 - masked_t) / (1 - masked_s)                # from s to t
-        swap, swap_t, swap_s = ((1 - k - m) / self.codes for k, m in ((keep, mask), (kept_t, masked_t), (kept_s, masked_s)))
+        kept_t, masked_t, redrawn_t = (table[t][:, None, None] for table in (self.kept, self.masked, self.redrawn))
+        kept_s, masked_s, redrawn_s = (table[s][:, None, None] for table in (self.kept, self.masked, self.redrawn))
+        keep = kept_t / kept_s                                                           # from s to t
+        mask = (masked_t - masked_s) / (1 - masked_s)
+        redrawn = (kept_s * redrawn_t - kept_t * redrawn_s) / (kept_s * (kept_s + redrawn_s))       # 1 - keep - mask, also in float32
+        swap, swap_t, swap_s = redrawn / self.codes, redrawn_t / self.codes, redrawn_s / self.codes
         keep, swap, swap_t, kept_t, swap_s, kept_s = (c.to(p0.dtype) for c in (keep, swap, swap_t, kept_t, swap_s, kept_s))
         same = torch.arange(self.codes, device=x_t.device) == x_t[..., None]             # (B, N, K)
         ratio = p0 / (kept_t * same + swap_t)                                            # p0 / q(x_t | x_0)
@@ -194,8 +199,10 @@ def truncate(p: torch.Tensor, share: float) -> torch.Tensor:
 
 def pick(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """p (..., K), uniform u (...) in [0, 1) -> a category (...), by the inverse of the distribution: one number, one draw."""
-    below = p.double().cumsum(-1)
-    return (below <= u.double()[..., None] * below[..., -1:]).sum(-1)
+    wide = widest_float(p.device)
+    below = p.to(wide).cumsum(-1)
+    found = (below <= u.to(wide)[..., None] * below[..., -1:]).sum(-1)
+    return found.clamp_max(p.shape[-1] - 1)                    # in float32 u times the sum may be the sum
 
 
 class ImportantTimes(nn.Module):
@@ -226,7 +233,8 @@ class ImportantTimes(nn.Module):
     @torch.no_grad()
     def learn(self, t: torch.Tensor, loss: torch.Tensor) -> None:
         """t, loss (B,): what each step's loss was, on all ranks."""
-        found = torch.zeros_like(self.pending).index_add_(1, t - 1, torch.stack([torch.ones_like(loss), loss.square()]).double())
+        seen = torch.stack([torch.ones_like(loss), loss.square()])
+        found = torch.zeros_like(self.pending).index_add_(1, t - 1, seen.to(self.pending.dtype))
         if dist.is_initialized():
             dist.all_reduce(found)
         self.pending.add_(found)

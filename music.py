@@ -28,6 +28,7 @@ import metric
 import pretrained
 import recogniser
 from config import SIZES, Config, Sample, Size, UserError
+from device import widest_float
 from model import Artifact, Batches, Prompt, sinusoids, zero
 
 Corpus = recogniser.Pieces
@@ -440,7 +441,7 @@ def rotation(text_tokens: int, tokens: int, size: Size, device: torch.device) ->
     """Rotary embeddings e^(i angle) (S + N, 1, D / H / 2) by position along none, time, frequency; the text's is 0, 0, 0."""
     one, times, bands = (torch.arange(n, device=device) for n in (1, tokens // size.bands, size.bands))
     positions = F.pad(torch.cartesian_prod(one, times, bands), (0, 0, text_tokens, 0)).unbind(1)
-    frequencies = [10000 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width) for width in size.axes]
+    frequencies = [10000 ** (-torch.arange(0, width, 2, dtype=widest_float(device), device=device) / width) for width in size.axes]
     angles = torch.cat([torch.outer(position, f) for position, f in zip(positions, frequencies)], 1)
     return torch.polar(torch.ones_like(angles), angles)[:, None].to(torch.complex64)
 

@@ -1,20 +1,32 @@
 #!/usr/bin/env bash
-# Installs what pyproject.toml lists (once), prepares the corpus and trains. Needs only Python 3.11 or newer and a package index.
+# Installs what pyproject.toml lists, at the versions of requirements.lock (once), prepares the corpus and trains.
+# Needs only Python 3.11 to 3.14 and a package index.
 #
 #   ./run.sh                           with GPUs: configs/ljspeech.yaml on all of them; without: configs/demo.yaml on the CPU
-#   ./run.sh --gpus N                  on N GPUs, a rank on each; 0 = the CPU
+#   ./run.sh --gpus N                  on N GPUs, a rank on each, or not at all; 0 = the CPU
+#   ./run.sh --device mps              on the GPU of a Mac
 #   ./run.sh --config configs/x.yaml   another recipe
 #   ./run.sh --batch_size 32 ...       --key value for any knob of config.py
 #   ./run.sh --wandb-url URL           log to a W&B server of your own
 #   ./run.sh --nodes N --node_rank R --master HOST[:PORT]     the same on each of N machines, R from 0; HOST is machine 0
 #   ./run.sh --print ...               print the commands instead of running them
 #   ./run.sh test [pytest arguments]   the tests
+#   ./run.sh lock [--upgrade]          requirements.lock again, after pyproject.toml was changed; --upgrade: all to their newest; needs uv
 #
 # BATCH_SIZE=64 NUM_GPUS=2 CONFIG=configs/x.yaml ./run.sh says it by environment; options win.
-# VENV=/somewhere ./run.sh keeps the environment there instead of in .venv; pip obeys its own variables (PIP_INDEX_URL).
+# VENV=/somewhere ./run.sh keeps the environment there instead of in .venv. uv installs where it is on PATH, else pip; both heed
+# PIP_INDEX_URL, and each its own variables.
+
+case ${BASH_VERSION:+$SHELLOPTS} in "" | *posix*) exec bash +o posix "$0" "$@" ;; esac      # as sh run.sh
 
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+unset CDPATH
+here=${BASH_SOURCE[0]}
+while [[ -L $here ]]; do
+    cd "$(dirname "$here")"
+    here=$(readlink "$(basename "$here")")
+done
+cd "$(dirname "$here")"
 VENV=${VENV:-.venv}
 
 main() {
@@ -23,16 +35,22 @@ main() {
         export OMP_WAIT_POLICY=PASSIVE                       # idle threads sleep: spinning ones slow each other down
         exec "$VENV/bin/python" -m pytest -q "${@:2}"
     fi
+    if [[ ${1:-} == lock ]]; then
+        command -v uv >/dev/null || die "uv is not installed: pip install uv"
+        exec uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras --no-emit-index-url \
+            --no-annotate pyproject.toml -o requirements.lock "${@:2}"
+    fi
     read_options "$@"
     [[ $print ]] || set_up
     ((gpus)) || run export OMP_WAIT_POLICY=PASSIVE
+    [[ $device != mps ]] || run export PYTORCH_ENABLE_MPS_FALLBACK=1       # what Metal has not is computed on the CPU
     run "$VENV/bin/python" system.py prepare "${arguments[@]}"
     run exec "$VENV/bin/python" ${launcher[@]+"${launcher[@]}"} train.py "${arguments[@]}"     # exec: train.py gets the signals
 }
 
-read_options() {        # sets gpus, print, launcher, arguments; macOS's bash 3.2 takes empty arrays for unset, hence the ${a[@]+...}
+read_options() {        # sets gpus, device, print, launcher, arguments; macOS's bash 3.2 takes empty arrays for unset, hence the ${a[@]+...}
     local config=${CONFIG:-} nodes=1 node_rank=0 master= overrides=() available key value
-    available=$(count_gpus) gpus=${NUM_GPUS:-} print= launcher=()
+    available=$(count_gpus) gpus= device= print= launcher=()
     [[ -z ${BATCH_SIZE:-} ]] || overrides+=(--batch_size "$BATCH_SIZE")
     while (($#)); do
         case $1 in
@@ -44,6 +62,7 @@ read_options() {        # sets gpus, print, launcher, arguments; macOS's bash 3.
         esac
         case ${key//-/_} in
             __gpus) gpus=$value ;;
+            __device) device=$value ;;
             __config) config=$value ;;
             __nodes) nodes=$value ;;
             __node_rank) node_rank=$value ;;
@@ -52,10 +71,14 @@ read_options() {        # sets gpus, print, launcher, arguments; macOS's bash 3.
             *) overrides+=("$key" "$value") ;;
         esac
     done
-    gpus=${gpus:-$available}
+    case $device in
+        cpu | mps) gpus=${gpus:-0} ;;
+        *) gpus=${gpus:-${NUM_GPUS:-$available}} ;;
+    esac
     for value in "$gpus" "$nodes" "$node_rank"; do
         [[ $value =~ ^(0|[1-9][0-9]{0,5})$ ]] || die "--gpus, --nodes and --node_rank are whole numbers, got '$value'"
     done
+    case $device in cpu | mps) ((gpus == 0)) || die "--gpus $gpus and --device $device: only one of them" ;; esac
     ((gpus <= available)) || die "--gpus $gpus: there are $available here (nvidia-smi -L, CUDA_VISIBLE_DEVICES)"
     ((node_rank < nodes)) || die "--node_rank $node_rank must be below --nodes $nodes"
     if ((nodes > 1)); then
@@ -66,20 +89,20 @@ read_options() {        # sets gpus, print, launcher, arguments; macOS's bash 3.
     elif ((gpus > 1)); then
         launcher=(-m torch.distributed.run --standalone --nproc_per_node "$gpus")
     fi
-    if ((gpus)); then arguments=(--config "${config:-configs/ljspeech.yaml}")
-    else arguments=(--config "${config:-configs/demo.yaml}" --device cpu); fi
+    if ((gpus)); then arguments=(--config "${config:-configs/ljspeech.yaml}" --device "${device:=cuda}")
+    else arguments=(--config "${config:-configs/demo.yaml}" --device "${device:=cpu}"); fi
     arguments+=(${overrides[@]+"${overrides[@]}"})
 }
 
 count_gpus() {
     local present visible
-    present=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || true
+    present=$(nvidia-smi -L 2>&1 | grep -c -e '^GPU ' -e 'version mismatch') || true         # as device.py counts them
     visible=$(tr ',' '\n' <<<"${CUDA_VISIBLE_DEVICES-all}" | grep -c '^[^-]') || true       # "" and -1 hide them all
     [[ ${CUDA_VISIBLE_DEVICES+set} ]] && ((visible < present)) && present=$visible
     echo "$present"
 }
 
-set_up() {              # [extra]; a copy of pyproject.toml in the environment says that its installation was finished
+set_up() {              # [extra]; a stamp in the environment says that its installation was finished
     up_to_date "$@" || (
         if command -v flock >/dev/null; then flock 9; fi     # of two starts at once the second waits
         up_to_date "$@" || install "$@"
@@ -87,51 +110,78 @@ set_up() {              # [extra]; a copy of pyproject.toml in the environment s
 }
 
 up_to_date() {
-    local stamp=$VENV/installed${1:+-$1}
-    [[ -f $stamp && $(<"$stamp") == "$(<pyproject.toml)" ]]
+    local finished=$VENV/installed${1:+-$1}
+    [[ -f $finished && $(<"$finished") == "$(stamp)" ]]
+}
+
+stamp() {
+    echo "$(<pyproject.toml)"
+    echo "$(<requirements.lock)"
 }
 
 install() {
-    local extra=${1:-} python
+    local extra=${1:-} package missing=
     if [[ -e $VENV/unfinished ]]; then
         say "the installation in $VENV was interrupted: starting over"
         rm -rf "$VENV"
     fi
-    if [[ ! -e $VENV ]]; then
-        python=$(find_python)
-        say "making $VENV with $("$python" --version)"
-        mkdir -p "$VENV" && touch "$VENV/unfinished"
-        "$python" -m venv "$VENV"
-    fi
+    [[ -e $VENV ]] || make_environment
     [[ -x $VENV/bin/python ]] || die "$VENV has no Python: delete it, or choose another place by VENV="
     say "installing the dependencies${extra:+ and those of '$extra'} (a few minutes, some GB the first time)"
-    python=$VENV/bin/python
     rm -f "$VENV"/installed*
-    "$python" - $extra >"$VENV/requirements.txt" <<'PYTHON'
-import sys, tomllib
-with open("pyproject.toml", "rb") as f:
-    project = tomllib.load(f)["project"]
-print(*project["dependencies"], *(r for extra in sys.argv[1:] for r in project["optional-dependencies"][extra]), sep="\n")
-PYTHON
-    "$python" -m pip install --disable-pip-version-check -r "$VENV/requirements.txt"
+    requirements dependencies $extra >"$VENV/requirements.txt"
+    add -r "$VENV/requirements.txt"
+    say "installing the voice and the judge of the demos (some 150 MB the first time)"
+    while read -r package; do
+        add "$package" >"$VENV/demo.log" 2>&1 </dev/null || missing+=" ${package%%[<>=]*}"
+    done < <(requirements demo)
+    [[ -z $missing ]] || say "going on without what cannot be installed:$missing (why: $VENV/demo.log)"
     if [[ $extra == test ]]; then      # --no-deps: of what it asks for, its generator needs only librosa
-        "$python" -m pip install --disable-pip-version-check --no-deps bigvgan==2.4.1 ||
-            say "bigvgan cannot be installed: the tests that compare with it are skipped"
-        cp pyproject.toml "$VENV/installed-test"
+        add --no-deps bigvgan==2.4.1 || say "bigvgan cannot be installed: the tests that compare with it are skipped"
+        stamp >"$VENV/installed-test"
     fi
-    cp pyproject.toml "$VENV/installed"
+    stamp >"$VENV/installed"
     rm -f "$VENV/unfinished"
 }
 
-find_python() {
+make_environment() {
+    local python
+    python=$(find_python)
+    say "making $VENV with $("$python" --version)"
+    mkdir -p "$VENV" && touch "$VENV/unfinished"
+    "$python" -m venv "$VENV"
+}
+
+requirements() {        # "dependencies" or an extra, ...: its lines in pyproject.toml
+    "$VENV/bin/python" - "$@" <<'PYTHON'
+import sys, tomllib
+with open("pyproject.toml", "rb") as f:
+    project = tomllib.load(f)["project"]
+lists = {"dependencies": project["dependencies"], **project.get("optional-dependencies", {})}
+for name in sys.argv[1:]:
+    for requirement in lists.get(name, []):
+        print(requirement)
+PYTHON
+}
+
+add() {                 # what pip install takes
+    [[ -z ${PIP_INDEX_URL:-} ]] || local -x UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
+    if command -v uv >/dev/null; then
+        uv pip install --python "$VENV/bin/python" -c requirements.lock "$@" && return
+        say "uv could not: trying pip"
+    fi
+    "$VENV/bin/python" -m pip install --disable-pip-version-check -c requirements.lock "$@"
+}
+
+find_python() {         # those that torch has wheels for
     local python
     for python in python3.12 python3.13 python3.11 python3.14 python3; do
-        if "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if "$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; then
             echo "$python"
             return
         fi
     done
-    die "no Python 3.11 or newer with venv: install one (apt install python3.12-venv, brew install python@3.12)"
+    die "no Python 3.11 to 3.14 with venv: install one (apt install python3.12-venv, brew install python@3.12)"
 }
 
 run() { if [[ $print ]]; then printf '%q ' "$@"; echo; else "$@"; fi; }

@@ -19,6 +19,7 @@ import config as configs
 import evaluator
 import system
 from config import Config, UserError, run_main
+from device import move, pick_device
 from model import Prompt
 
 LONGEST_TEXT = 5000                  # characters in one text
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
     parser.add_argument("--png", action="store_true", help="write pictures beside each wav")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--device", default="auto", choices=configs.CHOICES["device"])
     options, knobs = parser.parse_known_args()
     texts = options.text + (evaluator.read_prompts(options.prompt_file) if options.prompt_file else [])
     if bool(texts) == bool(options.speech):
@@ -77,12 +78,12 @@ def open_network(options: argparse.Namespace, knobs: list[str]) -> tuple[Config,
     """The network of --ckpt or --config, with `knobs` on top, ready to sample, with the adapter of --lora."""
     if bool(options.ckpt) == bool(options.config):
         raise UserError("give --ckpt, a checkpoint or the folder of a run, or --config, a recipe: one of the two")
-    device, changes = system.pick_device(options.device), {"vocoder": options.vocoder} if options.vocoder else {}
+    device, changes = pick_device(options.device), {"vocoder": options.vocoder} if options.vocoder else {}
     if options.ckpt:
         config, network, _ = system.load(options.ckpt, device, {"sample": changes}, words=knobs)
     else:
         config = configs.load(options.config, [f"--sample.{name}={value}" for name, value in changes.items()] + knobs)
-        network = system.build(config).to(device).eval()
+        network = move(system.build(config), device).eval()
     if options.lora:
         network.load_adapter(options.lora)
     return config, network

@@ -13,7 +13,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ import music
 import spectrogram
 import speech2image
 from config import Config, Sample, UserError, run_main
+from device import hardware, move, pick_device, pick_dtype
 
 
 class Artifact(Protocol):
@@ -276,7 +276,7 @@ def load(path: str, device: torch.device, overrides: dict[str, dict], out_dir: s
     config = settle_precision(config, device, world=1)
     network = build(config)
     load_weights(network, {**state["model"], **state["ema"]}, str(path))
-    return config, network.to(device).eval(), state["step"]
+    return config, move(network, device).eval(), state["step"]
 
 
 def record_run(config: Config, dtype: str, network: nn.Module, device: torch.device, world: int) -> None:
@@ -321,45 +321,14 @@ def settle_precision(config: Config, device: torch.device, world: int) -> Config
     return replace(config, train=replace(config.train, dtype=dtype[0]))
 
 
-def recorded_dtype(out_dir: str, hardware: str) -> str:
-    """What a run that has a checkpoint was computed in on this hardware; "" where there is none."""
+def recorded_dtype(out_dir: str, here: str) -> str:
+    """What a run that has a checkpoint was computed in, if on the hardware that is `here`; "" where there is none."""
     try:
         run = json.loads(Path(out_dir, "run.json").read_text())
-        known = newest_checkpoint(out_dir) and run["hardware"] == hardware
+        known = newest_checkpoint(out_dir) and run["hardware"] == here
         return run["dtype"] if known else ""
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def pick_dtype(device: torch.device) -> str:
-    """bf16 on a GPU that has it, and on a CPU that has instructions for it and is a quarter faster with them; else fp32."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type != "cpu" or not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return "fp32"
-    return "bf16" if 1.25 * product_seconds(torch.bfloat16) < product_seconds(torch.float32) else "fp32"
-
-
-def product_seconds(dtype: torch.dtype) -> float:
-    """The fastest of five matrix products, of the size of a small Transformer's."""
-    a, b = torch.ones(1024, 192, dtype=dtype), torch.ones(192, 768, dtype=dtype)
-    found = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        found.append(time.perf_counter() - start)
-    return min(found)
-
-
-def hardware(device: torch.device, world: int) -> str:
-    return f"{world} x {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-
-
-def pick_device(wanted: str) -> torch.device:
-    """auto | cpu | cuda -> the device; auto is CUDA where there is one."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: this machine has no usable CUDA GPU; use --device cpu")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:
@@ -372,6 +341,7 @@ def main() -> None:
     o, rest = parser.parse_known_args()
     if o.command == "prepare":
         config = configs.from_command_line(rest)
+        pick_device(config.device)             # what training will refuse is refused before anything is made
         SYSTEMS[config.system].prepare(config)
     else:
         config, network, step = load(o.ckpt, torch.device("cpu"), {}, words=rest)

@@ -26,6 +26,7 @@ import metric
 import optim
 import system
 from config import Config, UserError
+from device import move, pick_device
 
 
 FIRST_UPDATES = 10                   # after which a run says how long it will take
@@ -39,7 +40,7 @@ def main() -> None:
     config = system.settle_precision(wanted, device, world)
     out, t = Path(config.out_dir), config.train
     corpus = system.open_corpus(config)
-    network = system.build(config, *corpus.statistics).to(device)
+    network = move(system.build(config, *corpus.statistics), device)
     batches = system.open_batches(config, corpus, network, rank, world)
     model = torch.compile(network) if t.compile else network
     if world > 1:
@@ -139,10 +140,10 @@ def main() -> None:
 
 def start_ranks(config: Config) -> tuple[int, int, torch.device]:
     """This process's rank, the number of ranks, its device; as torchrun says, or alone."""
-    world, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    device = system.pick_device(config.device)
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(config.device)
     if device.type == "cuda":
-        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:

@@ -16,6 +16,7 @@ import torch
 
 import config as configs
 import data
+import device
 import evaluator
 import metric
 import optim
@@ -151,11 +152,11 @@ def test_precision_is_bf16_only_on_a_cpu_that_has_it_and_is_faster_with_it(tmp_p
     has_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     slow, fast = 2.0, 1.0
     for bf16, fp32, expected in ((fast, slow, "bf16" if has_it else "fp32"), (slow, fast, "fp32"), (fast, fast, "fp32")):
-        monkeypatch.setattr(system, "product_seconds", {torch.bfloat16: bf16, torch.float32: fp32}.get)
+        monkeypatch.setattr(device, "product_seconds", {torch.bfloat16: bf16, torch.float32: fp32}.get)
         assert settled(tmp_path) == expected
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(system, "product_seconds", {torch.bfloat16: fast, torch.float32: slow}.get)
+    monkeypatch.setattr(device, "product_seconds", {torch.bfloat16: fast, torch.float32: slow}.get)
     assert settled(tmp_path) == "fp32"
 
 
@@ -174,7 +175,7 @@ def test_a_run_that_goes_on_keeps_its_precision_whatever_is_measured_now(run, tm
 
 
 def test_a_matrix_product_is_measured_in_either_precision():
-    assert system.product_seconds(torch.float32) > 0 and system.product_seconds(torch.bfloat16) > 0
+    assert device.product_seconds(torch.float32) > 0 and device.product_seconds(torch.bfloat16) > 0
 
 
 def test_a_save_that_fails_leaves_the_older_checkpoint_whole(tmp_path):

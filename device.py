@@ -1,0 +1,149 @@
+"""The device: CPU, CUDA, or the GPU of a Mac (mps), and the precision that it is fastest in. GPUs that cannot be used are an error.
+
+A CUDA build of torch needs a driver that supports its major version of CUDA or a newer one:
+525 and newer for CUDA 12, 580 and newer for CUDA 13 (source: docs.nvidia.com/deploy/cuda-compatibility).
+"""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import warnings
+
+import torch
+import torch.nn as nn
+
+from config import UserError
+
+# The builds of torch 2.11, newest first, by the version of CUDA that the driver supports at least
+BUILDS = (((13, 0), "cu130"), ((12, 8), "cu128"), ((12, 0), "cu126"))
+
+
+def pick_device(wanted: str) -> torch.device:
+    """auto | cpu | cuda | mps -> the device of this process, of several GPUs that of torchrun's LOCAL_RANK.
+
+    auto is CUDA where there are GPUs that CUDA_VISIBLE_DEVICES does not hide, else the CPU.
+    raises UserError if the device, or a GPU that auto found, cannot be used.
+    """
+    if wanted == "mps":
+        check_mps()
+    if wanted in ("cpu", "mps"):
+        return torch.device(wanted)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    error = cuda_error(device)
+    if not error:
+        return device
+    gpus = count_gpus()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and visible.strip()[:1] in ("", "-")
+    if wanted == "auto" and (hidden or gpus == 0):
+        return torch.device("cpu")
+    if gpus == 0:
+        reason = f"nvidia-smi lists no GPU, and torch says: {error}"
+    elif hidden:
+        reason = f"CUDA_VISIBLE_DEVICES={visible} hides every GPU"
+    else:
+        reason = explain(f"{error} (CUDA_VISIBLE_DEVICES={visible})" if visible else error)
+    raise UserError(f"device {wanted}: {reason}; to use the CPU: --device cpu, or ./run.sh --gpus 0")
+
+
+def pick_dtype(device: torch.device) -> str:
+    """bf16 on a GPU that has it, and on a CPU that has instructions for it and is a quarter faster with them; else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu" or not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "fp32"
+    return "bf16" if 1.25 * product_seconds(torch.bfloat16) < product_seconds(torch.float32) else "fp32"
+
+
+def product_seconds(dtype: torch.dtype) -> float:
+    """The fastest of five matrix products, of the size of a small Transformer's."""
+    a, b = torch.ones(1024, 192, dtype=dtype), torch.ones(192, 768, dtype=dtype)
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def hardware(device: torch.device, world: int) -> str:
+    return f"{world} x {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def move(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network on the device, its float64 buffers as wide as they can be there."""
+    if device.type == "mps":
+        return network.to(device, widest_float(device))
+    return network.to(device)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Metal, which has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_mps() -> None:
+    """raises UserError where Metal cannot be used."""
+    if not torch.backends.mps.is_available():
+        built = torch.backends.mps.is_built()
+        lack = "does not find Metal on this machine" if built else "is built without Metal"
+        raise UserError(f"device mps: torch {torch.__version__} {lack}; use --device cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("device mps: one GPU is one process; start it without torchrun and --nodes")
+
+
+def cuda_error(device: torch.device) -> str:
+    """What torch says against computing there, its first line; "" if it does."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.ones(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError) as e:                # AssertionError: a build without CUDA
+        return str(e).split("\n")[0]
+    return ""
+
+
+def count_gpus() -> int:
+    """How many GPUs nvidia-smi lists, hidden ones too; 1 if it cannot list them: its driver was replaced."""
+    return len(re.findall("^GPU |version mismatch", nvidia_smi("-L"), re.MULTILINE))
+
+
+def explain(error: str) -> str:
+    """Why GPUs that are there cannot be used, and what helps. error: what torch says."""
+    report = nvidia_smi()
+    if "version mismatch" in report:
+        return f"nvidia-smi says: {report.splitlines()[0]}: its driver was replaced; restart the machine"
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
+    ours = f"torch {torch.__version__} is built for {build}"
+    driver = re.search(r"(?:Driver|KMD) Version: *([\d.]+)", report)
+    cuda = re.search(r"CUDA (?:UMD )?Version: *(\d+)\.(\d+)", report)
+    if not driver or not cuda:
+        return f"{ours} and says: {error}"
+    supported = (int(cuda[1]), int(cuda[2]))
+    facts = f"{ours}, driver {driver[1]} supports CUDA up to {cuda[1]}.{cuda[2]}"
+    if torch.version.cuda and supported[0] >= int(torch.version.cuda.split(".")[0]):
+        return f"{facts}, and yet torch says: {error}"
+    builds = [name for least, name in BUILDS if supported >= least]
+    if not builds:
+        return f"{facts}: install driver 580 or newer"
+    return f"{facts}: install the matching build by {install_command(builds[0])}"
+
+
+def install_command(build: str) -> str:
+    """What replaces torch by another build of its version; without `uninstall` pip would keep this one."""
+    pip = f"{sys.executable} -m pip"
+    version = torch.__version__.split("+")[0]
+    return (f"`{pip} uninstall -y torch torchaudio && {pip} install torch=={version} torchaudio=={version} "
+            f"--index-url https://download.pytorch.org/whl/{build}`")
+
+
+def nvidia_smi(*words: str) -> str:
+    """What it prints, errors too; "" where it is not installed."""
+    try:
+        done = subprocess.run(["nvidia-smi", *words], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout + done.stderr
