@@ -32,6 +32,7 @@ import yaml
 from PIL import Image, PngImagePlugin
 
 from config import Mel, Picture, UserError, from_dict, run_main
+from text import comparable
 
 LOG_FLOOR = 1e-5                     # magnitudes below are clamped: silence is ln 1e-5 = -11.51
 
@@ -458,14 +459,16 @@ def compare_hearing(wave: torch.Tensor, rebuilt: torch.Tensor, sample_rate: int,
     except Exception as e:                             # a network and a damaged file fail in every way there is
         raise UserError(f"--recogniser {name}: not a Whisper that can be had ({' '.join(str(e).split())[:120]})") from e
     options = whisper.DecodingOptions(language="en", temperature=0.0, without_timestamps=True, fp16=False)
-    normalise, heard = EnglishTextNormalizer(), []
+    normalise = EnglishTextNormalizer()
+    heard = []
     for sound in (wave, rebuilt):
         pieces = resample(sound, sample_rate, whisper.audio.SAMPLE_RATE).split(whisper.audio.N_SAMPLES)
         mels = torch.stack([whisper.log_mel_spectrogram(whisper.pad_or_trim(piece), model.dims.n_mels) for piece in pieces])
         heard.append(" ".join(result.text.strip() for result in whisper.decode(model, mels, options)))
     print(f"heard before {heard[0]!r}\nheard after  {heard[1]!r}")
-    said = normalise(text) or normalise(heard[0])
-    print(f"WER          {100 * jiwer.wer(said, normalise(heard[1])):.1f} %" if said else "WER          none: nothing was heard before")
+    before, after = (normalise(comparable(words)) for words in heard)
+    said = normalise(comparable(text)) or before
+    print(f"WER          {100 * jiwer.wer(said, after):.1f} %" if said else "WER          none: nothing was heard before")
 
 
 def read(source: str, given: dict) -> tuple[torch.Tensor, Picture]:
