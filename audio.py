@@ -32,6 +32,7 @@ import yaml
 from PIL import Image, PngImagePlugin
 
 from config import Mel, Picture, UserError, from_dict, run_main
+from text import comparable
 
 LOG_FLOOR = 1e-5                     # magnitudes below are clamped: silence is ln 1e-5 = -11.51
 
@@ -465,8 +466,9 @@ def compare_hearing(wave: torch.Tensor, rebuilt: torch.Tensor, sample_rate: int,
         heard.append(" ".join(text.strip() for text in whisper_weights.transcribe(model, list(pieces))))
     print(f"heard before {heard[0]!r}\nheard after  {heard[1]!r}")
     normalise = EnglishTextNormalizer()
-    said = normalise(text) or normalise(heard[0])
-    print(f"WER          {100 * jiwer.wer(said, normalise(heard[1])):.1f} %" if said else "WER          none: nothing was heard before")
+    before, after = (normalise(comparable(words)) for words in heard)
+    said = normalise(comparable(text)) or before
+    print(f"WER          {100 * jiwer.wer(said, after):.1f} %" if said else "WER          none: nothing was heard before")
 
 
 def read(source: str, given: dict) -> tuple[torch.Tensor, Picture]:

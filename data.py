@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import audio
 from config import Config, Mel, Picture, UserError, load, run_main
+from text import normalize
 
 FORMAT, SHARD = 2, 512                           # of a packed folder; clips in one shard of it
 SHORTEST_SEC, LONGEST_SEC = 0.1, 60.0            # what is packed; data.max_seconds decides what is read
@@ -422,13 +423,14 @@ def read_music(path: Path) -> tuple[list[Clip], list[str]]:
 
 
 def read_transcripts(paths: list[Path], separator: str, columns: int) -> tuple[dict[str, tuple[str, Path]], list[str]]:
-    """{name: (its text, the folder)} of the lines of a name and its texts, of which the last counts; and what is wrong with other lines."""
+    """{name: (its text, the folder)} of the lines of a name and its texts; and what is wrong with other lines. Of three columns the last
+    counts, in words, as it is; where it is empty or not there, the second one, as people type it, is normalised."""
     texts, skipped = {}, []
     for path in paths:
         for number, line in enumerate(path.read_bytes().decode("utf-8-sig", errors="replace").split("\n"), 1):
             fields = [field.strip() for field in line.split(separator, columns - 1 if separator == " " else -1)]
-            name, text = fields[0], fields[-1] or "".join(fields[1:2])
-            faults = {"not UTF-8": "\ufffd" in line, f"{len(fields)} fields, not {columns}": len(fields) != columns, "empty text": not text,
+            name, text = fields[0], "".join(fields[columns - 1:columns]) or normalize("".join(fields[1:2]))
+            faults = {"not UTF-8": "\ufffd" in line, f"{len(fields)} fields, not {columns}": len(fields) not in (2, columns), "empty text": not text,
                       "no file name": not name or Path(name).name != name or not name.isprintable(), "duplicate id": name in texts}
             if fault := next((fault for fault, found in faults.items() if found and line.strip()), ""):
                 skipped.append(f"{path} line {number} ({name[:40]}): {fault}")

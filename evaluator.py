@@ -27,6 +27,7 @@ import system
 from config import CHOICES, Config, UserError, run_main
 from device import pick_device
 from model import Prompt
+from text import normalize
 
 SHOWN = 8                            # samples that get pictures and a place in W&B and the report
 BINS = 10                            # of t, for the validation loss
@@ -40,9 +41,11 @@ class Evaluator:
 
     def __init__(self, config: Config, corpus, device: torch.device, rank: int = 0, world: int = 1):
         self.config, self.corpus, self.device, self.rank, self.world = config, corpus, device, rank, world
-        self.prompts = read_prompts(config.eval.prompts)[:config.eval.limit] if config.eval.prompts else []
-        self.clips = [] if self.prompts else corpus.clips(config.eval.split)[:config.eval.limit]
         parts = system.SYSTEMS[config.system].network
+        self.prompts = read_prompts(config.eval.prompts)[:config.eval.limit] if config.eval.prompts else []
+        if parts.speaks:
+            self.prompts = [normalize(prompt) for prompt in self.prompts]
+        self.clips = [] if self.prompts else corpus.clips(config.eval.split)[:config.eval.limit]
         if parts.listens and self.prompts:
             raise UserError(f"eval.prompts {config.eval.prompts}: system {config.system} listens; it is evaluated on its corpus's speech")
         self.recogniser = self.load_recogniser() if parts.speaks else None

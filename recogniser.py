@@ -36,10 +36,16 @@ import pretrained
 import whisper_weights
 from config import Align, Config, Mel, UserError, to_dict
 from model import sinusoids
+from text import comparable
 
 RATE = whisper_weights.RATE          # Hz: Whisper listens at 16 kHz, HuBERT too
 HOP = 320                            # samples a frame of HuBERT: 50 a second
-normalise = EnglishTextNormalizer()  # Whisper's own: case, punctuation, numbers, British spelling
+whisper_normaliser = EnglishTextNormalizer()                   # case, punctuation, numbers, British spelling
+
+
+def normalise(words: str) -> str:
+    """What was to be said, or was heard, in the form in which word errors are counted: `comparable`, then Whisper's own normaliser."""
+    return whisper_normaliser(comparable(words))
 
 
 class Recogniser:

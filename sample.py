@@ -21,6 +21,7 @@ import system
 from config import Config, UserError, run_main
 from device import move, pick_device
 from model import Prompt
+from text import normalize
 
 LONGEST_TEXT = 5000                  # characters in one text
 PAUSE_SEC = 0.15                     # between the sentences of a long text
@@ -63,7 +64,7 @@ def main() -> None:
     settings = replace(config.sample, **{name: value for name, value in given.items() if value is not None})
     configs.check(replace(config, sample=settings))
     wanted = [[Prompt(sentence, options.seconds * len(sentence) / sum(map(len, parts))) for sentence in parts]
-              for parts in (split_text(text, network.longest) if network.speaks else [text] for text in texts)]
+              for parts in (split_text(normalize(text), network.longest) if network.speaks else [text] for text in texts)]
     wanted += [[Prompt(Path(path).stem, speech=read_speech(path, config.data.max_seconds))] for path in options.speech]
     wanted = [[replace(prompt, seed=options.seed + n) for prompt in parts] for parts in wanted for n in range(options.seeds)]
     prompts, made = sum(wanted, []), []
@@ -142,7 +143,7 @@ def split_text(text: str, longest: int) -> list[str]:
 
     raises UserError for a word that is longer.
     """
-    pieces = re.split(r"(?<=[.!?…])(?<![A-Z][a-z]\.)(?<!Mrs\.)(?<!Prof\.)(?<!\b[A-Z]\.)\s+(?=[^a-z])", text)   # not after Dr., e.g., J.
+    pieces = re.split(r"(?<=[.!?…])(?<!\b[A-Za-z]\.)\s+(?=[^a-z])", text)          # not after p.m., U.S., J.
     pieces = join_wordless(pieces)
     for boundary in (r"(?<=[,;:])\s+", r"\s+"):
         pieces = [part for piece in pieces
