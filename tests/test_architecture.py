@@ -11,7 +11,7 @@ import pytest
 import config
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = [["config", "text"], ["audio", "metric", "optim"], ["corpora.voice"], ["corpora.demo"], ["pretrained"], ["flow", "data"], ["model"],
+LAYERS = [["config", "text", "shapes"], ["audio", "metric", "optim"], ["corpora.voice"], ["corpora.demo"], ["pretrained"], ["flow", "data"], ["model"],
           ["recogniser"], ["spectrogram", "music", "speech2image"], ["system"], ["evaluator"], ["train", "sample"]]
 SAME_LAYER = {("metric", "audio")}
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
