@@ -6,6 +6,7 @@ key. Here is the whole list of knobs; a test fails on one that nothing reads.
 
 import dataclasses
 import difflib
+import re
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -208,7 +209,7 @@ class Train:
     decay: float = 0.3               # trapezoid: share of the run in which the rate falls to zero
     grad_clip: float = 1.0           # 0 = off
     ema: float = 0.999               # 0 = off
-    dtype: str = "bf16"              # bf16 (autocast) | fp32
+    dtype: str = "auto"              # auto: bf16 where the hardware is faster with it, else fp32 | bf16 (autocast) | fp32
     compile: bool = False
     log_interval: int = 10           # steps, as the others; the last step is always one of them
     val_interval: int = 1000
@@ -237,6 +238,7 @@ class Config:
     wandb: str = "offline"           # offline | online | disabled
     wandb_url: str = ""              # a W&B server of your own
     wandb_project: str = "nanoaudio"
+    expect: dict = field(default_factory=dict)   # what the last evaluation is to find, as {eval/wer: <= 0.1}; missed is exit code 1
     mel: Mel = field(default_factory=Mel)
     picture: Picture = field(default_factory=Picture)
     data: Data = field(default_factory=Data)
@@ -259,13 +261,15 @@ CHOICES = {"system": ("tts", "spectrogram", "music", "speech_align", "speech_ima
            "data.corpus": ("ljspeech", "librispeech", "music", "demo", "pieces", "shapes", "flickr8k", "s2igan", "listed"),
            "data.grammar": ("matrix", "open"),
            "model.alignment": ("learned", "uniform", "none"), "flow.predict": ("x", "v"),
-           "train.schedule": ("cosine", "trapezoid"), "train.dtype": ("bf16", "fp32"), "eval.split": ("val", "test")}
+           "train.schedule": ("cosine", "trapezoid"), "train.dtype": ("auto", "bf16", "fp32"), "eval.split": ("val", "test")}
 MAY_BE_ZERO = {"seed", "mel.fmin", "data.overfit", "data.workers", "data.silence_prob", "data.max_silence_sec", "flow.timestep_uniform",
                "flow.text_condition_dropout", "flow.duration_weight", "model.text_layers", "klein.text_rank", "music.joint_dropout",
                "align.noise_prob", "align.min_snr_db", "align.gain_db", "align.hidden_spans", "align.hidden_share",
                "codes.require_r1", "codes.condition_scale", "codes.auxiliary_weight",
                "sample.cfg_scale", "sample.cfg_from", "train.max_minutes", "train.weight_decay", "train.warmup", "train.decay",
                "train.grad_clip", "train.ema", "train.muon_lr", "train.lr", "train.val_interval", "train.eval_interval"}
+KINDS = {tuple: "a list, [a, b]", dict: "a table, {eval/wer: <= 0.1}"}
+BOUND = re.compile(r"(<=|>=) *(\d*\.?\d+)")                # of `expect`
 MAY_BE_NEGATIVE = {"flow.timestep_logit_mean", "sample.sway"}
 
 
@@ -406,6 +410,8 @@ def convert(kind, value, name: str, where: str):
         return float(value)
     if kind is tuple and isinstance(value, list):
         return tuple(map(str, value))
+    if kind is dict and isinstance(value, dict):
+        return {str(key): str(bound) for key, bound in value.items()}
     if kind is float and isinstance(value, str):
         try:
             return float(value)
@@ -414,7 +420,7 @@ def convert(kind, value, name: str, where: str):
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if type(value) is not kind:
-        raise UserError(f"{where}: {name} must be {'a list, [a, b]' if kind is tuple else kind.__name__}, got {value!r}")
+        raise UserError(f"{where}: {name} must be {KINDS.get(kind, kind.__name__)}, got {value!r}")
     return value
 
 
@@ -443,6 +449,8 @@ def check(config: Config) -> None:
         (config.codes.kept < 2 ** 15, f"codes.kept {config.codes.kept} must be below 32768"),
         (s.truncation <= 1, f"sample.truncation {s.truncation} must be at most 1"),
         (bool(d.langs) and {*d.langs} <= {"en", "ar"}, f"data.langs must be a list of en and ar, got {[*d.langs]}"),
+        (all(BOUND.fullmatch(bound) for bound in config.expect.values()),
+         f"expect: a bound is <= or >= and a number, as <= 0.1, got {[*config.expect.values()]}"),
         (0 <= t.ema < 1, f"train.ema {t.ema} must be below 1"),
         (s.cfg_from <= s.cfg_to, f"sample.cfg_from {s.cfg_from} is above sample.cfg_to {s.cfg_to}"),
         (-1 <= s.sway <= 1, f"sample.sway {s.sway} must be in [-1, 1]"),

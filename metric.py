@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import Mel, UserError, run_main
+from config import BOUND, Mel, UserError, run_main
 
 PAGE = Path(__file__).parent / "assets" / "report.html"
 BLUE, ORANGE, GREY, INK = "#3d7fd9", "#d97b29", "#7d7d7d", "#010203"     # legible on white and black; INK stands for the page's text
@@ -57,6 +57,33 @@ SCORES = {"mcd": Score("mel-cepstral distortion", "dB", "from log-mels, time-war
           "cos_matched": Score("cosine of pairs"), "cos_unmatched": Score("cosine of strangers"),
           "modality_gap": Score("modality gap", "", "distance of the mean speech and the mean picture"),
           "language_gap": Score("gap between languages", "%", "best to worst, relative")}
+
+
+def compare_expected(expected: dict[str, str], metrics: list[dict]) -> tuple[list[str], bool]:
+    """A recipe's `expect`, {"eval/wer": "<= 0.1"}, beside what was last measured: a line for each, and whether none was missed.
+
+    What nobody measured, for want of a recogniser say, is neither met nor missed; its line says so.
+    """
+    lines, all_met = [], True
+    for name, wanted in expected.items():
+        sign, number = BOUND.fullmatch(wanted).groups()
+        bound, found = float(number), last(metrics, name)
+        aim = f"expected {name} {sign} {as_shown(name, bound)}:"
+        if found is None:
+            lines.append(f"{aim} not measured")
+            continue
+        met = found <= bound if sign == "<=" else found >= bound
+        all_met = all_met and met
+        lines.append(f"{aim} {'met' if met else 'missed'}, {as_shown(name, found)}, by {as_shown(name, abs(found - bound))}")
+    return lines, all_met
+
+
+def as_shown(name: str, value: float) -> str:
+    """A value of eval/<score>, for reading."""
+    key = name.removeprefix("eval/").split("/")[0]
+    if key.startswith("wer"):
+        return percent(value)
+    return with_unit(key, value) if key in SCORES else f"{value:.4g}"
 
 
 class Writer:

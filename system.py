@@ -13,15 +13,17 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import yaml
 
@@ -138,23 +140,6 @@ def open_corpus(config: Config):
 
 def open_batches(config: Config, corpus, network: nn.Module, rank: int, world: int):
     return SYSTEMS[config.system].batches(config, corpus, network.tokenizer, rank, world)
-
-
-def optimizers(network: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices (Jordan et al. 2024), then AdamW for the rest, where there are any of them.
-
-    Each group keeps its own peak rate in `peak_lr`.
-    """
-    t = config.train
-    hidden = network.hidden_matrices()
-    names = {id(p) for p in hidden}
-    rest = [p for p in network.parameters() if p.requires_grad and id(p) not in names]
-    made = [torch.optim.Muon(hidden, lr=t.muon_lr, weight_decay=t.weight_decay, momentum=0.95)] if hidden else []
-    made += [torch.optim.AdamW(rest, lr=t.lr, betas=(0.9, 0.95), weight_decay=0.0)] if rest else []
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return made
 
 
 class Average:
@@ -286,12 +271,13 @@ def load(path: str, device: torch.device, overrides: dict[str, dict], out_dir: s
     for section, changes in overrides.items():
         values = {**values, section: {**values.get(section, {}), **changes}}
     config = configs.overridden(configs.from_dict(values, where=str(path)), list(words))
+    config = settle_precision(config, device, world=1)
     network = build(config)
     load_weights(network, {**state["model"], **state["ema"]}, str(path))
     return config, network.to(device).eval(), state["step"]
 
 
-def record_run(config: Config, network: nn.Module, device: torch.device, world: int) -> None:
+def record_run(config: Config, dtype: str, network: nn.Module, device: torch.device, world: int) -> None:
     """Print what is about to run, and keep what it takes to run it again: config.yaml, run.json and the source."""
     out, here = Path(config.out_dir), Path(__file__).parent
     make_folder(out / "source")
@@ -299,15 +285,14 @@ def record_run(config: Config, network: nn.Module, device: torch.device, world: 
         shutil.copy(source, out / "source")
     (out / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(config), sort_keys=False))
     parameters, frozen = (sum(p.numel() for p in network.parameters() if p.requires_grad == trained) for trained in (True, False))
-    on_gpu = device.type == "cuda"
-    hardware = f"{world} x {torch.cuda.get_device_name(device)}" if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
     libraries = {name: version(name) for name in ("torch", "transformers", "openai-whisper", "numpy")}
-    run = {"command": " ".join(sys.argv), "commit": commit(), "hardware": hardware, "parameters": parameters,
+    run = {"command": " ".join(sys.argv), "commit": commit(), "hardware": hardware(device, world),
+           "dtype": dtype, "parameters": parameters,
            **({"frozen_parameters": frozen} if frozen else {}), "started": datetime.datetime.now().isoformat(timespec="seconds"),
            "versions": {"python": platform.python_version(), **libraries}}
     (out / "run.json").write_text(json.dumps(run, indent=1))
     beside = f" beside {frozen / 1e6:.1f} M frozen ones" if frozen else ""
-    print(f"{config.system}: {parameters / 1e6:.1f} M trained parameters{beside} on {hardware}, into {out}/", flush=True)
+    print(f"{config.system}: {parameters / 1e6:.1f} M trained parameters{beside} in {dtype} on {hardware(device, world)}, into {out}/", flush=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -322,6 +307,50 @@ def commit() -> str:
     here = Path(__file__).parent
     found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=here, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"
+
+
+def settle_precision(config: Config, device: torch.device, world: int) -> Config:
+    """The config with train.dtype auto made bf16 or fp32, the same on all ranks; a run that goes on keeps what it began with."""
+    if config.train.dtype != "auto":
+        return config
+    dtype = [recorded_dtype(config.out_dir, hardware(device, world)) or pick_dtype(device)]
+    if world > 1:
+        dist.broadcast_object_list(dtype)                      # what was measured may differ between ranks
+    return replace(config, train=replace(config.train, dtype=dtype[0]))
+
+
+def recorded_dtype(out_dir: str, hardware: str) -> str:
+    """What a run that has a checkpoint was computed in on this hardware; "" where there is none."""
+    try:
+        run = json.loads(Path(out_dir, "run.json").read_text())
+        known = newest_checkpoint(out_dir) and run["hardware"] == hardware
+        return run["dtype"] if known else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def pick_dtype(device: torch.device) -> str:
+    """bf16 on a GPU that has it, and on a CPU that has instructions for it and is a quarter faster with them; else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu" or not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "fp32"
+    return "bf16" if 1.25 * product_seconds(torch.bfloat16) < product_seconds(torch.float32) else "fp32"
+
+
+def product_seconds(dtype: torch.dtype) -> float:
+    """The fastest of five matrix products, of the size of a small Transformer's."""
+    a, b = torch.ones(1024, 192, dtype=dtype), torch.ones(192, 768, dtype=dtype)
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def hardware(device: torch.device, world: int) -> str:
+    return f"{world} x {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def pick_device(wanted: str) -> torch.device:

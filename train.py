@@ -23,15 +23,20 @@ import config as configs
 import data
 import evaluator
 import metric
+import optim
 import system
 from config import Config, UserError
+
+
+FIRST_UPDATES = 10                   # after which a run says how long it will take
 
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         sys.exit(f"{__doc__}\nkeys: {' '.join(configs.keys())}")
-    config = configs.from_command_line(sys.argv[1:])
-    rank, world, device = start_ranks(config)
+    wanted = configs.from_command_line(sys.argv[1:])
+    rank, world, device = start_ranks(wanted)
+    config = system.settle_precision(wanted, device, world)
     out, t = Path(config.out_dir), config.train
     corpus = system.open_corpus(config)
     network = system.build(config, *corpus.statistics).to(device)
@@ -39,17 +44,18 @@ def main() -> None:
     model = torch.compile(network) if t.compile else network
     if world > 1:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    optimizers, average = system.optimizers(network, config), system.Average(network, t.ema)
+    optimizers = optim.make_optimizers(network, t.muon_lr, t.lr, t.weight_decay)
+    average = system.Average(network, t.ema)
     start, seconds = system.resume(config, network, average, optimizers)
     if rank == 0:
-        system.record_run(config, network, device, world)
+        system.record_run(wanted, t.dtype, network, device, world)
         writer = metric.Writer(out, configs.to_dict(config), config.wandb, config.wandb_project, config.wandb_url, start)
     judge = evaluator.Evaluator(config, corpus, device, rank, world) if t.eval_interval else None
     stop = catch_signals()
 
     def save(step: int) -> None:
         if rank == 0:
-            state = {"config": configs.to_dict(config), "step": step, "seconds": seconds, "model": system.weights(network),
+            state = {"config": configs.to_dict(wanted), "step": step, "seconds": seconds, "model": system.weights(network),
                      "ema": average.mean, "optimizers": [o.state_dict() for o in optimizers]}
             system.save_checkpoint(out / "checkpoints" / f"step_{step:07d}.pt", state, t.keep)
 
@@ -85,6 +91,7 @@ def main() -> None:
         # What is due: only these steps wait for the device
         due = {name: every > 0 and (last_step or step % every == 0) for name, every in
                (("log", t.log_interval), ("val", t.val_interval), ("eval", t.eval_interval), ("save", t.save_interval))}
+        due["log"] = due["log"] or step == start + FIRST_UPDATES
         if not any(due.values()) and not (world == 1 and stop.is_set()):
             continue
         stopping = agree(stop.is_set() or (out / "STOP").exists(), device, world)
@@ -100,6 +107,8 @@ def main() -> None:
         if rank == 0:
             writer.log(step, values)
             print(progress_line(config, step, done, seconds, values), flush=True)
+            if step == start + FIRST_UPDATES:
+                print(forecast(config, step, values["perf/step_ms"] / 1000), flush=True)
         if due["save"] or stopping:
             save(step)
         if stopping:
@@ -122,6 +131,10 @@ def main() -> None:
     if world > 1:
         dist.barrier()                                 # no rank leaves while rank 0 still writes
         dist.destroy_process_group()
+    if rank == 0 and config.expect and step >= t.steps:
+        lines, met = metric.compare_expected(config.expect, metric.read_lines(out / "metrics.jsonl"))
+        print(*lines, sep="\n", flush=True)
+        sys.exit(0 if met else 1)
 
 
 def start_ranks(config: Config) -> tuple[int, int, torch.device]:
@@ -187,6 +200,15 @@ def metric_values(scalars: dict[str, torch.Tensor], frames: torch.Tensor, device
         stacked[:-1] /= world
     *means, frames = stacked.tolist()
     return {f"train/{name}": value for name, value in zip(scalars, means)} | {"frames": frames}
+
+
+def forecast(config: Config, step: int, seconds: float) -> str:
+    """How long the rest will take, from the seconds of one update."""
+    t = config.train
+    left = (t.steps - step) * seconds / 60
+    if t.max_minutes:
+        left = min(left, t.max_minutes)
+    return f"an update takes {seconds:.2f} s: about {left:.0f} more minutes of training for the {t.steps - step} to go, evaluation not counted"
 
 
 def progress_line(config: Config, step: int, done: float, seconds: float, values: dict[str, float]) -> str:

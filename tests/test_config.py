@@ -67,6 +67,14 @@ def test_a_wrong_type_is_refused(tmp_path, text, kind):
     assert "recipe.yaml" in message and f"must be {kind}" in message
 
 
+@pytest.mark.parametrize("text, complaint", [
+    ("expect: {eval/wer: 0.1}", "a bound is <= or >= and a number"), ("expect: {eval/wer: < 0.1}", "a bound is <= or >="),
+    ("expect: {eval/wer: <= a}", "a bound is <= or >="), ("expect: 0.1", "expect must be a table, {eval/wer: <= 0.1}")])
+def test_an_expectation_is_a_figure_and_a_bound(tmp_path, text, complaint):
+    assert load_text(tmp_path, "expect: {eval/wer: <= 0.1, eval/mcd: '>=3'}").expect == {"eval/wer": "<= 0.1", "eval/mcd": ">=3"}
+    assert complaint in refusal(load_text, tmp_path, text)
+
+
 def test_a_section_must_be_a_section(tmp_path):
     assert "train is a section" in refusal(load_text, tmp_path, "train: 3")
 
@@ -158,7 +166,7 @@ def test_a_recipe_loads_and_opens_with_a_comment(path):
 def test_a_recipe_holds_only_what_differs_from_the_defaults(path):
     loaded, default = flat(config.to_dict(config.load(str(path)))), flat(config.to_dict(config.Config()))
     said = flat(config.read_yaml(str(path)))
-    assert not [key for key in said if loaded[key] == default[key]]
+    assert not [key for key in said if loaded[key] == default.get(key)]
 
 
 def flat(values: dict, prefix: str = "") -> dict:

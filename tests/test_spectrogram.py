@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import bench_klein
 import config as configs
 import flow
+import optim
 import pretrained
 import spectrogram
 import system
@@ -418,7 +419,7 @@ def test_compiled_gradients_are_close(network):
 
 def test_under_bf16_lora_gradients_and_adam_stay_fp32_and_steps_too_small_for_bf16_arrive(base):
     network = shake(make(base=base, text_rank=2, dtype="bf16"))
-    optimizers = system.optimizers(network, network.config)
+    optimizers = optim.make_optimizers(network, 0.02, 3e-4, 0.01)
     before = {name: value.clone() for name, value in system.weights(network).items()}
     ids, mask = pretrained.tokenize_prompts(network.tokenizer, ["see", "hear him"], 48)
     batch = batch_of(2, ids=ids, text_mask=mask)
@@ -440,7 +441,7 @@ def test_under_bf16_lora_gradients_and_adam_stay_fp32_and_steps_too_small_for_bf
 def test_training_changes_no_bit_of_the_base_in_memory_or_on_disk(network, base):
     files = {path: path.read_bytes() for path in Path(base).rglob("*.*")}
     frozen = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
-    optimizer = system.optimizers(network, network.config)[0]
+    optimizer = optim.make_optimizers(network, 0.02, 3e-4, 0.01)[0]
     for seed in range(3):
         optimizer.zero_grad()
         network(batch_of(seed=seed))["loss"].backward()

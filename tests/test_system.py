@@ -18,6 +18,7 @@ import config as configs
 import data
 import evaluator
 import metric
+import optim
 import sample
 import system
 import train
@@ -132,10 +133,48 @@ def test_what_a_network_was_made_from_may_have_moved_when_it_is_resumed():
 
 def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):
     config, network, _ = system.load(str(run), CPU, {"train": {"muon_lr": 0.5, "lr": 0.25}})
-    optimizers = system.optimizers(network, config)
+    optimizers = optim.make_optimizers(network, config.train.muon_lr, config.train.lr, config.train.weight_decay)
     assert system.resume(config, network, system.Average(network, 0.9), optimizers)[0] == 6
     assert [group["peak_lr"] for o in optimizers for group in o.param_groups] == [0.5, 0.25]
     assert all(o.state for o in optimizers)
+
+
+# Precision
+
+def settled(out_dir, **train) -> str:
+    config = configs.from_dict({"out_dir": str(out_dir), "train": train})
+    return system.settle_precision(config, CPU, world=1).train.dtype
+
+
+def test_precision_is_bf16_only_on_a_cpu_that_has_it_and_is_faster_with_it(tmp_path, monkeypatch):
+    assert settled(tmp_path, dtype="bf16") == "bf16" and settled(tmp_path, dtype="fp32") == "fp32"
+    has_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    slow, fast = 2.0, 1.0
+    for bf16, fp32, expected in ((fast, slow, "bf16" if has_it else "fp32"), (slow, fast, "fp32"), (fast, fast, "fp32")):
+        monkeypatch.setattr(system, "product_seconds", {torch.bfloat16: bf16, torch.float32: fp32}.get)
+        assert settled(tmp_path) == expected
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(system, "product_seconds", {torch.bfloat16: fast, torch.float32: slow}.get)
+    assert settled(tmp_path) == "fp32"
+
+
+def test_a_run_that_goes_on_keeps_its_precision_whatever_is_measured_now(run, tmp_path, monkeypatch):
+    again = shutil.copytree(run, tmp_path / "run")
+    facts = json.loads((again / "run.json").read_text())
+    (again / "run.json").write_text(json.dumps(facts | {"dtype": "bf16"}))
+    monkeypatch.setattr(system, "pick_dtype", lambda device: "fp32")
+    assert settled(again) == "bf16"
+    (again / "run.json").write_text(json.dumps(facts | {"dtype": "bf16", "hardware": "8 x another"}))
+    assert settled(again) == "fp32"                            # elsewhere it is chosen anew
+    for path in (again / "checkpoints").iterdir():
+        path.unlink()
+    (again / "run.json").write_text(json.dumps(facts | {"dtype": "bf16"}))
+    assert settled(again) == "fp32"                            # there is nothing to go on from
+
+
+def test_a_matrix_product_is_measured_in_either_precision():
+    assert system.product_seconds(torch.float32) > 0 and system.product_seconds(torch.bfloat16) > 0
 
 
 def test_a_save_that_fails_leaves_the_older_checkpoint_whole(tmp_path):
@@ -209,7 +248,7 @@ def test_a_frozen_parameter_is_not_averaged():
 def test_every_trained_parameter_has_exactly_one_optimizer():
     config = configs.from_dict(SHAPE)
     network = system.build(config)
-    given = [id(p) for o in system.optimizers(network, config) for group in o.param_groups for p in group["params"]]
+    given = [id(p) for o in optim.make_optimizers(network, 0.02, 3e-4, 0.01) for group in o.param_groups for p in group["params"]]
     assert sorted(given) == sorted(id(p) for p in network.parameters() if p.requires_grad)
 
 
@@ -353,7 +392,7 @@ def test_without_hidden_matrices_adamw_has_all_and_its_rate_is_logged(hummed):
 def test_of_hidden_matrices_alone_muon_has_all():
     layer = torch.nn.Linear(4, 4, bias=False)
     layer.hidden_matrices = lambda: [layer.weight]
-    assert [type(o) for o in system.optimizers(layer, configs.from_dict(SHAPE))] == [torch.optim.Muon]
+    assert [type(o) for o in optim.make_optimizers(layer, 0.02, 3e-4, 0.01)] == [optim.Muon]
 
 
 def test_a_run_says_how_many_parameters_are_frozen(hummer, tmp_path, capsys):

@@ -158,6 +158,28 @@ def test_progress_is_by_steps_or_by_the_clock_whichever_is_ahead():
     assert train.progress(config, 9, 1e9, torch.device("cpu"), 1) == 1
 
 
+def test_after_ten_updates_a_run_says_how_long_it_will_take(tiny, tmp_path, capsys):
+    call(train, *options(tiny | {"out_dir": tmp_path, "steps": 12, "val_interval": 0, "log_interval": 12}))
+    said = [line for line in capsys.readouterr().out.splitlines() if "minutes of training" in line]
+    assert len(said) == 1 and "for the 2 to go" in said[0]
+
+
+@pytest.mark.parametrize("bound, code, verdict", [("<= 99", 0, "met, "), ("<= 0.0001", 1, "missed, "), (">= 99", 1, "missed, ")])
+def test_a_recipe_knows_its_figure_and_says_whether_it_is_met(run, tiny, tmp_path, capsys, bound, code, verdict):
+    done = shutil.copytree(run, tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        call(train, *options(tiny | {"out_dir": done, "steps": 6, "expect": f"{{eval/mcd: {bound}}}"}))
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert end.value.code == code and last_line.startswith(f"expected eval/mcd {bound[:2]} ") and verdict in last_line
+
+
+def test_what_was_not_measured_is_neither_met_nor_missed(run, tiny, tmp_path, capsys):
+    done = shutil.copytree(run, tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        call(train, *options(tiny | {"out_dir": done, "steps": 6, "expect": "{eval/recall_1: >= 0.9}"}))
+    assert end.value.code == 0 and capsys.readouterr().out.splitlines()[-1] == "expected eval/recall_1 >= 90.0 %: not measured"
+
+
 # What is left behind
 
 def test_a_run_leaves_all_that_tells_of_it(run):
