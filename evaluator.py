@@ -163,7 +163,10 @@ def mean_scores(rows: list[dict]) -> dict[str, float]:
 
 
 def by_group(rows: list[dict]) -> dict[str, float]:
-    """How often all was as asked for, by the words of the clips' groups, where there are several: eval/all_match/en, eval/all_rule/en."""
+    """How often all was as asked for, by the words of the clips' groups, if there are several: eval/all_match/en.
+
+    The same by rule where there is one: eval/all_rule/en.
+    """
     rows = [row for row in rows if row.get("group")]
     words = sorted({word for row in rows for word in row["group"].split()})
     found = {}

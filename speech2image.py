@@ -205,7 +205,10 @@ class SpeechImage(Stage):
 
     @torch.inference_mode()
     def score(self, made: Artifact, corpus: "Corpus", clip: data.Clip) -> dict[str, float]:
-        """Whether a picture shows what the clip's label says, part by part: as the judge sees it, and, where shapes are drawn, the rule."""
+        """Whether a picture shows what the clip's label says, part by part: by the judge, and by rule.
+
+        Only drawn shapes have a rule.
+        """
         label = corpus.labels[corpus.names[corpus.number(clip)]]
         by_rule = shapes.matches(made.picture, label) if self.config.data.corpus == "shapes" else {}
         if not self.config.codes.judge:
