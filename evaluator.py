@@ -231,11 +231,17 @@ def mean_scores(rows: list[dict]) -> dict[str, float]:
 
 
 def by_group(rows: list[dict]) -> dict[str, float]:
-    """How often all was as asked for, by the words of the clips' groups, where there are several: eval/all_match/en."""
-    rows = [row for row in rows if row.get("all_match") is not None]
+    """How often all was as asked for, by the words of the clips' groups, if there are several: eval/all_match/en.
+
+    The same by rule where there is one: eval/all_rule/en.
+    """
+    rows = [row for row in rows if row.get("group")]
     words = sorted({word for row in rows for word in row["group"].split()})
-    return {f"eval/all_match/{word}": mean_scores([row for row in rows if word in row["group"].split()])["all_match"]
-            for word in words if len(words) > 1}
+    found = {}
+    for word in words if len(words) > 1 else []:
+        scores = mean_scores([row for row in rows if word in row["group"].split()])
+        found |= {f"eval/{key}/{word}": scores[key] for key in ("all_match", "all_rule") if key in scores}
+    return found
 
 
 def figures(features: list[dict], folder: Path | None = None) -> dict[str, float]:

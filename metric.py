@@ -38,7 +38,15 @@ SCORES = {"mcd": Score("mel-cepstral distortion", "dB", "from log-mels, time-war
           "lsd": Score("log-spectral distance", "dB", "of the magnitudes at equal loudness; 0 is the recording"),
           "path_distance": Score("distance to the colour path", "", "mean over a picture, whose colours go from 0 to 1"),
           "all_match": Score("everything as asked for", "%", "all that the prompt says, at once", match=True),
-          **{f"{of}_match": Score(f"{of} as asked for", "%", match=True) for of in ("key", "tempo", "timbre", "colour", "shape", "place")},
+          "all_rule": Score("everything, by rule", "%", "the same, by a rule that has learned nothing", match=True),
+          **{f"{of}_match": Score(f"{of} as asked for", "%", match=True)
+             for of in ("key", "tempo", "timbre")},
+          "colour_match": Score("colour as asked for", "%", match=True),
+          "colour_rule": Score("colour, by rule", "%", match=True),
+          "shape_match": Score("shape as asked for", "%", match=True),
+          "shape_rule": Score("shape, by rule", "%", match=True),
+          "place_match": Score("place as asked for", "%", match=True),
+          "place_rule": Score("place, by rule", "%", match=True),
           "chance": Score("chance", "%", "of everything being as asked for, by a guess"),
           "fad": Score("Fréchet audio distance", "", "of the sets' features; 0 is the recordings"),
           "kad": Score("kernel audio distance", "", "of the sets' features, times 100; 0 is the recordings"),
@@ -334,7 +342,8 @@ def sample(folder: Path, entry: dict) -> str:
     name, text, heard, errors = (entry.get(key) for key in ("id", "text", "hypothesis", "errors"))
     wrong = f"{errors} error{'s' * (errors != 1)} in {entry.get('words')} words" if errors else "every word right"
     known = {key: score for key, score in SCORES.items() if entry.get(key) is not None}
-    missed = [key.removesuffix("_match") for key, score in known.items() if score.match and entry[key] < 1]
+    missed = [key.removesuffix("_match").replace("_", " by ")
+              for key, score in known.items() if score.match and entry[key] < 1]
     scores = ([wrong] if errors is not None else []) + [f"not as asked for: {', '.join(missed)}"] * bool(missed)
     scores += [f"{score.title} {with_unit(key, entry[key])}" for key, score in known.items() if not score.match]
     lines = f"<p class=text>{escape(text)}</p>" if text else ""

@@ -25,6 +25,7 @@ import flow
 import metric
 import pretrained
 import recogniser
+import shapes
 from config import Config, Sample, UserError, from_dict
 from model import Batches, Prompt, zero
 
@@ -204,13 +205,19 @@ class SpeechImage(Stage):
 
     @torch.inference_mode()
     def score(self, made: Artifact, corpus: "Corpus", clip: data.Clip) -> dict[str, float]:
-        """Whether the judge sees in a picture what the clip's label says, part by part."""
+        """Whether a picture shows what the clip's label says, part by part: by the judge, and by rule.
+
+        Only drawn shapes have a rule.
+        """
+        label = corpus.labels[corpus.names[corpus.number(clip)]]
+        by_rule = shapes.matches(made.picture, label) if self.config.data.corpus == "shapes" else {}
         if not self.config.codes.judge:
-            return {}
-        parts, wanted = flow.label_parts(corpus.kinds), corpus.labels[corpus.names[corpus.number(clip)]].split("-")
+            return by_rule
+        parts, wanted = flow.label_parts(corpus.kinds), label.split("-")
         seen = [names[scores.argmax()] for names, scores in zip(parts, self.judge(made.picture[None].to(self.device)))]
         names = ("colour", "shape", "place") if len(parts) == 3 else ()
-        return {f"{name}_match": float(a == b) for name, a, b in zip(names, seen, wanted)} | {"all_match": float(seen == wanted)}
+        matches = {f"{name}_match": float(a == b) for name, a, b in zip(names, seen, wanted)}
+        return matches | {"all_match": float(seen == wanted)} | by_rule
 
     @torch.inference_mode()
     def features(self, made: Artifact, corpus: "Corpus", clip: data.Clip) -> dict[str, np.ndarray]:

@@ -19,7 +19,6 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import yaml
 from matplotlib.image import imsave
 from tqdm import tqdm
 
@@ -31,12 +30,9 @@ import pretrained
 import recogniser
 import speech2image
 from config import Config, UserError, from_command_line, run_main
+from shapes import COMBINATIONS, KINDS, NEW, SHAPES, describe, draw
 from speech2image import HOP, RATE
 
-SHAPES = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8"))
-KINDS = list(SHAPES["attributes"].values())                    # colours, shapes, places
-COMBINATIONS = list(np.ndindex(*map(len, KINDS)))              # 120 of them
-NEW = {(c, (c + p) % 4, p) for c, _, p in COMBINATIONS if (c + 2 * p) % 3}         # 20 that training never shows, but all their pairs
 PICTURES = 12                        # of a combination, to train on; one each validates and tests
 
 
@@ -61,25 +57,6 @@ def list_shapes(root: Path, language: str, count: int) -> list[dict]:
         found.append({"picture": picture, "wav": wav, "text": text, "split": split,
                       "voice": f"{voice} {'new' if combination in NEW else 'known'}", "label": label})
     return sorted(found, key=lambda line: zlib.crc32(line["wav"].encode()))      # so that the first few are of all kinds
-
-
-def describe(language: str, combination: tuple[int, int, int], rng: random.Random) -> str:
-    words, (c, s, p) = SHAPES[language], combination
-    colours = words["colours_feminine"] if language == "ar" and s == 0 else words["colours"]
-    return rng.choice(words["patterns"]).format(colour=colours[c], shape=words["shapes"][s], place=words["places"][p])
-
-
-def draw(combination: tuple[int, int, int], seed: int) -> np.ndarray:
-    """(32, 32, 3) in [0, 1]; place, size, tint and background vary a little."""
-    (c, s, p), rng = combination, np.random.default_rng(seed)
-    (x, y), size = SHAPES["centres"][p] + rng.uniform(-1.5, 1.5, 2), rng.uniform(5, 6.5)
-    v, u = (np.mgrid[0:128, 0:128] + 0.5) / 4                  # 4 x 4 points a pixel
-    u, v = (u - x) / size, (v - y) / size
-    inside = [u ** 2 + v ** 2 < 1, np.maximum(abs(u), abs(v)) < 0.85, (abs(u) < 0.55 * (v + 1)) & (v < 0.8),
-              (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1)][s]
-    share = inside.reshape(32, 4, 32, 4).mean((1, 3))[..., None]
-    ground, colour = rng.uniform(0, 0.15, 3), SHAPES["rgb"][c] + rng.uniform(-0.05, 0.05, 3)
-    return (ground * (1 - share) + colour * share).clip(0, 1)
 
 
 def list_flickr8k(root: Path, language: str) -> list[dict]:

@@ -11,7 +11,7 @@ import pytest
 import config
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = [["config", "text"], ["whisper_weights", "device"], ["audio", "metric", "optim", "shapes"], ["corpora.voice"], ["corpora.demo"],
+LAYERS = [["config", "text", "shapes"], ["whisper_weights", "device"], ["audio", "metric", "optim"], ["corpora.voice"], ["corpora.demo"],
           ["pretrained"], ["flow", "data"], ["model"],
           ["recogniser"], ["spectrogram", "music", "speech2image"], ["system"], ["evaluator"], ["train", "sample"]]
 SAME_LAYER = {("metric", "audio")}

@@ -69,6 +69,21 @@ def test_validation_loss_is_the_same_twice_and_is_the_mean_of_its_bins(trained):
     assert len(clips) == 64 and first["val/flow_loss"] == pytest.approx(clips.mean().item(), rel=1e-5)
 
 
+# Scores
+
+def test_matches_are_also_told_by_the_words_of_their_groups_by_the_judge_and_by_the_rule():
+    rows = [{"group": "en new", "all_match": 1.0, "all_rule": 0.0},
+            {"group": "en known", "all_match": 1.0, "all_rule": 1.0},
+            {"group": "ar known", "all_match": 0.0, "all_rule": 1.0},
+            {"group": "", "all_match": 0.0, "all_rule": 0.0}]
+    judged = {"eval/all_match/ar": 0, "eval/all_match/en": 1, "eval/all_match/known": 0.5, "eval/all_match/new": 1}
+    ruled = {"eval/all_rule/ar": 1, "eval/all_rule/en": 0.5, "eval/all_rule/known": 1, "eval/all_rule/new": 0}
+    assert evaluator.by_group(rows) == judged | ruled
+    assert evaluator.by_group([{key: row[key] for key in ("group", "all_match")} for row in rows]) == judged
+    for few in ([], [{"group": "en", "all_match": 1.0}], [{"mcd": 3.0}]):
+        assert evaluator.by_group(few) == {}
+
+
 # What an evaluation leaves
 
 def test_every_sample_has_its_line_its_sound_and_its_pictures(run):

@@ -374,3 +374,21 @@ def test_a_match_is_shown_in_percent_beside_its_controls_and_its_groups(tmp_path
     log.close()
     page = metric.write_report(tmp_path).read_text()
     assert "87.5 %" in page and "at best: 99.0 %; shuffled prompts: 1.0 %; en: 90.0 %" in page
+
+
+def test_the_figure_of_the_rule_stands_right_beside_that_of_the_judge(tmp_path):
+    log = writer(tmp_path)
+    log.log(1, {"eval/all_match": 0.875, "eval/all_rule": 0.625, "eval/all_rule_vocoded": 0.99,
+                "eval/all_rule_shuffled": 0.02, "eval/all_rule/new": 0.5})
+    log.close()
+    page = metric.write_report(tmp_path).read_text()
+    assert "at best: 99.0 %; shuffled prompts: 2.0 %; new: 50.0 %" in page
+    keys = list(metric.SCORES)
+    for of in ("all", "colour", "shape", "place"):
+        assert keys.index(f"{of}_rule") == keys.index(f"{of}_match") + 1 and metric.SCORES[f"{of}_rule"].match
+
+
+def test_a_sample_says_what_is_wrong_in_it_and_by_whom(tmp_path):
+    entry = {"id": "a", "text": "", "all_match": 0.0, "colour_match": 0.0, "shape_match": 1.0,
+             "all_rule": 0.0, "shape_rule": 0.0}
+    assert "not as asked for: all, all by rule, colour, shape by rule" in metric.sample(tmp_path, entry)

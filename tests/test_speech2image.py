@@ -20,6 +20,7 @@ import config
 import data
 import evaluator
 import flow
+import metric
 import recogniser
 import sample
 import speech2image
@@ -368,6 +369,21 @@ def test_s2igan_is_read_as_published_and_its_pickles_are_not_run(shapes, clip_to
 
 
 # What is found
+
+def test_the_rule_sees_in_every_picture_of_the_corpus_what_its_label_says(corpus, shapes):
+    made = speech2image.SpeechImage(config.load("", options(shapes | {"system": "speech_image"})))
+    clips = corpus.clips("val") + corpus.clips("test")
+    nothing = torch.zeros(0)
+    found = []
+    for clip, other in zip(clips, clips[1:] + clips[:1]):
+        own = speech2image.Artifact(nothing, RATE, corpus.picture(corpus.number(clip)), nothing, nothing)
+        found.append(made.score(own, corpus, clip))
+        same = corpus.label(clip) == corpus.label(other)
+        assert made.score(own, corpus, other)["all_rule"] == same
+    right = dict.fromkeys(("all_rule", "colour_rule", "shape_rule", "place_rule"), 1)
+    assert all(scores == right for scores in found)            # and no judge was asked for
+    assert found[0].keys() <= metric.SCORES.keys()
+
 
 def test_a_tenth_of_a_second_and_a_minute_are_heard(shapes):
     assert network(shapes).listen([speech(0.1), speech(60)]).isfinite().all()
