@@ -451,7 +451,6 @@ def roundtrip(source: str, target: Path | None, given: dict, recogniser: str, te
 def compare_hearing(wave: torch.Tensor, rebuilt: torch.Tensor, sample_rate: int, name: str, text: str) -> None:
     """Print what Whisper `name`, or the one in its place, hears in both, 30 s at a time, and the WER."""
     import jiwer
-    from whisper.normalizers import EnglishTextNormalizer
 
     import whisper_weights                             # seconds to import
     model, _, why = whisper_weights.load_any(name, torch.device("cpu"), "--recogniser")
@@ -464,9 +463,9 @@ def compare_hearing(wave: torch.Tensor, rebuilt: torch.Tensor, sample_rate: int,
         pieces = resample(sound, sample_rate, whisper_weights.RATE).split(whisper_weights.WINDOW)
         heard.append(" ".join(text.strip() for text in whisper_weights.transcribe(model, list(pieces))))
     print(f"heard before {heard[0]!r}\nheard after  {heard[1]!r}")
-    normalise = EnglishTextNormalizer()
-    said = normalise(text) or normalise(heard[0])
-    print(f"WER          {100 * jiwer.wer(said, normalise(heard[1])):.1f} %" if said else "WER          none: nothing was heard before")
+    before, after = map(whisper_weights.normalise, heard)
+    said = whisper_weights.normalise(text) or before
+    print(f"WER          {100 * jiwer.wer(said, after):.1f} %" if said else "WER          none: nothing was heard before")
 
 
 def read(source: str, given: dict) -> tuple[torch.Tensor, Picture]:

@@ -26,7 +26,6 @@ import transformers
 import whisper
 import yaml
 from tqdm import tqdm
-from whisper.normalizers import EnglishTextNormalizer
 from whisper.timing import find_alignment
 from whisper.tokenizer import get_tokenizer
 
@@ -39,7 +38,7 @@ from model import sinusoids
 
 RATE = whisper_weights.RATE          # Hz: Whisper listens at 16 kHz, HuBERT too
 HOP = 320                            # samples a frame of HuBERT: 50 a second
-normalise = EnglishTextNormalizer()  # Whisper's own: case, punctuation, numbers, British spelling
+normalise = whisper_weights.normalise
 
 
 class Recogniser:
