@@ -32,7 +32,6 @@ import yaml
 from PIL import Image, PngImagePlugin
 
 from config import Mel, Picture, UserError, from_dict, run_main
-from text import comparable
 
 LOG_FLOOR = 1e-5                     # magnitudes below are clamped: silence is ln 1e-5 = -11.51
 
@@ -452,7 +451,6 @@ def roundtrip(source: str, target: Path | None, given: dict, recogniser: str, te
 def compare_hearing(wave: torch.Tensor, rebuilt: torch.Tensor, sample_rate: int, name: str, text: str) -> None:
     """Print what Whisper `name`, or the one in its place, hears in both, 30 s at a time, and the WER."""
     import jiwer
-    from whisper.normalizers import EnglishTextNormalizer
 
     import whisper_weights                             # seconds to import
     model, _, why = whisper_weights.load_any(name, torch.device("cpu"), "--recogniser")
@@ -465,9 +463,8 @@ def compare_hearing(wave: torch.Tensor, rebuilt: torch.Tensor, sample_rate: int,
         pieces = resample(sound, sample_rate, whisper_weights.RATE).split(whisper_weights.WINDOW)
         heard.append(" ".join(text.strip() for text in whisper_weights.transcribe(model, list(pieces))))
     print(f"heard before {heard[0]!r}\nheard after  {heard[1]!r}")
-    normalise = EnglishTextNormalizer()
-    before, after = (normalise(comparable(words)) for words in heard)
-    said = normalise(comparable(text)) or before
+    before, after = map(whisper_weights.normalise, heard)
+    said = whisper_weights.normalise(text) or before
     print(f"WER          {100 * jiwer.wer(said, after):.1f} %" if said else "WER          none: nothing was heard before")
 
 

@@ -26,7 +26,6 @@ import transformers
 import whisper
 import yaml
 from tqdm import tqdm
-from whisper.normalizers import EnglishTextNormalizer
 from whisper.timing import find_alignment
 from whisper.tokenizer import get_tokenizer
 
@@ -36,16 +35,10 @@ import pretrained
 import whisper_weights
 from config import Align, Config, Mel, UserError, to_dict
 from model import sinusoids
-from text import comparable
 
 RATE = whisper_weights.RATE          # Hz: Whisper listens at 16 kHz, HuBERT too
 HOP = 320                            # samples a frame of HuBERT: 50 a second
-whisper_normaliser = EnglishTextNormalizer()                   # case, punctuation, numbers, British spelling
-
-
-def normalise(words: str) -> str:
-    """What was to be said, or was heard, in the form in which word errors are counted: `comparable`, then Whisper's own normaliser."""
-    return whisper_normaliser(comparable(words))
+normalise = whisper_weights.normalise
 
 
 class Recogniser:

