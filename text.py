@@ -1,9 +1,9 @@
 """Text as people type it, as words: "Dr. Li paid $3.50." -> "Doctor Li paid three dollars and fifty cents."
 
-American English in LJSpeech's manner: no "and" within a number, years in pairs; 5/12/1999 is in May. Each kind
-of writing is a pattern and a function of its match, applied in the order of PATTERNS, at the end. What none of
-them knows stays as typed, and so do letters that are spoken as letters or as a word (USA, NASA, U.S., J. R.,
-p.m.), accents, brackets, quotation marks. Only the last part of a pattern repeats without limit: no text is slow.
+American English in LJSpeech's manner: no "and" within a number, years in pairs; 5/12/1999 is May. Each kind
+of writing is a pattern and a function of its match, in the order of PATTERNS at the end. What none of them
+knows stays as typed. So do letters, spoken one by one or as a word (USA, NASA, U.S., J. R., p.m.), accents,
+brackets and quotation marks. Only the last part of a pattern repeats without limit: no text is slow.
 """
 
 import datetime
@@ -17,7 +17,7 @@ ROUNDS = 4        # of reading, as a rule two: what one writes may be what anoth
 
 
 def normalize(text: str) -> str:
-    """The words of any text, without digits, between single blanks. Never raises; what it returns it leaves alone."""
+    """The words of any text: no digits, single blanks. Never raises, and leaves its own result as it is."""
     for _ in range(ROUNDS):
         before = text
         text = read_once(before)
@@ -41,14 +41,13 @@ def read_once(text: str) -> str:
 
 
 def fit(m: re.Match, words: str) -> str:
-    """`words` in place of a match: apart from letters beside it, with a capital if figures began the sentence."""
+    """Words in place of a match: apart from letters beside it, with a capital if figures began a sentence."""
     if words == m[0]:
         return words
-    before = m.string[max(0, m.start() - 4):m.start()]
+    before = m.string[max(0, m.start() - 8):m.start()]
     after = m.string[m.end():m.end() + 1]
-    opening = before.rstrip("\"'( ")
-    first = opening[-1] in ".!?" and opening != before if opening else m.start() <= 4
-    if first and not m[0][0].isalpha():
+    opening = re.search(r"^[\"'(]{0,3}$|(?<!\b[A-Za-z])[.!?][\"')]{0,3} [\"'(]{0,3}$", before)
+    if opening and not m[0][0].isalpha():
         words = words[:1].upper() + words[1:]
     if before[-1:].isalnum() and words[:1].isalnum():
         words = " " + words
@@ -159,9 +158,9 @@ def table(rows: str) -> dict[str, str]:
 
 # Addresses on the net
 
-ADDRESS = {"://": "colon slash slash", ":": "colon", "/": "slash", ".": "dot", "@": "at", "-": "dash", "&": "and",
+ADDRESS = {"://": "colon slash slash", ":": "colon", "/": "slash", ".": "dot", "@": "at", "-": "dash",
            "_": "underscore", "?": "question mark", "=": "equals", "#": "hash", "%": "percent", "+": "plus",
-           "~": "tilde", ",": "comma"}
+           "~": "tilde", ",": "comma", "&": "and"}
 
 
 def address(m: re.Match) -> str:
@@ -192,7 +191,7 @@ POINTLESS = table("""vs: versus, Inc: Incorporated, Ltd: Limited, Corp: Corporat
 LATIN = table("eg: for example, ie: that is, aka: also known as, et al: and others")
 NUMBERED = table("""no: number, nos: numbers, vol: volume, vols: volumes, ch: chapter, chap: chapter,
     sec: section, fig: figure, figs: figures, eq: equation, p: page, pp: pages, pg: page, art: article,
-    c: circa, ca: circa, pt: part, bk: book, apt: apartment, est: established""")
+    sect: section, nr: number, c: circa, ca: circa, pt: part, bk: book, apt: apartment, est: established""")
 DAYS = table("""Mon: Monday, Tue: Tuesday, Tues: Tuesday, Wed: Wednesday, Thu: Thursday, Thur: Thursday,
     Thurs: Thursday, Fri: Friday, Sat: Saturday, Sun: Sunday""")
 SAINTS = """Agnes Alban Albans Andrew Andrews Anne Anthony Augustine Barbara Bartholomew Benedict Bernard
@@ -255,8 +254,8 @@ PARTS = """Chapter Chapters Part Parts Book Volume Volumes Act Scene Section Art
 RULERS = """Albert Alexander Alfonso Artaxerxes Benedict Boniface Carl Catherine Charles Christian Clement
     Conrad Darius Edward Elizabeth Ferdinand Francis Frederick George Gregory Gustav Haakon Harald Henri
     Henry Innocent Isabella Ivan James John Joseph Karl Leo Leopold Louis Mary Maximilian Napoleon Nicholas
-    Olaf Otto Paul Pedro Peter Philip Pius Ptolemy Ramses Richard Robert Rudolf Sargon Urban Victor Wilhelm
-    William Xerxes""".split()
+    Olaf Otto Paul Pedro Peter Philip Pius Ptolemy Ramses Richard Robert Rudolf Sargon Urban Victor Victoria
+    Wilhelm William Xerxes""".split()
 CROWNED = "King Queen Pope Emperor Empress Tsar Czar Kaiser Prince Sultan".split()
 
 
@@ -324,9 +323,10 @@ SCALES = table("""hundred: hundred, thousand: thousand, million: million, billio
 
 
 def cardinal(digits: str) -> str:
-    """ "1,234": one thousand two hundred thirty-four; what begins with 0, or is very long, digit by digit."""
+    """ "1,234": one thousand two hundred thirty-four; what begins with 0, or is long, is spelled."""
+    code = len(digits) > 9 and digits.isdigit() and digits[-3:] != "000"
     digits = digits.replace(",", "")
-    if len(digits) > 15 or len(digits) > 1 and digits[0] == "0":
+    if code or len(digits) > 15 or len(digits) > 1 and digits[0] == "0":
         return spell(digits)
     return american(num2words(int(digits)))
 
@@ -395,7 +395,7 @@ def fraction(typed: str) -> str:
     whole, _, parts = typed.rpartition(" ")
     over, under = parts.split("/")
     name = PARTS_OF_ONE.get(under)
-    if parts in ("24/7", "9/11", "50/50", "20/20"):
+    if parts in IDIOMS:
         words = f"{cardinal(over)} {cardinal(under)}"
     elif not name:
         words = f"{cardinal(over)} over {cardinal(under)}"
@@ -406,6 +406,7 @@ def fraction(typed: str) -> str:
     return f"{cardinal(whole)} and {words}" if whole else words
 
 
+IDIOMS = ("24/7", "9/11", "50/50", "20/20")
 PARTS_OF_ONE = {str(n): ordinal(str(n)) for n in (*range(3, 11), *range(12, 21), 25, 32, 50, 64, 100, 1000)}
 PARTS_OF_ONE |= {"2": "half", "4": "quarter"}
 
@@ -434,7 +435,7 @@ def ranges(m: re.Match) -> str:
     low, high = re.split(" ?- ?", m["range"])
     if m["result"] is not None:
         return f"{number(low)} minus {number(high)}"
-    if low == high and low in ("50", "20"):
+    if f"{low}/{high}" in IDIOMS:
         return f"{cardinal(low)} {cardinal(high)}"
     if re.fullmatch(r"1\d{3}|20\d\d", low) and re.fullmatch(r"1\d{3}|20\d\d|\d\d", high):
         return f"{pairs(low)} to {two(high) if len(high) == 2 else pairs(high)}"
@@ -444,6 +445,11 @@ def ranges(m: re.Match) -> str:
 def series(m: re.Match) -> str:
     """1-2-3, 4-4-2."""
     return " ".join(map(cardinal, m[0].split("-")))
+
+
+def thousands(m: re.Match) -> str:
+    """1 000 000, 1.000.000."""
+    return number(re.sub("[ .]", ",", m[0]))
 
 
 def version(m: re.Match) -> str:
@@ -519,10 +525,10 @@ UNITS = table("""km: kilometer, m: meter, cm: centimeter, mm: millimeter, nm: na
     GHz: gigahertz, THz: terahertz, kB: kilobyte, KB: kilobyte, MB: megabyte, GB: gigabyte, TB: terabyte,
     PB: petabyte, KiB: kibibyte, MiB: mebibyte, GiB: gibibyte, TiB: tebibyte, Mb: megabit, Gb: gigabit,
     bps: bit per second, kbps: kilobit per second, Mbps: megabit per second, Gbps: gigabit per second,
-    MP: megapixel, px: pixel, dpi: dot per inch, W: watt, mW: milliwatt, kW: kilowatt, MW: megawatt,
-    GW: gigawatt, Wh: watt hour, kWh: kilowatt hour, MWh: megawatt hour, V: volt, mV: millivolt,
-    kV: kilovolt, mA: milliamp, mAh: milliamp hour, Ω: ohm, kΩ: kilohm, dB: decibel, Pa: pascal,
-    hPa: hectopascal, kPa: kilopascal, J: joule, kJ: kilojoule, cal: calorie, kcal: kilocalorie,
+    MP: megapixel, px: pixel, dpi: dot per inch, ppm: part per million, W: watt, mW: milliwatt, kW: kilowatt,
+    MW: megawatt, GW: gigawatt, Wh: watt hour, kWh: kilowatt hour, MWh: megawatt hour, V: volt,
+    mV: millivolt, kV: kilovolt, mA: milliamp, mAh: milliamp hour, Ω: ohm, kΩ: kilohm, dB: decibel,
+    Pa: pascal, hPa: hectopascal, kPa: kilopascal, J: joule, kJ: kilojoule, cal: calorie, kcal: kilocalorie,
     eV: electron volt, keV: kiloelectron volt, MeV: megaelectron volt, mol: mole, h: hour, hr: hour,
     hrs: hour, min: minute, mins: minute, s: second, sec: second, secs: second, ms: millisecond,
     μs: microsecond, ns: nanosecond, yr: year, yrs: year, wk: week, wks: week, °C: degree Celsius,
@@ -591,9 +597,11 @@ def height(m: re.Match) -> str:
     return f"{count(m['feet'], 'foot')} {count(m['inches'], 'inch')}"
 
 
-def inches(m: re.Match) -> str:
-    """A 12" record; not the end of a quotation."""
-    return count(m["amount"], "inch", describes(m)) if m["amount"] else m[0]
+def length(m: re.Match) -> str:
+    """A 12" record, 8'; not the end of a quotation."""
+    if not m["amount"]:
+        return m[0]
+    return count(m["amount"], {"'": "foot", '"': "inch"}[m["mark"]], describes(m))
 
 
 # Dates and times
@@ -616,12 +624,13 @@ def date(m: re.Match) -> str:
 
 
 def day_first(m: re.Match) -> str:
-    """5 May 1999, the 5th of May."""
+    """5 May 1999, the 5th of May, 5-7 May."""
     if not 1 <= int(m["day"]) <= 31:
         return m[0]
     the = "" if word_before(m).lower() == "the" else "the "
+    start = f"{ordinal(m['from'])} to the " if m["from"] else ""
     end = f", {pairs(m['year'])}" if m["year"] else ""
-    return f"{the}{ordinal(m['day'])} of {month_name(m['month'])}{end}" + full_stop(m)
+    return f"{the}{start}{ordinal(m['day'])} of {month_name(m['month'])}{end}" + full_stop(m)
 
 
 def month_and_year(m: re.Match) -> str:
@@ -683,9 +692,16 @@ def half_day(m: re.Match) -> str:
 
 
 def time_of_day(m: re.Match) -> str:
-    """15:45, 3:05, 12:30:15."""
+    """15:45, 3:05, 12:30:15, 1:23.45."""
     second = f" {two(m['second'])}" if m["second"] else ""
-    return clock(m["hour"], m["minute"], "") + second
+    decimals = f" point {spell(m['decimals'])}" if m["decimals"] else ""
+    return clock(m["hour"], m["minute"], "") + second + decimals
+
+
+def military(m: re.Match) -> str:
+    """0600 hours."""
+    minute = two(m["minute"]) if m["minute"] != "00" else "hundred"
+    return f"{two(m['hour'])} {minute}"
 
 
 def ratio(m: re.Match) -> str:
@@ -695,10 +711,11 @@ def ratio(m: re.Match) -> str:
 
 # Symbols
 
-SYMBOLS = table("""&: and, @: at, #: hash, %: percent, +: plus, =: equals, ==: equals, !=: is not, <: less than,
-    >: greater than, <=: at most, >=: at least, ->: to, =>: to, →: to, ≤: at most, ≥: at least, ≠: is not,
-    ≈: about, ~: tilde, ×: times, ÷: divided by, ±: plus or minus, °: degrees, ^: to the power of, /: slash,
-    \\: backslash, ²: squared, ³: cubed, √: square root of, ∞: infinity, §: section, ©: copyright""")
+SYMBOLS = table("""&: and, @: at, #: hash, %: percent, +: plus, =: equals, ==: equals, !=: is not,
+    <: less than, >: greater than, <=: at most, >=: at least, ->: to, =>: to, →: to, ≤: at most, ≥: at least,
+    ≠: is not, ≈: about, ~: tilde, ×: times, ÷: divided by, ±: plus or minus, °: degrees, ^: to the power of,
+    /: slash, \\: backslash, ²: squared, ³: cubed, √: square root of, ∞: infinity, §: section,
+    ©: copyright""")
 SYMBOLS |= {sign: plural(name) for sign, name in CURRENCIES.items()} | dict.fromkeys("*_|®", "")
 
 
@@ -755,6 +772,8 @@ FRAGMENTS = {
     "PROGRAM": either(PROGRAMS),
     "RULER": either(RULERS),
     "PART": either(PARTS),
+    "SECOND": r"(?::(?P<second>[0-5]\d))?(?:\.(?P<decimals>\d{1,3}))?",
+    "JOIN": "(?P<join> and | to | of |-|, )",
     "NUMERAL": r"(?P<numeral>[IVXLC]{1,8})\b",
     "SCALE": r"(?: ?(?P<scale>hundred|thousand|million|billion|trillion|<SHORT>|(?<=\d)[KkMmBbT])\b)?",
     "SHORT": "bn|bln|mn|mln|tn",
@@ -767,7 +786,8 @@ FRAGMENTS = {
 PHONES = [
     r"\+\d{1,3}(?:[ .-]\(?\d{2,5}\)?){2,5}", r"\+\d{7,15}",
     r"(?:1[ .-])?\(\d{3}\) ?\d{3}[ .-]\d{4}", r"(?:1[.-])?\d{3}[.-]\d{3}[.-]\d{4}",
-    r"\d{3} \d{3} \d{4}", r"\d{3}-\d{4}", r"(?:1-)?8\d\d-[A-Z]{4,8}", r"0\d{2,4} \d{3,4} \d{3,4}", r"0\d{3,4} \d{6}",
+    r"\d{3} \d{3} \d{4}", r"\d{3}-\d{4}", r"(?:1-)?8\d\d-[A-Z]{4,8}",
+    r"0\d{2,4} \d{3,4} \d{3,4}", r"0\d{3,4} \d{6}",
     r"\d{3}-\d\d-\d{4}", r"\d{4}(?: \d{4}){3}",             # social security, credit cards
     r"\d{5}-\d{4}", r"(?<=[A-Z]{2} )\d{5}",                  # ZIP codes
     r"(?<=[Cc]all )\d{3}", r"(?<=[Dd]ial )\d{3}", r"(?<=[Aa]rea code )\d{3}"]
@@ -790,36 +810,39 @@ PATTERNS = [
     (r"(?<=[a-z]) v\. (?=[A-Z])", named(" versus ")),
 
     (r"\b(?P<name>(?:<RULER>)(?: [A-HJ-Z]\.| [A-Z][a-z]{1,20}){0,2}) <NUMERAL>(?:\.(?=,))?", ruler),
-    (r"\b(?P<part>(?i:<PART>)) <NUMERAL>(?:(?P<join> and | to |-|, )(?P<last>[IVXLC]{2,8}|[VX])\b)?", part),
+    (r"\b(?P<part>(?i:<PART>)) <NUMERAL>(?:<JOIN>(?P<last>[IVXLC]{2,8}|[VX])\b)?", part),
     (r"(?<=[A-Za-z] )(?:III?|IV|VI{1,3}|IX|XI{1,3}|XIV|XVI{0,3})\b", sequel),
 
     (r"#(?=\d)", named("number ")),
+    (r"(?<=\d)\*(?![\w*])", named(" star")),
     (r"(?<![\w)\]'\".-])-(?=[$£€¥]?\.?\d)", named("minus ")),
     (r"(?<=[$£€¥])-(?=\d)", named("")),
     (r"<START>(?P<year>\d{4})<MARK>(?P<month>\d\d)(?P=mark)(?P<day>\d\d)(?!\d)(?:T(?=\d))?", iso_date),
     (r"<START>(?P<first>\d{1,2})<MARK>(?P<second>\d{1,2})(?P=mark)<YEARS><END>(?!\w)", numeric_date),
     (r"\b<MONTH> <DAY>(?: ?- ?(?P<last>\d{1,2})(?:st|nd|rd|th)?)?<OFYEAR>(?![\w%]|[.,:/]\d)", date),
-    (r"<START><DAY> (?:of )?<MONTH><OFYEAR>(?!\w)", day_first),
+    (r"<START>(?:(?P<from>\d{1,2}) ?- ?)?<DAY> (?:of )?<MONTH><OFYEAR>(?!\w)", day_first),
     (r"\b<MONTH>,? (?P<year><YEAR>)(?!\w|[.,:/]\d)", month_and_year),
     (r"\b(?P<month>Feb|Aug|Sept?|Oct|Nov|Dec)\.", month_alone),
 
     (r"(?:(?<=[AaPp][Mm])|(?<=[AaPp]\.[Mm]\.)|(?<=\d:\d\d)) ?- ?(?=\d)", named(" to ")),
     (r"<START><FROM><CLOCK> ?(?P<half>[AaPp])(?:\.? ?[Mm]\.|[Mm]\b)", half_day),
-    (r"<START>(?P<hour>[01]?\d|2[0-4]):(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?(?![\w:])", time_of_day),
+    (r"<START>(?P<hour>[01]?\d|2[0-4]):(?P<minute>[0-5]\d)<SECOND>(?![\w:])", time_of_day),
+    (r"<START>(?P<hour>[01]\d|2[0-4])(?P<minute>[0-5]\d)(?= (?:hours|GMT|UTC)\b)", military),
     (r"<START>(?P<first>\d{1,4}):(?P<second>\d{1,4})(?![\w:])", ratio),
 
+    (rf"(?<![\w.])(?:{'|'.join(PHONES)})(?![\w-])", digit_by_digit),
+    (r"<START>\d{1,3}(?: 000){1,4}(?!\w)|<START>\d{1,3}\.\d{3}\.\d{3}(?![.\d])", thousands),
     (r"\bv\.? ?(?P<version>\d{1,4}(?:\.\d{1,4}){0,4})(?![\w.])", release),
     (r"\b(?P<program><PROGRAM>)[ -]?(?P<version>\d{1,4}(?:\.\d{1,4}){1,4})(?!\.?\d)", version),
     (r"<START>(?P<program>)(?P<version>\d{1,4}(?:\.\d{1,4}){2,4})(?!\.?\d)", version),
-    (rf"(?<![\w.])(?:{'|'.join(PHONES)})(?![\w-])", digit_by_digit),
 
     (r"(?<=\d) ?x ?(?=10\^)", named(" times ")),
-    (r"(?<=\d) ?x ?(?=\d)", named(" by ")),
+    (r"(?:(?<=\d)|(?<=\d['\"])) ?x ?(?=\d)", named(" by ")),
     (r"(?<=\d) / (?=\d)", named(" divided by ")),
     (r"(?<=\d)[Ee]-(?=\d)", named(" e minus ")),
     (r"<START>(?P<feet>\d{1,2})' ?(?P<inches>\d{1,2})(?:\"|'')?(?!\w)", height),
     (r"<START>(?P<feet>\d{1,2}) ?(?:ft|feet|foot)\.? (?P<inches>\d{1,2}) ?in\b\.?", height),
-    (r"\"[^\"]{0,300}\"|<START>(?P<amount><NUMBER>)\"", inches),
+    (r"\"[^\"]{0,300}\"|(?<!\w)'[^']{0,300}'(?!\w)|<START>(?P<amount><NUMBER>)(?P<mark>[\"'])(?!\w)", length),
     (r"<MONEY><SCALE><PER>", money),
     (r"<START>(?P<amount>\d{1,2})(?P<code>p)(?!\w)", coins),
     (r"<AMOUNT> ?<CODE>(?!\w)", coins),
@@ -841,12 +864,15 @@ PATTERNS = [
     (r"(?<=[A-Za-z])-?(?P<number>\d{1,15}(?:\.\d{1,15})?)(?!\d)", in_a_name),
     (r"(?<![\d.,])(?P<number>\d{1,15}(?:\.\d{1,15})?)(?=[A-Za-z])", in_a_name),
     (r"<START>(?P<number><NUMBER>)<END>", figure),
+    (r"(?<=\d),(?=\d{1,2}(?!\d))", named(", ")),
+    (r"<START>(?P<number><NUMBER>)<END>", figure),
     (r"\d+", leftover),
 
     (r"(?<=[a-z])/(?=(?:second|minute|hour|day|night|week|month|year|person)\b)", named(" per ")),
     (r"(?<=\b[A-G])#(?!\w)", named("sharp")),
     (r"#(?=[A-Za-z])", named("hashtag ")),
     (r"~(?=[A-Za-z])", named("about ")),
+    (r"(?<=\w)\*\*(?=\w)", named(" to the power of ")),
     (r"(?<=\w)(?:\*| \* )(?=\w)", named(" times ")),
     (rf"(?:{either(SYMBOLS)}){{1,30}}", symbols)]
 READINGS = [(compiled(pattern), read) for pattern, read in PATTERNS]
