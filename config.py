@@ -67,6 +67,7 @@ class Data:
 @dataclass(frozen=True)
 class Model:
     text_encoder: str = "google/byt5-small"  # T5/ByT5 hub id or folder, frozen | scratch: a small one, trained along
+    text: str = "bytes"              # what text_encoder scratch reads: bytes | phonemes (by espeak-ng, in its ASCII notation)
     text_layers: int = 2             # convolutional layers between the encoder and the decoder
     width: int = 1024
     layers: int = 8
@@ -260,7 +261,7 @@ CHOICES = {"system": ("tts", "spectrogram", "music", "speech_align", "speech_ima
            "picture.reference": ("peak", "fixed"), "klein.vae": ("own", "patches"), "klein.tune": ("lora", "full"),
            "data.corpus": ("ljspeech", "librispeech", "music", "demo", "pieces", "shapes", "flickr8k", "s2igan", "listed"),
            "data.grammar": ("matrix", "open"),
-           "model.alignment": ("learned", "uniform", "none"), "flow.predict": ("x", "v"),
+           "model.text": ("bytes", "phonemes"), "model.alignment": ("learned", "uniform", "none"), "flow.predict": ("x", "v"),
            "train.schedule": ("cosine", "trapezoid"), "train.dtype": ("auto", "bf16", "fp32"), "eval.split": ("val", "test")}
 MAY_BE_ZERO = {"seed", "mel.fmin", "data.overfit", "data.workers", "data.silence_prob", "data.max_silence_sec", "flow.timestep_uniform",
                "flow.text_condition_dropout", "flow.duration_weight", "model.text_layers", "klein.text_rank", "music.joint_dropout",
@@ -442,6 +443,8 @@ def check(config: Config) -> None:
     m, d, f, s, t, p, k = config.model, config.data, config.flow, config.sample, config.train, config.picture, config.klein
     rules = [
         (m.width % (2 * m.heads) == 0, f"model.width {m.width} must be a multiple of twice model.heads {m.heads}"),
+        (m.text == "bytes" or config.system == "tts" and m.text_encoder == "scratch",
+         f"model.text {m.text}: only system tts with model.text_encoder scratch, which is trained along, reads them"),
         (d.pad_multiple % m.frame_stack == 0, f"data.pad_multiple {d.pad_multiple} is no multiple of model.frame_stack {m.frame_stack}"),
         (max(d.silence_prob, f.timestep_uniform, f.text_condition_dropout, config.music.joint_dropout, t.decay, config.align.noise_prob,
              config.align.hidden_share) <= 1, "a probability or share is above 1"),

@@ -24,6 +24,7 @@ import flow
 import metric
 import pretrained
 from config import Config, Mel, Sample, UserError
+from corpora import voice
 
 
 @dataclass
@@ -37,8 +38,11 @@ class Prompt:
 
 @dataclass
 class Artifact:
-    """What was made of `text`: a wave (N,) at `sample_rate` Hz, its log-mel (T, M), and where it attended, (N, S) over the bytes."""
-    text: str
+    """What was made of a text: a wave (N,) at `sample_rate` Hz, its log-mel (T, M), and where it attended, (N, S) over bytes.
+
+    letters: what these bytes are, the text or its phonemes.
+    """
+    letters: str
     wave: torch.Tensor
     sample_rate: int
     log_mel: torch.Tensor
@@ -52,7 +56,7 @@ class Artifact:
         if self.attention is not None:
             names["attention"] = f"{stem.name}.attention.png"
             seconds = len(self.wave) / self.sample_rate
-            metric.attention_png(self.attention.numpy(), self.text, stem.with_name(names["attention"]), seconds)
+            metric.attention_png(self.attention.numpy(), self.letters, stem.with_name(names["attention"]), seconds)
         return names
 
 
@@ -68,6 +72,8 @@ class TextToSpeech(nn.Module):
         self.config, self.frame_rate = config, config.mel.sample_rate / config.mel.hop
         m = config.model
         self.text_encoder, self.tokenizer, text_width = pretrained.load_text_encoder(m.text_encoder)
+        if m.text == "phonemes":
+            self.tokenizer = pretrained.PhonemeTokenizer(self.tokenizer)
         self.text = TextNet(text_width, m.width, m.text_layers, seconds_a_byte=0.065, frame_rate=self.frame_rate)
         self.decoder = MelFlow(config.mel.n_mels, m.frame_stack, m.width, m.layers, m.heads, m.upsample_text)
         self.register_buffer("mean", torch.tensor(float(mean)))
@@ -147,7 +153,8 @@ class TextToSpeech(nn.Module):
         return (text, self.align(durations, text_mask, both), x_mask, text_mask), frames, [len(row) for row in ids[:len(prompts)]]
 
     def artifact(self, text: str, log_mel: torch.Tensor, attention: torch.Tensor | None = None) -> Artifact:
-        return Artifact(text, self.vocode(log_mel), self.config.mel.sample_rate, log_mel, self.config.mel, attention)
+        letters = voice.phonemes(text) if self.config.model.text == "phonemes" else text
+        return Artifact(letters, self.vocode(log_mel), self.config.mel.sample_rate, log_mel, self.config.mel, attention)
 
     def reference(self, corpus: "Corpus", clip: data.Clip) -> Artifact:
         """The recorded clip's log-mel, and what the vocoder makes of it."""

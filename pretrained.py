@@ -21,6 +21,7 @@ from einops import rearrange
 
 import audio
 from config import Config, Mel, UserError
+from corpora import voice
 
 
 @functools.cache
@@ -93,6 +94,16 @@ def load_text_encoder(name: str) -> tuple[nn.Module, typing.Callable, int]:
 def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of each text, EOS appended: "" -> [eos]. Text that looks like a special token, "</s>", is text."""
     return [tokenizer(text, split_special_tokens=True).input_ids for text in texts]
+
+
+class PhonemeTokenizer:
+    """A byte tokenizer on the phonemes of a text, in espeak-ng's ASCII notation, instead of its letters: how words sound is not to be learned."""
+
+    def __init__(self, tokenizer: typing.Callable):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str, **options):
+        return self.tokenizer(voice.phonemes(text), **options)
 
 
 class TextEncoder(nn.Module):

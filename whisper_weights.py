@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import re
 import socket
 import struct
 from collections.abc import Iterator
