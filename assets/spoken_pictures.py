@@ -31,6 +31,7 @@ import pretrained
 import recogniser
 import speech2image
 from config import Config, UserError, from_command_line, run_main
+from corpora.voice import espeak
 from speech2image import HOP, RATE
 
 SHAPES = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8"))
@@ -56,7 +57,7 @@ def list_shapes(root: Path, language: str, count: int) -> list[dict]:
         if not (root / picture).exists():
             with data.replacing(root / picture) as part:
                 imsave(part, draw(combination, zlib.crc32(picture.encode())), format="png")
-        wave = audio.espeak(text, 16000, f"{SHAPES[language]['voice']}+{voice}", rate=rng.randint(130, 190), pitch=rng.randint(30, 70))
+        wave = espeak(text, 16000, f"{SHAPES[language]['voice']}+{voice}", rate=rng.randint(130, 190), pitch=rng.randint(30, 70))
         audio.save_wav(root / wav, wave, 16000)
         found.append({"picture": picture, "wav": wav, "text": text, "split": split,
                       "voice": f"{voice} {'new' if combination in NEW else 'known'}", "label": label})

@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # idle threads sleep: spinning ones slow the other ranks down
 os.environ.setdefault("OMP_NUM_THREADS", "2")           # tests are small: more threads cost more than they bring
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # a model that is not cached is an error at once, not minutes of retries
-TINY = {"corpus": "demo", "sentences": 24, "text_encoder": "scratch", "width": 32, "layers": 2, "heads": 2, "frame_stack": 4,
+TINY = {"corpus": "demo", "voice": "espeak:en-us", "sentences": 24,
+        "text_encoder": "scratch", "width": 32, "layers": 2, "heads": 2, "frame_stack": 4,
         "batch_size": 4, "euler_steps": 2, "warmup": 2, "log_interval": 1, "eval_interval": 0, "limit": 4,
         "recogniser": ROOT / "assets" / "whisper-demo.pt", "device": "cpu", "dtype": "fp32", "wandb": "disabled"}
 THREE_STEPS = {"steps": 3, "eval_interval": 3, "limit": 3,
@@ -84,7 +85,7 @@ def recordings() -> Path:
 def tiny(tmp_path_factory) -> dict:
     """The knobs of a tiny system on a small demo corpus: 24 sentences to train on, 64 to validate."""
     folder = tmp_path_factory.mktemp("corpus")
-    finish(start("data.py", "demo", "--sentences=24", f"--out={folder}", "--workers=1"))
+    finish(start("data.py", "demo", "--voice=espeak:en-us", "--sentences=24", f"--out={folder}", "--workers=1"))
     return TINY | {"data_dir": folder}
 
 

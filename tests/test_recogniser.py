@@ -22,6 +22,7 @@ import data
 import metric
 import recogniser
 from config import Mel, UserError
+from corpora import demo, voice
 
 sys.path.insert(0, str(recogniser.TINY.parent))
 import music_pieces
@@ -36,7 +37,7 @@ def listener():
 
 
 def wer(listener, texts: list[str], vocoded: bool) -> float:
-    waves = [audio.espeak(text, MEL.sample_rate) for text in texts]
+    waves = [voice.espeak(text, MEL.sample_rate) for text in texts]
     if vocoded:
         waves = [audio.griffin_lim(audio.log_mel(wave, MEL), MEL) for wave in waves]
     heard = listener.transcribe(waves, MEL.sample_rate)
@@ -51,7 +52,7 @@ def test_what_is_shipped_is_small_and_a_whisper_of_its_own_format():
 
 @pytest.mark.parametrize("vocoded", [False, True], ids=["spoken", "vocoded"])
 def test_sentences_that_nobody_trained_on_are_understood(listener, vocoded):
-    assert wer(listener, audio.distinct_sentences("matrix", 16, held_out=True), vocoded) <= 0.05
+    assert wer(listener, demo.distinct_sentences("matrix", 16, held_out=True), vocoded) <= 0.05
 
 
 def test_words_in_random_order_are_heard_as_they_are(listener):
@@ -65,7 +66,7 @@ def test_silence_and_a_click_are_survived(listener):
 
 
 def test_a_batch_is_heard_as_each_alone(listener):
-    waves = [audio.espeak(text, MEL.sample_rate) for text in audio.distinct_sentences("matrix", 3, held_out=True)]
+    waves = [voice.espeak(text, MEL.sample_rate) for text in demo.distinct_sentences("matrix", 3, held_out=True)]
     assert listener.transcribe(waves, 22050) == [listener.transcribe([wave], 22050)[0] for wave in waves]
 
 
@@ -102,8 +103,8 @@ def test_times_are_in_order_whatever_the_attention_said():
 def test_words_of_a_known_text_are_timed(listener):
     """espeak-ng says when it begins a sentence's last word: it speaks the sentence without that for about as long."""
     errors = []
-    for text in audio.distinct_sentences("matrix", 12, held_out=True):
-        wave, rest = audio.espeak(text, 16000), audio.espeak(text.rsplit(" ", 1)[0], 16000)
+    for text in demo.distinct_sentences("matrix", 12, held_out=True):
+        wave, rest = voice.espeak(text, 16000), voice.espeak(text.rsplit(" ", 1)[0], 16000)
         found = listener.align(text, wave, 16000)
         assert [word for word, _, _ in found] == text.split()
         errors.append(abs(found[-1][1] - len(rest) / 16000))
@@ -170,10 +171,10 @@ def test_a_word_longer_than_a_piece_may_be_cannot_be_cut():
 
 def test_long_recordings_are_cut_between_words_once(tmp_path):
     """Longer than 2.5 s: cut by the tiny Whisper; shorter or damaged: left as they are. Nothing is timed again."""
-    texts = audio.distinct_sentences("matrix", 3, held_out=True)
+    texts = demo.distinct_sentences("matrix", 3, held_out=True)
     clips = [data.Clip(f"c{n}", text, "train", str(tmp_path / f"c{n}.wav")) for n, text in enumerate(texts)]
     for clip in clips[:2]:
-        audio.save_wav(clip.wav, audio.espeak(clip.text, 22050, rate=80 if clip.id == "c0" else 240), 22050)
+        audio.save_wav(clip.wav, voice.espeak(clip.text, 22050, rate=80 if clip.id == "c0" else 240), 22050)
     Path(clips[2].wav).write_text("no sound")
     config = configs.load("", ["--system", "spectrogram", "--align", str(recogniser.TINY), "--picture.seconds", "2.5", "--device", "cpu"])
     found = recogniser.cut_clips(config, clips, tmp_path)
