@@ -1,4 +1,4 @@
-"""Sound in and out: wav files, log-mel, sound as a picture and back, Griffin-Lim, and espeak-ng for corpora made on the spot.
+"""Sound in and out: wav files, log-mel, sound as a picture and back, Griffin-Lim.
 
 A wave is a float32 tensor (N,) in [-1, 1]; a log-mel is (T, M), natural log, frame m centred on sample (m + 1/2) hop,
 T = N // hop: exactly what NVIDIA's BigVGAN is trained on (meldataset.py, mel_spectrogram with center=False); with Mel.centred on
@@ -8,18 +8,13 @@ A picture is (3, H, W) in [0, 1], as sonic-plantain paints them: row 0 is 0 Hz, 
 """
 
 import argparse
-import ctypes
 import functools
 import itertools
 import json
 import math
 import os
-import random
-import re
 import tempfile
-import threading
 import warnings
-import zlib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -28,7 +23,6 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio.functional
-import yaml
 from PIL import Image, PngImagePlugin
 
 from config import Mel, Picture, UserError, from_dict, run_main
@@ -291,93 +285,6 @@ def load_png(path: str) -> tuple[torch.Tensor, Picture | None, dict]:
     if (p.canvas_height, p.canvas_width) != picture.shape[1:] or not 0 <= facts["peak"] < math.inf:
         raise UserError(f"{path}: not as it was painted ({p.canvas_width} x {p.canvas_height} pixels): do not scale or cut such a picture")
     return picture, p, facts
-
-
-# espeak-ng by ctypes: the wheel `espeakng-loader` carries the library and its voices; constants from espeak-ng's speak_lib.h.
-ESPEAK_RATE, ESPEAK_PITCH, ESPEAK_RANGE = 1, 3, 4
-ESPEAK_LOCK = threading.Lock()                                 # the library keeps one global voice
-
-
-def espeak(text: str, sample_rate: int, voice: str = "en-us", rate: int = 160, pitch: int = 50, pitch_range: int = 50) -> torch.Tensor:
-    """Speak `text` with espeak-ng: a wave (N,) in about 4 ms a sentence; lengths vary by a few samples from call to call.
-
-    rate: words a minute. pitch, pitch_range: 0 to 100.
-    raises UserError for a voice that espeak-ng does not have.
-    """
-    with ESPEAK_LOCK:
-        library, native_rate, chunks = espeak_library()
-        chunks.clear()
-        for parameter, value in ((ESPEAK_RATE, rate), (ESPEAK_PITCH, pitch), (ESPEAK_RANGE, pitch_range)):
-            library.espeak_SetParameter(parameter, value, 0)
-        if library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise UserError(f"espeak-ng has no voice {voice!r}")
-        data = text.encode()
-        utf8 = 1
-        library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, utf8, None, None)
-        pcm = torch.frombuffer(bytearray(b"".join(chunks)), dtype=torch.int16) if chunks else torch.zeros(0, dtype=torch.int16)
-    return resample(pcm.float() / 32768, native_rate, sample_rate)
-
-
-@functools.cache
-def espeak_library() -> tuple[ctypes.CDLL, int, list[bytes]]:
-    """The loaded library, its rate in Hz, and the list that its callback appends PCM to."""
-    import espeakng_loader
-    library, chunks = ctypes.CDLL(espeakng_loader.get_library_path()), []
-    synchronous = 2
-    rate = library.espeak_Initialize(synchronous, 0, espeakng_loader.get_data_path().encode(), 0)
-    if rate <= 0:
-        raise UserError("espeak-ng did not start: reinstall espeakng-loader")
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    def receive(samples, count, _events):
-        if samples and count > 0:
-            chunks.append(ctypes.string_at(samples, 2 * count))
-        return 0
-
-    library.espeak_SetSynthCallback(receive)
-    library.receive = receive                                  # the C side holds no reference: keep the callback alive here
-    return library, rate, chunks
-
-
-# What the demo says
-GRAMMARS = Path(__file__).parent / "assets" / "demo_grammar.yaml"
-
-
-def speak(text: str, sample_rate: int, voice: str) -> torch.Tensor:
-    """A sentence of the demo, with at most 50 ms of silence before and after it."""
-    wave = espeak(text, sample_rate, voice, rate=160, pitch=50)
-    loud, margin = (wave.abs() > 0.01).nonzero(), sample_rate // 20
-    return wave[max(0, loud[0].item() - margin):loud[-1].item() + margin + 1]
-
-
-def distinct_sentences(grammar: str, count: int, held_out: bool) -> list[str]:
-    rng, found = random.Random(f"{grammar} {held_out}"), {}    # in the order made: a longer list begins with a shorter one
-    for _ in range(100 * count + 10_000):
-        sentence = make_sentence(grammar, rng)
-        if is_held_out(sentence) == held_out:
-            found[sentence] = None
-        if len(found) == count:
-            return list(found)
-    raise UserError(f"data.sentences {count}: the grammar {grammar} does not make that many")
-
-
-@functools.cache
-def load_grammar(name: str) -> dict[str, list[str]]:
-    """{"patterns": [...], slot: [words...]} of `matrix` or `open` in assets/demo_grammar.yaml."""
-    grammar = yaml.safe_load(GRAMMARS.read_text())[name]
-    return {slot: v if isinstance(v, list) else v.split("|") if "|" in v else v.split() for slot, v in grammar.items()}
-
-
-def make_sentence(name: str, rng: random.Random) -> str:
-    """A sentence of a grammar: a pattern with a word drawn for each slot."""
-    grammar = load_grammar(name)
-    sentence = re.sub(r"\{(\w+)\}", lambda slot: rng.choice(grammar[slot[1]]), rng.choice(grammar["patterns"]))
-    return sentence[0].upper() + sentence[1:]
-
-
-def is_held_out(sentence: str) -> bool:
-    """Every tenth sentence is never trained on, neither by a voice nor by the recogniser: a property of the text alone."""
-    return zlib.crc32(sentence.encode()) % 10 == 0
 
 
 # Commands

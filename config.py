@@ -45,17 +45,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Data:
-    corpus: str = "ljspeech"         # ljspeech | librispeech | demo (spoken by espeak-ng on the spot); music (recordings with
+    corpus: str = "ljspeech"         # ljspeech | librispeech | demo (spoken on the spot); music (recordings with
                                      # captions: a JSON list, or a folder with a table) | pieces (played on the spot); pictures and speech:
                                      # shapes (drawn and described on the spot) | flickr8k (and its audio captions) | s2igan (CUB-200 or
                                      # Oxford-102 with spoken captions, as S2IGAN lays them out) | listed (see assets/spoken_pictures.py)
     data_dir: str = "data/ljspeech"  # packed shards, or a folder in the corpus's published layout, which is packed on first use
     download: bool = False           # fetch LJSpeech-1.1 or LibriSpeech train-clean-100 when data_dir does not exist
     align: str = ""                  # Whisper that cuts long clips between words, for pictures; "" = leave out what is too long
-    grammar: str = "matrix"          # demo: matrix (60 words, one pattern) | open (500 words and more, many patterns)
-    voice: str = "en-us"             # demo: of espeak-ng
+    grammar: str = "matrix"          # demo: matrix (60 words, one pattern) | ljspeech (2,000 of LJSpeech's own sentences)
+    voice: str = "en_US-joe-medium"  # demo: a voice of Piper's, or an .onnx file of one | espeak:en-us, espeak:en-us+m3: of espeak-ng
     langs: tuple = ("en",)           # of spoken descriptions of pictures, drawn equally often: [en, ar]
-    sentences: int = 4000            # demo: training sentences to speak; pieces: how many to play
+    sentences: int = 900             # demo: training sentences to speak; pieces: how many to play
     overfit: int = 0                 # train, validate and sample on this many clips only; 0 = the corpus's own split
     max_seconds: float = 20.0        # longer clips are left out
     silence_prob: float = 0.0        # chance that silence is appended to a training clip
@@ -260,7 +260,7 @@ CHOICES = {"system": ("tts", "spectrogram", "music", "speech_align", "speech_ima
            "music.size": (*SIZES, "own"), "music.text_padding": ("masked", "last"),
            "picture.reference": ("peak", "fixed"), "klein.vae": ("own", "patches"), "klein.tune": ("lora", "full"),
            "data.corpus": ("ljspeech", "librispeech", "music", "demo", "pieces", "shapes", "flickr8k", "s2igan", "listed"),
-           "data.grammar": ("matrix", "open"),
+           "data.grammar": ("matrix", "ljspeech"),
            "model.text": ("bytes", "phonemes"), "model.alignment": ("learned", "uniform", "none"), "flow.predict": ("x", "v"),
            "train.schedule": ("cosine", "trapezoid"), "train.dtype": ("auto", "bf16", "fp32"), "eval.split": ("val", "test")}
 MAY_BE_ZERO = {"seed", "mel.fmin", "data.overfit", "data.workers", "data.silence_prob", "data.max_silence_sec", "flow.timestep_uniform",

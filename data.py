@@ -1,6 +1,6 @@
 """Corpora: read as published, packed once into shards, then read in batches; and caches of what frozen networks make of them.
 
-A packed folder holds rows_*.npy (float16 log-mels, or int16 waves in rows of `hop` samples, of some 512 clips after one another,
+A packed folder holds rows_*.npy (float16 log-mels, or int16 waves in rows of `hop` samples, of some hundred clips after one another,
 memory-mapped), clips_*.jsonl (a header, a line a clip) and, last, index.json. A file is whole or absent: written under another name,
 flushed, renamed. What is random in a batch comes from (seed, step, row of the global batch) and from nothing else.
 """
@@ -31,9 +31,11 @@ from tqdm import tqdm
 
 import audio
 from config import Config, Mel, Picture, UserError, load, run_main
+from corpora import demo, voice
 from text import normalize
 
 FORMAT, SHARD = 2, 512                           # of a packed folder; clips in one shard of it
+SPOKEN_SHARD = 32                                # of what is spoken on the spot, which takes longer: processes share the work evenly
 SHORTEST_SEC, LONGEST_SEC = 0.1, 60.0            # what is packed; data.max_seconds decides what is read
 SPLITS = ("train", "val", "test")
 ORDER, TRAIN, VALIDATION = range(3)              # what a random stream of batches is for
@@ -214,7 +216,9 @@ def read_corpus(config: Config) -> tuple[dict, list[Clip], list[str]]:
     """What data.corpus is, its clips, not packed yet, and what is wrong with others; fetched first where data.download says so."""
     d, root = config.data, Path(config.data.data_dir)
     if d.corpus == "demo":
-        return {"name": "demo", "grammar": d.grammar, "sentences": d.sentences, "voice": d.voice}, demo_clips(d.grammar, d.sentences), []
+        speaker = voice.find_voice(d.voice)                    # maybe another than was asked for, so the corpus says which
+        corpus = {"name": "demo", "grammar": d.grammar, "sentences": d.sentences, "voice": speaker.name, "weights": speaker.sha256[:12]}
+        return corpus, demo_clips(d.grammar, d.sentences), []
     if d.download and not root.exists():
         download(d.corpus, root)
     read = {"ljspeech": read_metadata, "librispeech": read_librispeech, "music": read_music}
@@ -225,7 +229,7 @@ def read_speech(out: Path, corpus: dict, form: dict, clip: Clip) -> np.ndarray |
     """A clip as log-mels (T, M), float16, or as a wave, see `wave_rows`; None for one that is too long."""
     rate, hop, longest = form["sample_rate"], form["hop"], form.get("seconds", math.inf if corpus["name"] == "music" else LONGEST_SEC)
     if corpus["name"] == "demo":
-        wave = audio.speak(clip.text, rate, corpus["voice"])
+        wave = demo.speak(clip.text, rate, corpus["voice"])
         if clip.wav:
             (out / "wavs").mkdir(exist_ok=True)
             audio.save_wav(out / clip.wav, wave, rate)
@@ -247,11 +251,10 @@ def wave_rows(wave: torch.Tensor, hop: int) -> np.ndarray:
 
 
 def demo_clips(grammar: str, sentences: int) -> list[Clip]:
-    """`sentences` sentences to train on, and 64 to validate and 64 to test on that training never has."""
-    texts = audio.distinct_sentences(grammar, sentences, held_out=False) + audio.distinct_sentences(grammar, 128, held_out=True)
-    names, splits = [f"{grammar}-{n:05d}" for n in range(len(texts))], ["train"] * sentences + ["val"] * 64 + ["test"] * 64
-    wavs = [f"wavs/{name}.wav" if n < 64 or n >= sentences else None for n, name in enumerate(names)]     # to hear beside samples
-    return list(map(Clip, names, texts, splits, wavs))
+    """What the demo says; the first 64 to train on, and all that are held out, are kept as recordings, to hear beside samples."""
+    said = demo.demo_sentences(grammar, sentences)
+    kept = [n < 64 or sentence.split != "train" for n, sentence in enumerate(said)]
+    return [Clip(*sentence, f"wavs/{sentence.id}.wav" if keep else None) for sentence, keep in zip(said, kept, strict=True)]
 
 
 def pack(out: Path, corpus: dict, clips: list[Clip], skipped: list[str], form: dict, read: Callable[[Clip], np.ndarray],
@@ -265,7 +268,8 @@ def pack(out: Path, corpus: dict, clips: list[Clip], skipped: list[str], form: d
     done = (out / "index.json").exists()
     if done and (index := read_index(out, form))["plan"] != plan:
         raise UserError(f"{out}: already holds another corpus ({index['corpus']}, or other clips); delete it, or choose another folder")
-    parts = [clips[start:start + SHARD] for start in range(0, len(clips), SHARD)]
+    size = SPOKEN_SHARD if corpus["name"] == "demo" else SHARD
+    parts = [clips[start:start + size] for start in range(0, len(clips), size)]
     undone = [n for n in range(len(parts))[share[0]::share[1]] if not read_shard(out, n, plan)]
     if done and not undone and not strict:
         return
@@ -290,6 +294,8 @@ def pack_shard(out: Path, plan: str, read: Callable, shard: int, clips: list[Cli
     for clip in clips:
         try:
             x = read(clip)
+        except voice.VoiceError:
+            raise
         except UserError as e:
             skipped.append(f"{clip.id}: {e}")
             print(f"skipped {skipped[-1]}", flush=True)

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import re
 import socket
 import struct
 from collections.abc import Iterator

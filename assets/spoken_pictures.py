@@ -30,6 +30,7 @@ import pretrained
 import recogniser
 import speech2image
 from config import Config, UserError, from_command_line, run_main
+from corpora.voice import espeak
 from shapes import COMBINATIONS, KINDS, NEW, SHAPES, describe, draw
 from speech2image import HOP, RATE
 
@@ -52,7 +53,7 @@ def list_shapes(root: Path, language: str, count: int) -> list[dict]:
         if not (root / picture).exists():
             with data.replacing(root / picture) as part:
                 imsave(part, draw(combination, zlib.crc32(picture.encode())), format="png")
-        wave = audio.espeak(text, 16000, f"{SHAPES[language]['voice']}+{voice}", rate=rng.randint(130, 190), pitch=rng.randint(30, 70))
+        wave = espeak(text, 16000, f"{SHAPES[language]['voice']}+{voice}", rate=rng.randint(130, 190), pitch=rng.randint(30, 70))
         audio.save_wav(root / wav, wave, 16000)
         found.append({"picture": picture, "wav": wav, "text": text, "split": split,
                       "voice": f"{voice} {'new' if combination in NEW else 'known'}", "label": label})

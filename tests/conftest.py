@@ -24,7 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")           # tests are small: more 
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")      # two test runs at once would tear each other's files
 atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # a model that is not cached is an error at once, not minutes of retries
-TINY = {"corpus": "demo", "sentences": 24, "text_encoder": "scratch", "width": 32, "layers": 2, "heads": 2, "frame_stack": 4,
+TINY = {"corpus": "demo", "voice": "espeak:en-us", "sentences": 24,
+        "text_encoder": "scratch", "width": 32, "layers": 2, "heads": 2, "frame_stack": 4,
         "batch_size": 4, "euler_steps": 2, "warmup": 2, "log_interval": 1, "eval_interval": 0, "limit": 4,
         "device": "cpu", "dtype": "fp32", "wandb": "disabled"}
 THREE_STEPS = {"steps": 3, "eval_interval": 3, "limit": 3}
@@ -149,7 +150,7 @@ def no_package(monkeypatch) -> None:
 def tiny(random_whisper, tmp_path_factory) -> dict:
     """The knobs of a tiny system on a small demo corpus: 24 sentences to train on, 64 to validate."""
     folder = tmp_path_factory.mktemp("corpus")
-    finish(start("data.py", "demo", "--sentences=24", f"--out={folder}", "--workers=1"))
+    finish(start("data.py", "demo", "--voice=espeak:en-us", "--sentences=24", f"--out={folder}", "--workers=1"))
     return TINY | {"data_dir": folder, "recogniser": random_whisper}
 
 

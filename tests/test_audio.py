@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import audio
 from config import Mel, Picture, UserError
+from corpora import voice
 
 MEL = Mel()
 CARD = Picture()                                                       # sonic-plantain's
@@ -27,7 +28,7 @@ SENTENCE = "Anna bought two green baskets."
 
 @pytest.fixture(scope="module")
 def spoken() -> torch.Tensor:
-    return audio.espeak("Julia ordered thirty purple umbrellas.", MEL.sample_rate)
+    return voice.espeak("Julia ordered thirty purple umbrellas.", MEL.sample_rate)
 
 
 def bigvgan_mel(wave):
@@ -116,23 +117,11 @@ def test_what_is_no_sound_is_named(tmp_path, content):
         audio.load_wav(path, 22050)
 
 
-def test_espeak_says_what_it_is_told(spoken):
-    assert 1.5 < len(spoken) / MEL.sample_rate < 4 and 0.2 < spoken.abs().max() <= 1
-    assert len(audio.espeak("No.", MEL.sample_rate)) < len(spoken)
-    slow = audio.espeak("Julia ordered thirty purple umbrellas.", MEL.sample_rate, rate=90)
-    assert len(slow) > 1.3 * len(spoken)
-
-
-def test_espeak_refuses_a_voice_that_it_does_not_have():
-    with pytest.raises(UserError, match="klingonese"):
-        audio.espeak("Hello.", MEL.sample_rate, voice="klingonese")
-
-
 # Sound as a picture
 
 @pytest.fixture(scope="module")
 def clip() -> torch.Tensor:
-    return audio.espeak(SENTENCE, CARD.sample_rate)
+    return voice.espeak(SENTENCE, CARD.sample_rate)
 
 
 def fit(wave: torch.Tensor, p: Picture) -> torch.Tensor:
@@ -272,7 +261,7 @@ def test_log_spectral_distance_is_in_decibels_over_the_shorter():
 
 
 def test_side_by_side_two_sounds_are_equally_loud():
-    p, wave = Picture(seconds=1.0), audio.espeak("Anna bought two green baskets.", 16000)
+    p, wave = Picture(seconds=1.0), voice.espeak("Anna bought two green baskets.", 16000)
     quiet, loud = audio.side_by_side(0.1 * wave, wave, p)
     torch.testing.assert_close(quiet, loud, atol=1e-2, rtol=0)        # fp32 at -80 dB
     assert loud.max() == 0 and audio.side_by_side(wave[:8000], wave, p)[0].shape[1] == 8000 // 256 + 1
@@ -352,7 +341,7 @@ def test_a_picture_without_parameters_is_decoded_by_the_cards_or_by_those_given(
 
 def test_a_sentence_is_understood_after_the_round_trip(tiny_en, tmp_path, capsys):
     text = "The old man walked home with his dog in the rain."
-    clip = audio.espeak(text, 16000)
+    clip = voice.espeak(text, 16000)
     audio.save_wav(tmp_path / "a.wav", clip, 16000)
     words = "--recogniser=tiny.en", f"--text={text}"
     call(audio, "roundtrip", f"{tmp_path}/a.wav", f"{tmp_path}/b.wav", *words)

@@ -410,54 +410,6 @@ def test_a_clip_is_its_part_of_the_recording(tmp_path):
     assert np.array_equal(part[:3200], whole[1600:4800]) and not part[3200:].any()
 
 
-def test_the_demo_speaks_with_another_voice_into_waves(tmp_path):
-    made = {}
-    for voice in ("en-us", "en-us+m3"):
-        config = configs.load("", ["--system", "spectrogram", "--corpus", "demo", "--data_dir", str(tmp_path / voice), "--sentences", "3",
-                                   "--voice", voice])
-        data.prepare_speech(config, data.wave_form(config.picture), as_they_are)
-        made[voice] = data.Waves(config)
-    clips = [corpus.clips("train")[0] for corpus in made.values()]
-    assert clips[0].text == clips[1].text == audio.distinct_sentences("matrix", 1, held_out=False)[0]
-    a, b = (corpus.wave(corpus.clips("train")[0]) for corpus in made.values())
-    assert len(a) / 16000 == pytest.approx(len(b) / 16000, abs=0.5) and (len(a) != len(b) or not torch.allclose(a, b, atol=0.1))
-    with pytest.raises(UserError, match="packed with n_fft None, but 1024 is wanted"):
-        model.Corpus(configs.load("", ["--corpus", "demo", "--data_dir", str(tmp_path / "en-us"), "--mel.sample_rate", "16000"]))
-
-
-# The demo
-
-
-@pytest.mark.parametrize("grammar", ["matrix", "open"])
-def test_the_demo_trains_on_nothing_that_is_held_out(grammar):
-    train, held_out = audio.distinct_sentences(grammar, 200, False), audio.distinct_sentences(grammar, 128, True)
-    assert len(set(train)) == 200 and len(set(held_out)) == 128 and not set(train) & set(held_out)
-    assert all(map(audio.is_held_out, held_out)) and not any(map(audio.is_held_out, train))
-    assert train[:50] == audio.distinct_sentences(grammar, 50, False)
-
-
-def test_the_demo_is_spoken_trimmed_and_kept_to_listen_to(tmp_path):
-    config = configs.load("", ["--corpus", "demo", "--data_dir", str(tmp_path / "demo"), "--sentences", "70", "--text_encoder", "scratch"])
-    model.prepare(config)
-    corpus = model.Corpus(config)
-    assert [len(corpus.clips(split)) for split in data.SPLITS] == [70, 64, 64]
-    assert [c.text for c in corpus.clips("train")] == audio.distinct_sentences("matrix", 70, False)
-    assert [bool(c.wav) for c in corpus.clips("train")] == [True] * 64 + [False] * 6
-    for clip in corpus.clips("val") + corpus.clips("train")[:64]:
-        wave = audio.load_wav(clip.wav, MEL.sample_rate)
-        loud = (wave.abs() > 0.01).nonzero()
-        assert max(loud[0].item(), len(wave) - 1 - loud[-1].item()) <= 0.05 * MEL.sample_rate
-        assert torch.equal(corpus.log_mel(clip), audio.log_mel(wave, MEL).half().float())
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")}
-    model.prepare(config)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")} == made          # nothing is done twice
-    with pytest.raises(UserError, match="already holds another corpus"):
-        model.prepare(configs.load("", ["--corpus", "demo", "--data_dir", str(tmp_path / "demo"), "--sentences", "71"]))
-    shutil.move(tmp_path / "demo", tmp_path / "moved")                 # recordings of the demo move along with it
-    moved = model.Corpus(dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=str(tmp_path / "moved"))))
-    assert Path(moved.clips("val")[0].wav).exists()
-
-
 # Reading
 
 

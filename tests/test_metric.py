@@ -19,6 +19,7 @@ import soundfile
 import audio
 import metric
 from config import Mel, UserError
+from corpora import voice
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE = Mel().sample_rate
@@ -146,7 +147,7 @@ def test_distortion_of_a_cosine_added_to_the_log_mel_is_its_rms_in_decibels():
 
 
 def test_distortion_forgives_tempo_and_nothing_else():
-    clips = [audio.log_mel(audio.espeak(text, RATE), Mel()).numpy() for text in ("The quick brown fox jumps.", "My voice is my passport.")]
+    clips = [audio.log_mel(voice.espeak(text, RATE), Mel()).numpy() for text in ("The quick brown fox jumps.", "My voice is my passport.")]
     positions = np.linspace(0, len(clips[0]) - 1, int(1.3 * len(clips[0])))
     stretched = np.stack([np.interp(positions, np.arange(len(clips[0])), band) for band in clips[0].T], 1)
     assert metric.mel_cepstral_distortion(clips[0], clips[0]) == pytest.approx(0, abs=1e-5)

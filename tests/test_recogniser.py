@@ -23,6 +23,7 @@ import data
 import metric
 import recogniser
 from config import UserError
+from corpora import demo, voice
 
 sys.path.insert(0, str(data.ASSETS))
 import music_pieces
@@ -43,7 +44,7 @@ def wer(listener, texts: list[str], waves: list[torch.Tensor], rate: int) -> flo
 def test_clear_words_are_understood_and_others_are_not_made_of_them(tiny_en):
     texts = ["The old man walked home with his dog in the rain.",
              "He opened the window and looked at the sky."]
-    waves = [audio.espeak(text, 22050) for text in texts]
+    waves = [voice.espeak(text, 22050) for text in texts]
     assert wer(tiny_en, texts, waves, 22050) <= 0.05 and wer(tiny_en, texts, waves[::-1], 22050) > 0.8
 
 
@@ -59,7 +60,7 @@ def test_silence_and_a_click_are_survived(listener):
 
 
 def test_a_batch_is_heard_as_each_alone(listener):
-    waves = [audio.espeak(text, 22050) for text in audio.distinct_sentences("matrix", 3, held_out=True)]
+    waves = [voice.espeak(text, 22050) for text in demo.distinct_sentences("matrix", 3, held_out=True)]
     heard = listener.transcribe(waves, 22050)
     assert len(set(heard)) == 3 and heard == [listener.transcribe([wave], 22050)[0] for wave in waves]
     assert heard == listener.transcribe(waves, 22050, batch_size=2)
@@ -115,7 +116,7 @@ def test_pauses_in_speech_are_found_between_the_words_where_they_are(tiny_en, ph
     pause = torch.zeros(4800)
     parts, truth = [pause], []
     for phrase in phrases:
-        wave = audio.espeak(phrase, 16000, rate=140)
+        wave = voice.espeak(phrase, 16000, rate=140)
         loud = (wave.abs() > 0.01).nonzero()
         start = sum(map(len, parts))
         parts += [wave[loud[0]:loud[-1] + 1], pause]
@@ -130,8 +131,8 @@ def test_pauses_in_speech_are_found_between_the_words_where_they_are(tiny_en, ph
 def test_words_without_pauses_between_them_are_timed(tiny_en):
     """espeak-ng says when it begins a sentence's last word: it speaks the sentence without that for about as long."""
     errors = []
-    for text in audio.distinct_sentences("matrix", 5, held_out=True):
-        wave, rest = audio.espeak(text, 16000), audio.espeak(text.rsplit(" ", 1)[0], 16000)
+    for text in demo.distinct_sentences("matrix", 5, held_out=True):
+        wave, rest = voice.espeak(text, 16000), voice.espeak(text.rsplit(" ", 1)[0], 16000)
         found = tiny_en.align(text, wave, 16000)
         assert [word for word, _, _ in found] == text.split()
         errors.append(abs(found[-1][1] - len(rest) / 16000))
@@ -198,10 +199,10 @@ def test_a_word_longer_than_a_piece_may_be_cannot_be_cut():
 
 def test_long_recordings_are_cut_between_words_once(tiny_en, tmp_path):
     """Longer than 2.5 s: cut by Whisper; shorter or damaged: left as they are. Nothing is timed again."""
-    texts = audio.distinct_sentences("matrix", 3, held_out=True)
+    texts = demo.distinct_sentences("matrix", 3, held_out=True)
     clips = [data.Clip(f"c{n}", text, "train", str(tmp_path / f"c{n}.wav")) for n, text in enumerate(texts)]
     for clip in clips[:2]:
-        audio.save_wav(clip.wav, audio.espeak(clip.text, 22050, rate=80 if clip.id == "c0" else 240), 22050)
+        audio.save_wav(clip.wav, voice.espeak(clip.text, 22050, rate=80 if clip.id == "c0" else 240), 22050)
     Path(clips[2].wav).write_text("no sound")
     words = ["--system=spectrogram", "--align=tiny.en", "--picture.seconds=2.5", "--device=cpu"]
     config = configs.load("", words)

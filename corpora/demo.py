@@ -1,0 +1,89 @@
+"""What the demo says, and how: sentences of a grammar in assets/demo_grammar.yaml, or LJSpeech's own; nothing held out is trained on."""
+
+import functools
+import random
+import re
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+
+from config import UserError
+from corpora import voice
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+HELD_OUT = {"val": 64, "test": 64}
+
+
+class Sentence(NamedTuple):
+    id: str
+    text: str
+    split: str                   # train | val | test
+
+
+def speak(text: str, sample_rate: int, name: str) -> torch.Tensor:
+    """A sentence of the demo by the voice of that name: a wave (N,), with at most 50 ms of silence before and after it."""
+    wave = voice.say(text, sample_rate, name)
+    loud = (wave.abs() > 0.01).nonzero()
+    if not len(loud):
+        raise UserError(f"{text!r}: nothing to be said")
+    margin = sample_rate // 20
+    return wave[max(0, loud[0].item() - margin):loud[-1].item() + margin + 1]
+
+
+def demo_sentences(grammar: str, count: int) -> list[Sentence]:
+    """`count` sentences to train on, then 64 to validate and 64 to test on; more begin with the same ones.
+
+    grammar: matrix | ljspeech. raises UserError where there are not so many.
+    """
+    if grammar == "ljspeech":
+        return ljspeech_sentences(count)
+    texts = distinct_sentences(grammar, count, held_out=False) + distinct_sentences(grammar, 128, held_out=True)
+    splits = ["train"] * count + ["val"] * HELD_OUT["val"] + ["test"] * HELD_OUT["test"]
+    return [Sentence(f"{grammar}-{n:05d}", text, split) for n, (text, split) in enumerate(zip(texts, splits, strict=True))]
+
+
+def ljspeech_sentences(count: int) -> list[Sentence]:
+    """The first `count` training sentences of assets/ljspeech_sentences.txt, then all that validate and test."""
+    found = {"train": [], "val": [], "test": []}
+    for line in (ASSETS / "ljspeech_sentences.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            split, name, text = line.split("|")
+            found[split].append(Sentence(name, text, split))
+    if count > len(found["train"]):
+        raise UserError(f"data.sentences {count}: of LJSpeech's there are {len(found['train'])} here")
+    return found["train"][:count] + found["val"] + found["test"]
+
+
+def distinct_sentences(grammar: str, count: int, held_out: bool) -> list[str]:
+    """The first `count` different sentences of a grammar that are held out, or that are not. raises UserError where it makes fewer."""
+    rng = random.Random(f"{grammar} {held_out}")
+    found = {}                                                 # in the order made: a longer list begins with a shorter one
+    for _ in range(100 * count + 10_000):
+        sentence = make_sentence(grammar, rng)
+        if is_held_out(sentence) == held_out:
+            found[sentence] = None
+        if len(found) == count:
+            return list(found)
+    raise UserError(f"data.sentences {count}: the grammar {grammar} does not make that many")
+
+
+@functools.cache
+def load_grammar(name: str) -> dict[str, list[str]]:
+    """{"patterns": [...], slot: [words...]} of a grammar in assets/demo_grammar.yaml."""
+    grammar = yaml.safe_load((ASSETS / "demo_grammar.yaml").read_text(encoding="utf-8"))[name]
+    return {slot: words if isinstance(words, list) else words.split() for slot, words in grammar.items()}
+
+
+def make_sentence(name: str, rng: random.Random) -> str:
+    """A sentence of a grammar: a pattern with a word drawn for each slot."""
+    grammar = load_grammar(name)
+    sentence = re.sub(r"\{(\w+)\}", lambda slot: rng.choice(grammar[slot[1]]), rng.choice(grammar["patterns"]))
+    return sentence[0].upper() + sentence[1:]
+
+
+def is_held_out(sentence: str) -> bool:
+    """Every tenth sentence is never trained on: a property of the text alone."""
+    return zlib.crc32(sentence.encode()) % 10 == 0
