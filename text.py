@@ -47,7 +47,7 @@ def fit(m: re.Match, words: str) -> str:
     before = m.string[max(0, m.start() - 8):m.start()]
     after = m.string[m.end():m.end() + 1]
     opening = re.search(r"^[\"'(]{0,3}$|(?<!\b[A-Za-z])[.!?][\"')]{0,3} [\"'(]{0,3}$", before)
-    if opening and not m[0][0].isalpha():
+    if opening and not m[0][0].islower():
         words = words[:1].upper() + words[1:]
     if before[-1:].isalnum() and words[:1].isalnum():
         words = " " + words
@@ -856,11 +856,11 @@ PATTERNS = [
     (r"<START>(?P<amount><NUMBER>)(?P<scale><SHORT>|M|B)(?!\w)", large),
 
     (r"<START>(?P<fraction>(?:\d{1,9} )?\d{1,4}/\d{1,4})(?![\w/])", a_fraction),
+    (rf"\b(?P<place>{either(PLACES)}) (?P<number>\d{{3,4}}(?:-\d{{3,4}})?)(?!\w|[.,]\d)", place),
     (r"<START>\d{1,3}(?:-\d{1,3}){2,8}(?![\w-])", series),
     (r"<START>(?P<range><NUMBER> ?- ?<NUMBER>)<END>(?P<result>(?= ?=))?", ranges),
     (r"<START>(?P<number><WHOLE>)(?:st|nd|rd|th|ST|ND|RD|TH)\b", an_ordinal),
     (r"(?<![\w'])'(?P<number>\d\d)(?![\w'])", short_year),
-    (rf"\b(?P<place>{either(PLACES)}) (?P<number>\d{{3,4}}(?:-\d{{3,4}})?)(?!\w|[.,]\d)", place),
     (r"(?<=[A-Za-z])-?(?P<number>\d{1,15}(?:\.\d{1,15})?)(?!\d)", in_a_name),
     (r"(?<![\d.,])(?P<number>\d{1,15}(?:\.\d{1,15})?)(?=[A-Za-z])", in_a_name),
     (r"<START>(?P<number><NUMBER>)<END>", figure),

@@ -96,14 +96,14 @@ def test_what_is_wrong_with_a_clip_is_named_and_the_others_keep_their_own_text_a
     audio.save_wav(wavs / "c0006.wav", torch.zeros(20000), MEL.sample_rate)
     lines[7] = "c0007|| "
     lines[8] = "c0008|only the transcript|"
-    lines[9] = "c0009|two fields"
+    lines[9] = "c0009|more|than|three fields"
     lines[10] = "c0010|caf\xe9|caf\xe9".encode("latin-1")
     lines[11] = "../c0011|x|x"
     write_metadata(tmp_path, [*lines, "c0012|again|Another text", "", "\ufeff"])
     pack_recordings(tmp_path, tmp_path / "out", workers=2)
     skipped, printed = index_of(tmp_path / "out")["skipped"], capfd.readouterr().out
     expected = {"c0001": "not a readable sound file", "c0002": "is missing", "c0003": "truncated", "c0004": "16000 Hz instead of 22050",
-                "c0005": "0.02 s is below", "c0006": "silent", "line 8 (c0007)": "empty text", "line 10 (c0009)": "2 fields",
+                "c0005": "0.02 s is below", "c0006": "silent", "line 8 (c0007)": "empty text", "line 10 (c0009)": "4 fields",
                 "line 11 (c0010)": "not UTF-8", "line 12 (../c0011)": "no file name", "line 25 (c0012)": "duplicate id"}
     for where, reason in expected.items():
         assert sum(where in line and reason in line for line in skipped) == 1, where
@@ -116,6 +116,14 @@ def test_what_is_wrong_with_a_clip_is_named_and_the_others_keep_their_own_text_a
         number = int(clip.id[1:])
         assert clip.text == ("only the transcript" if number == 8 else f"Text number {number}, é.")
         assert torch.equal(corpus.log_mel(clip), audio.log_mel(audio.load_wav(clip.wav, MEL.sample_rate), MEL).half().float())
+
+
+def test_the_column_in_words_is_kept_and_the_typed_one_is_normalised_where_there_is_no_other(tmp_path):
+    write_metadata(tmp_path, ["a|$5|5  Dollars, “é”", "b|It's 3 p.m.|", "c|Dr. Li & Co."])
+    texts, skipped = data.read_transcripts([tmp_path / "metadata.csv"], "|", 3)
+    assert {name: words for name, (words, _) in texts.items()} == {
+        "a": "5  Dollars, “é”", "b": "It's three p.m.", "c": "Doctor Li and Company."}
+    assert not skipped
 
 
 def test_strict_refuses_and_a_mended_clip_is_tried_again(tmp_path):

@@ -120,13 +120,19 @@ def test_true_durations_speak_as_long_as_the_reference(trained, tmp_path):
 
 
 def test_prompts_of_a_file_are_spoken_without_a_corpus(trained, tmp_path):
-    (tmp_path / "prompts.txt").write_text("Anna bought two green baskets.\n\n  Two hats.  \nNot this one.\n")
+    (tmp_path / "prompts.txt").write_text("Anna bought two green baskets.\n\n  2 hats.  \nNot this one.\n")
     config, _, network = trained(prompts=str(tmp_path / "prompts.txt"), limit=2)
     found = evaluator.Evaluator(config, None, CPU).run(network, 9)
     rows = lines(tmp_path, 9)
     assert [row["text"] for row in rows] == ["Anna bought two green baskets.", "Two hats."]
     assert all("mcd" not in row and row["reference_audio"] is None for row in rows)
     assert "eval/wer" in found and not {"eval/wer_vocoded", "eval/wer_ground_truth", "eval/mcd"} & found.keys()
+
+
+def test_captions_of_music_stay_as_they_were_typed(tmp_path):
+    (tmp_path / "prompts.txt").write_text("120 bpm, 3/4 time\n")
+    config = configs.load("", ["--system=music", f"--eval.prompts={tmp_path / 'prompts.txt'}"])
+    assert evaluator.Evaluator(config, None, CPU).prompts == ["120 bpm, 3/4 time"]
 
 
 def test_the_command_repeats_what_the_loop_measured(run, tmp_path):

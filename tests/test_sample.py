@@ -8,6 +8,7 @@ import soundfile
 
 import model
 import sample
+import text
 from conftest import call, finish, options, start
 
 LONG = ("Dr. Watson met Mr. J. R. Smith at half past nine. Had he slept? No! The U.S. ambassador, who had come by an earlier train, "
@@ -27,8 +28,9 @@ def speak(run, tmp_path):
     return spoken
 
 
-def split(text: str) -> list[str]:
-    return sample.split_text(text, LONGEST)
+def split(typed: str) -> list[str]:
+    """As `sample.main` does."""
+    return sample.split_text(text.normalize(typed), LONGEST)
 
 
 def seconds(sound) -> float:
@@ -69,7 +71,7 @@ def test_the_length_is_what_was_asked_for(speak):
 
 def test_a_long_text_is_its_sentences_with_pauses_between(speak):
     texts = split(LONG)
-    whole, parts = speak(f"--text={LONG}")["x"], speak(*(f"--text={text}" for text in texts))
+    whole, parts = speak(f"--text={LONG}")["x"], speak(*(f"--text={sentence}" for sentence in texts))
     assert len(parts) == len(texts) == 6
     assert seconds(whole) == pytest.approx(sum(map(seconds, parts.values())) + (len(texts) - 1) * sample.PAUSE_SEC, abs=0.01)
     asked = seconds(speak(f"--text={LONG}", seconds=6)["x"])
@@ -80,8 +82,20 @@ def test_a_long_text_is_its_sentences_with_pauses_between(speak):
 
 def test_sentences_end_at_their_marks_but_not_after_abbreviations_and_numbers():
     assert split("Go! Why? Yes.") == ["Go!", "Why?", "Yes."]
-    assert split("Dr. Jones met J. K. Poe at No. 5. He left.") == ["Dr. Jones met J. K. Poe at No. 5.", "He left."]
-    assert split("It rose by 3.5 per cent.") == ["It rose by 3.5 per cent."]
+    assert split("Dr. Jones met J. K. Poe at No. 5. He left.") == ["Doctor Jones met J. K. Poe at Number five.", "He left."]
+    assert split("It rose by 3.5 per cent.") == ["It rose by three point five per cent."]
+    assert split("At 3 p.m. Prof. Li of the U.S. Army spoke. 5 left, e.g. Mrs. Poe.") == [
+        "At three p.m. Professor Li of the U.S. Army spoke.", "Five left, for example Missus Poe."]
+
+
+def test_no_piece_is_longer_than_can_be_spoken_however_short_it_was_typed():
+    parts = split("$1,234,567.89 & " * 40 + "10.")
+    assert len(parts) > 20 and max(map(len, parts)) <= LONGEST
+
+
+def test_what_is_typed_in_figures_is_spoken_as_its_words(speak):
+    typed, words = (speak(f"--text={said}")["x"][0] for said in ("It's 3 p.m. & 20°C.", "It's three p.m. and twenty degrees Celsius."))
+    assert (typed == words).all()
 
 
 def test_a_sentence_that_is_too_long_is_cut_at_commas_first_and_then_between_words():
@@ -95,10 +109,10 @@ def test_a_sentence_that_is_too_long_is_cut_at_commas_first_and_then_between_wor
 def test_splitting_loses_no_word():
     rng = random.Random(0)
     for _ in range(200):
-        text = " ".join("".join(rng.choices("abcdeABC", k=rng.randint(1, 12))) + rng.choice(["", "", "", ",", ".", "!", "?", "…", ";"])
+        typed = " ".join("".join(rng.choices("abcdeABC", k=rng.randint(1, 12))) + rng.choice(["", "", "", ",", ".", "!", "?", "…", ";"])
                         for _ in range(rng.randint(1, 150)))
-        parts = split(text)
-        assert " ".join(parts) == text and all(0 < len(part) <= LONGEST for part in parts)
+        parts = sample.split_text(typed, LONGEST)
+        assert " ".join(parts) == typed and all(0 < len(part) <= LONGEST for part in parts)
 
 
 # Bad input
