@@ -38,7 +38,7 @@ def start(script: str, *words: str, ranks: int = 0) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> str:
     """What a process printed, once it has ended well."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return out
 
