@@ -339,7 +339,7 @@ class AlignBatches(Batches):
         hidden = np.zeros((2, a.hidden_spans, 2), np.float32)
         if rng is not None:
             wave, hidden = recogniser.roughened(wave, a, rng)
-        return {"wave": recogniser.standardise(wave), "hidden": torch.from_numpy(hidden), "image": self.corpus.embedding(clip),
+        return {"wave": recogniser.standardise(wave), "hidden": torch.from_numpy(hidden).float(), "image": self.corpus.embedding(clip),
                 "label": self.corpus.label(clip), "frames": clip.frames, "t": 0.0}
 
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:

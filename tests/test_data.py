@@ -75,7 +75,7 @@ def pack_recordings(root: Path, out: Path, workers: int = 1, resample: bool = Fa
 
 
 def run_cli(*words, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "data.py", *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run([sys.executable, ROOT / "data.py", *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=600)
 
 
 def index_of(folder: Path) -> dict:

@@ -77,7 +77,7 @@ def interrupted(tiny, tmp_path_factory) -> tuple[Path, int, int]:
     process = start("train.py", *command)
     next(line for line in process.stdout if line.startswith("step 3/"))
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.communicate(timeout=600)
     stood_at = checkpoint(folder)["step"]
     assert f"resumed from {system.newest_checkpoint(folder)}" in finish(start("train.py", *command))
     return folder, process.returncode, stood_at
