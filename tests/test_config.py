@@ -67,6 +67,12 @@ def test_a_wrong_type_is_refused(tmp_path, text, kind):
     assert "recipe.yaml" in message and f"must be {kind}" in message
 
 
+def test_phonemes_are_for_a_text_encoder_that_is_trained_along():
+    assert config.load("", ["--model.text=phonemes", "--text_encoder=scratch"]).model.text == "phonemes"
+    for words in (["--model.text=phonemes"], ["--model.text=phonemes", "--text_encoder=scratch", "--system=music"]):
+        assert "model.text phonemes: only system tts" in refusal(config.load, "", words)
+
+
 @pytest.mark.parametrize("text, complaint", [
     ("expect: {eval/wer: 0.1}", "a bound is <= or >= and a number"), ("expect: {eval/wer: < 0.1}", "a bound is <= or >="),
     ("expect: {eval/wer: <= a}", "a bound is <= or >="), ("expect: 0.1", "expect must be a table, {eval/wer: <= 0.1}")])

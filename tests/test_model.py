@@ -15,13 +15,15 @@ import model
 import pretrained
 import system
 from config import Sample
+from corpora import voice
 
 TINY = {"model": {"text_encoder": "scratch", "width": 32, "layers": 2, "heads": 2, "frame_stack": 2}, "train": {"dtype": "fp32"}}
 
 
-def make(alignment="learned", predict="x", upsample_text=True):
+def make(alignment="learned", predict="x", upsample_text=True, text="bytes"):
     """A tiny network whose zero-initialised layers were filled, so that everything is connected."""
-    values = {**TINY, "model": {**TINY["model"], "alignment": alignment, "upsample_text": upsample_text}, "flow": {"predict": predict}}
+    shape = {**TINY["model"], "alignment": alignment, "upsample_text": upsample_text, "text": text}
+    values = {**TINY, "model": shape, "flow": {"predict": predict}}
     network = system.build(configs.from_dict(values), -5.0, 2.0)
     generator = torch.Generator().manual_seed(0)
     for p in network.parameters():
@@ -43,6 +45,15 @@ def make_batch(frames=(24, 16), text_lengths=(9, 5), pad=0, text_pad=0):
         batch["noise"][row, :n] = torch.randn(n, 80, generator=generator)
         batch["ids"][row, :s] = torch.randint(3, 200, (s,), generator=generator)
     return batch
+
+
+def test_a_network_of_phonemes_reads_words_that_sound_alike_alike():
+    network = make(text="phonemes")
+    prompts = [model.Prompt(text, seconds=0.5, seed=3) for text in ("I see two boats.", "I sea too boats.", "I see two boots.")]
+    alike, same, other = network.sample(prompts, Sample(euler_steps=2))
+    assert torch.equal(alike.log_mel, same.log_mel) and alike.letters == same.letters == voice.phonemes("I see two boats.")
+    assert alike.attention.shape[1] == len(alike.letters) + 1              # a byte each, and the end
+    assert not torch.equal(alike.log_mel, other.log_mel[:len(alike.log_mel)])
 
 
 @pytest.mark.parametrize("alignment", ["learned", "uniform", "none"])

@@ -2,12 +2,14 @@
 
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import start
 
+from config import UserError
 from corpora import voice
 
 RATE = 22050
@@ -169,3 +171,23 @@ def test_a_voice_of_the_hub_is_read_from_its_cache(joe, tmp_path, monkeypatch, f
     found = voice.find_voice("en_US-nobody-medium")
     assert Path(found.model) == folder / "en_US-nobody-medium.onnx"
     assert torch.equal(voice.say("No.", RATE, "en_US-nobody-medium"), voice.say("No.", RATE, str(joe)))
+
+
+# Phonemes
+
+def test_phonemes_are_how_words_sound_not_how_they_are_spelled():
+    assert voice.phonemes("I see two boats.") == voice.phonemes("I sea too boats.") != voice.phonemes("I see two boots.")
+    assert voice.phonemes("read", "en-us") != voice.phonemes("read", "de")
+    assert voice.phonemes("A boat.").endswith(".") and voice.phonemes("A boat?").endswith("?") and voice.phonemes("") == ""
+    assert voice.phonemes("Well, no: never.").count(", ") == 2             # a clause each
+    assert voice.phonemes("Café naïve, twenty.").isascii()
+    with pytest.raises(UserError, match="espeak-ng has no voice 'xx'"):
+        voice.phonemes("a", "xx")
+
+
+def test_phonemes_of_several_threads_are_those_of_one():
+    texts = [f"Sentence number {n}, and another clause." for n in range(60)]
+    alone = [voice.phonemes(text) for text in texts]
+    voice.phonemes.cache_clear()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(voice.phonemes, texts)) == alone
