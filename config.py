@@ -53,7 +53,8 @@ class Data:
     download: bool = False           # fetch LJSpeech-1.1 or LibriSpeech train-clean-100 when data_dir does not exist
     align: str = ""                  # Whisper that cuts long clips between words, for pictures; "" = leave out what is too long
     grammar: str = "matrix"          # demo: matrix (60 words, one pattern) | ljspeech (2,000 of LJSpeech's own sentences)
-    voice: str = "en_US-joe-medium"  # demo: a voice of Piper's, or an .onnx file of one | espeak:en-us, espeak:en-us+m3: of espeak-ng
+    voice: str = "en_US-joe-medium"  # demo: a voice of Piper's, or the .onnx file of one, maybe with @1.2, higher by that |
+                                     # espeak:en-us, espeak:en-us+m3, ...: of espeak-ng
     langs: tuple = ("en",)           # of spoken descriptions of pictures, drawn equally often: [en, ar]
     sentences: int = 900             # demo: training sentences to speak; pieces: how many to play
     overfit: int = 0                 # train, validate and sample on this many clips only; 0 = the corpus's own split

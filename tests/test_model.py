@@ -184,7 +184,7 @@ def corpus_folder(tiny) -> Path:
 
 
 def config_for(folder: Path, *overrides: str) -> configs.Config:
-    return configs.load("", ["--corpus", "demo", "--data_dir", str(folder), "--text_encoder", "scratch", "--sentences", "24",
+    return configs.load("", ["--corpus", "demo", "--data_dir", str(folder), "--voice=espeak:en-us", "--text_encoder", "scratch", "--sentences", "24",
                              "--batch_size", "4", *overrides])
 
 

@@ -19,8 +19,8 @@ import train
 from conftest import call, finish, options, start
 from model import Prompt
 
-KLEIN = {"system": "spectrogram", "corpus": "demo", "sentences": 6, "overfit": 6, "picture.sample_rate": 8000, "picture.n_fft": 256,
-         "picture.hop": 128, "picture.seconds": 2.5, "canvas_height": 128, "canvas_width": 160, "base": "scratch", "rank": 4,
+KLEIN = {"system": "spectrogram", "corpus": "demo", "voice": "espeak:en-us", "sentences": 6, "overfit": 6,
+         "picture.sample_rate": 8000, "picture.n_fft": 256, "picture.hop": 128, "picture.seconds": 2.5, "canvas_height": 128, "canvas_width": 160, "base": "scratch", "rank": 4,
          "alpha": 4, "text_tokens": 64, "double_layers": 1, "prompt": "{text}", "model.width": 32, "layers": 3, "heads": 2,
          "predict": "v", "euler_steps": 2, "cfg_scale": 2, "batch_size": 2, "warmup": 1, "lr": 1e-2, "log_interval": 1, "limit": 3,
          "save_interval": 2, "eval_interval": 0, "device": "cpu", "dtype": "fp32", "wandb": "disabled"}
