@@ -32,6 +32,7 @@ GROUND = 0.15                        # the brightest background
 TINT = 0.05                          # by how much a colour varies
 
 CORE = 0.02                          # share of a picture that surely is object: the smallest one covers 4 %
+EDGE = 2 / 3                         # of the contrast: blur fills the corners of a cross to less than that
 LEAST_CONTRAST = 0.4                 # of object and background, a distance in RGB; it is drawn 0.55 or more
 LEAST_OVERLAP = 0.6                  # with a drawn shape; a circle's with a square of its area is 0.83
 GROUND_MARGIN = 0.1                  # by how much a background may be brighter than any drawn
@@ -69,11 +70,11 @@ def matches(picture: torch.Tensor, label: str) -> dict[str, float]:
 def look(picture: torch.Tensor) -> Seen:
     """What a picture (3, H, W) in [0, 1] shows.
 
-    The background is each channel's median. The object is what differs from it by more than half as much as
-    its core does, the 2 % of the picture that differ most. Its colour is the drawn one nearest to the
-    core's median, its place the drawn one nearest to its centroid, its shape the one that overlaps it most
-    when it is drawn with its centroid and area. A colour or a place that lies between two is none of them.
-    Nothing is seen where there is no object, where it is not clear, or not alone.
+    The background is each channel's median. The object is what differs from it by more than two thirds as
+    much as its core does, the 2 % of the picture that differ most. Its colour is the drawn one nearest to
+    the core's median, its place the drawn one nearest to its centroid, its shape the one that overlaps it
+    most when it is drawn with its centroid and area. A colour or a place that lies between two is none of
+    them. Nothing is seen where there is no object, where it is not clear, or not alone.
     """
     grid = (len(POINTS), len(POINTS))
     picture = picture.float().cpu()
@@ -89,7 +90,7 @@ def look(picture: torch.Tensor) -> Seen:
     if contrast < LEAST_CONTRAST:
         return NOTHING
 
-    mask = distance > contrast / 2
+    mask = distance > EDGE * contrast
     mask = mask.view(grid).numpy()
     overlaps = [overlap(mask, shape) for shape in range(len(KINDS[1]))]
     best = int(np.argmax(overlaps))
