@@ -1,8 +1,9 @@
 """Optimizers: Muon for hidden matrices, of our own, and AdamW for everything else.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum U S V^T by about U V^T, found by five
-Newton-Schulz iterations. Here matrices of one shape are one batch, float32 on a CPU (bf16 matrix products are 30 times slower where the
-instructions are missing) and bf16 on CUDA; each rank orthogonalises its share of every batch, one all-gather spreads the results.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum U S V^T by about U V^T,
+found by five Newton-Schulz iterations. Matrices of one shape are one batch here, float32 on a CPU, where bf16
+products are 30 times slower if the instructions are missing, and bf16 on CUDA. Each rank orthogonalises its
+share of every batch, and one all-gather spreads the results.
 """
 
 import math
@@ -17,15 +18,14 @@ EPS = 1e-7                                       # below this norm a matrix stay
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with Nesterov's look-ahead, orthogonalised; the same update as torch.optim.Muon to what its bf16 allows."""
+    """Momentum with Nesterov's look-ahead, orthogonalised: torch.optim.Muon's update, but for what that loses in bf16."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
         """params: matrices, all on one device. raises ValueError for one that is none."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.dim() != 2:
-                    raise ValueError(f"Muon trains matrices, not a parameter of shape {tuple(p.shape)}")
+        for p in self.param_groups[0]["params"]:
+            if p.dim() != 2:
+                raise ValueError(f"Muon trains matrices, not a parameter of shape {tuple(p.shape)}")
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -40,38 +40,58 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, buffers, momentum)
         updates = orthogonalize_all(ahead)
-        torch._foreach_mul_(updates, [math.sqrt(max(1, p.shape[0] / p.shape[1])) for p in params])
+        torch._foreach_mul_(updates, [tall_scale(*p.shape) for p in params])
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_add_(params, updates, alpha=-lr)
 
     def momentum_buffer(self, p: nn.Parameter) -> torch.Tensor:
         state = self.state[p]
-        if "momentum_buffer" not in state:
+        if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]
 
 
+def tall_scale(rows: int, columns: int) -> float:
+    """A tall matrix's update is larger, so that outputs change as much as by a square one (Jordan et al. 2024)."""
+    return math.sqrt(max(1, rows / columns))
+
+
 def orthogonalize_all(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Each of `matrices` (R, C) orthogonalised. Under several ranks, which must all hold the same ones, each does its share."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batches = {}                                 # (short side, long side): the numbers of its matrices
-    for number, matrix in enumerate(matrices):
-        batches.setdefault(tuple(sorted(matrix.shape)), []).append(number)
+    """Each of `matrices` (R, C) orthogonalised. Of several ranks, which all hold the same ones, each does its share."""
+    rank, world = rank_and_world()
+    batches = group_by_shape(matrices)
 
     shares = []
     for shape, numbers in batches.items():
-        size = math.ceil(len(numbers) / world)   # of every rank's share; what the last one lacks is filled up with zeros
-        mine = [wide(matrices[n]) for n in numbers[rank * size:(rank + 1) * size]]
-        mine += [matrices[0].new_zeros(shape)] * (size - len(mine))
+        size = math.ceil(len(numbers) / world)   # of every rank's share; the last one is filled up with zeros
+        start = rank * size
+        mine = [wide(matrices[number]) for number in numbers[start:start + size]]
+        missing = size - len(mine)
+        mine += [matrices[0].new_zeros(shape)] * missing
         shares.append(orthogonalize(torch.stack(mine)))
     if world > 1:
         shares = gather_shares(shares, world)
 
     found = list(matrices)
     for numbers, batch in zip(batches.values(), shares):
-        for n, orthogonal in zip(numbers, batch.to(matrices[0].dtype).unbind()):
-            found[n] = orthogonal if is_wide(matrices[n]) else orthogonal.mT
+        for number, orthogonal in zip(numbers, batch.to(matrices[0].dtype)):
+            found[number] = orthogonal if is_wide(matrices[number]) else orthogonal.mT
     return found
+
+
+def rank_and_world() -> tuple[int, int]:
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def group_by_shape(matrices: list[torch.Tensor]) -> dict[tuple[int, int], list[int]]:
+    """{(short side, long side): the numbers of its matrices}."""
+    groups = {}
+    for number, matrix in enumerate(matrices):
+        shape = tuple(sorted(matrix.shape))
+        groups.setdefault(shape, []).append(number)
+    return groups
 
 
 def gather_shares(shares: list[torch.Tensor], world: int) -> list[torch.Tensor]:
@@ -79,12 +99,13 @@ def gather_shares(shares: list[torch.Tensor], world: int) -> list[torch.Tensor]:
     own = torch.cat([batch.flatten() for batch in shares])
     every = own.new_empty(world * len(own))
     dist.all_gather_into_tensor(every, own)
-    parts = every.view(world, -1).split([batch.numel() for batch in shares], dim=1)
+    sizes = [batch.numel() for batch in shares]
+    parts = every.view(world, -1).split(sizes, dim=1)
     return [part.reshape(-1, *batch.shape[1:]) for part, batch in zip(parts, shares)]
 
 
 def orthogonalize(batch: torch.Tensor) -> torch.Tensor:
-    """A batch of wide matrices (n, R, C), R <= C, with all singular values brought near 1; bf16 on CUDA, else float32."""
+    """A batch of wide matrices (n, R, C), R <= C, all singular values brought near 1; bf16 on CUDA, else float32."""
     a, b, c = COEFFICIENTS
     x = batch.to(torch.bfloat16 if batch.is_cuda else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(EPS)
@@ -104,14 +125,17 @@ def wide(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if is_wide(matrix) else matrix.mT
 
 
-def make_optimizers(network: nn.Module, muon_lr: float, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    network: nn.Module, muon_lr: float, lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
     """Muon for network.hidden_matrices(), AdamW for the other trained parameters; each only where it has any.
 
     Every group keeps its own peak rate in `peak_lr`.
     """
     hidden = network.hidden_matrices()
-    is_hidden = {id(p) for p in hidden}
-    rest = [p for p in network.parameters() if p.requires_grad and id(p) not in is_hidden]
+    hidden_ids = {id(p) for p in hidden}
+    trained = [p for p in network.parameters() if p.requires_grad]
+    rest = [p for p in trained if id(p) not in hidden_ids]
     made = []
     if hidden:
         made.append(Muon(hidden, muon_lr, weight_decay))
