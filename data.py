@@ -35,7 +35,7 @@ from corpora import demo, voice
 from text import normalize
 
 FORMAT, SHARD = 2, 512                           # of a packed folder; clips in one shard of it
-SPOKEN_SHARD = 32                                # of what is spoken on the spot, which takes longer: processes share the work evenly
+SPOKEN_SHARD = 32                                # of what is spoken on the spot: that processes share it evenly
 SHORTEST_SEC, LONGEST_SEC = 0.1, 60.0            # what is packed; data.max_seconds decides what is read
 SPLITS = ("train", "val", "test")
 ORDER, TRAIN, VALIDATION = range(3)              # what a random stream of batches is for
@@ -216,8 +216,9 @@ def read_corpus(config: Config) -> tuple[dict, list[Clip], list[str]]:
     """What data.corpus is, its clips, not packed yet, and what is wrong with others; fetched first where data.download says so."""
     d, root = config.data, Path(config.data.data_dir)
     if d.corpus == "demo":
-        speaker = voice.find_voice(d.voice)                    # maybe another than was asked for, so the corpus says which
-        corpus = {"name": "demo", "grammar": d.grammar, "sentences": d.sentences, "voice": speaker.name, "weights": speaker.sha256[:12]}
+        speaker = voice.find_voice(d.voice)        # maybe not the one that was asked for: the corpus says which
+        corpus = {"name": "demo", "grammar": d.grammar, "sentences": d.sentences}
+        corpus |= {"voice": speaker.name, "weights": speaker.sha256[:12]}
         return corpus, demo_clips(d.grammar, d.sentences), []
     if d.download and not root.exists():
         download(d.corpus, root)
@@ -251,7 +252,7 @@ def wave_rows(wave: torch.Tensor, hop: int) -> np.ndarray:
 
 
 def demo_clips(grammar: str, sentences: int) -> list[Clip]:
-    """What the demo says; the first 64 to train on, and all that are held out, are kept as recordings, to hear beside samples."""
+    """What the demo says. Of the first 64 to train on and of all held out, recordings are kept to hear beside samples."""
     said = demo.demo_sentences(grammar, sentences)
     kept = [n < 64 or sentence.split != "train" for n, sentence in enumerate(said)]
     return [Clip(*sentence, f"wavs/{sentence.id}.wav" if keep else None) for sentence, keep in zip(said, kept, strict=True)]

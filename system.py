@@ -282,9 +282,9 @@ def load(path: str, device: torch.device, overrides: dict[str, dict], out_dir: s
 def record_run(config: Config, dtype: str, network: nn.Module, device: torch.device, world: int) -> None:
     """Print what is about to run, and keep what it takes to run it again: config.yaml, run.json and the source."""
     out, here = Path(config.out_dir), Path(__file__).parent
-    make_folder(out / "source")
-    for source in here.glob("*.py"):
-        shutil.copy(source, out / "source")
+    make_folder(out / "source" / "corpora")
+    for source in (*here.glob("*.py"), *here.glob("corpora/*.py")):
+        shutil.copy(source, out / "source" / source.relative_to(here))
     (out / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(config), sort_keys=False))
     parameters, frozen = (sum(p.numel() for p in network.parameters() if p.requires_grad == trained) for trained in (True, False))
     libraries = {name: version(name) for name in ("torch", "transformers", "openai-whisper", "numpy")}

@@ -17,7 +17,7 @@ from config import UserError
 from corpora import voice
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-HELD_OUT = {"val": 64, "test": 64}
+HELD_OUT = 64  # sentences to validate on, and as many to test on
 
 
 class Sentence(NamedTuple):
@@ -33,7 +33,8 @@ def speak(text: str, sample_rate: int, name: str) -> torch.Tensor:
     if not len(loud):
         raise UserError(f"{text!r}: nothing to be said")
     margin = sample_rate // 20
-    return wave[max(0, loud[0].item() - margin) : loud[-1].item() + margin + 1]
+    start = max(0, loud[0].item() - margin)
+    return wave[start : loud[-1].item() + margin + 1]
 
 
 def demo_sentences(grammar: str, count: int) -> list[Sentence]:
@@ -43,14 +44,11 @@ def demo_sentences(grammar: str, count: int) -> list[Sentence]:
     """
     if grammar == "ljspeech":
         return ljspeech_sentences(count)
-    texts = distinct_sentences(grammar, count, held_out=False) + distinct_sentences(
-        grammar, 128, held_out=True
-    )
-    splits = ["train"] * count + ["val"] * HELD_OUT["val"] + ["test"] * HELD_OUT["test"]
-    return [
-        Sentence(f"{grammar}-{n:05d}", text, split)
-        for n, (text, split) in enumerate(zip(texts, splits, strict=True))
-    ]
+    texts = distinct_sentences(grammar, count, held_out=False)
+    texts += distinct_sentences(grammar, 2 * HELD_OUT, held_out=True)
+    splits = ["train"] * count + ["val"] * HELD_OUT + ["test"] * HELD_OUT
+    names = [f"{grammar}-{n:05d}" for n in range(len(texts))]
+    return [Sentence(*fields) for fields in zip(names, texts, splits, strict=True)]
 
 
 def ljspeech_sentences(count: int) -> list[Sentence]:
@@ -84,16 +82,18 @@ def distinct_sentences(grammar: str, count: int, held_out: bool) -> list[str]:
 @functools.cache
 def load_grammar(name: str) -> dict[str, list[str]]:
     """{"patterns": [...], slot: [words...]} of a grammar in assets/demo_grammar.yaml."""
-    grammar = yaml.safe_load((ASSETS / "demo_grammar.yaml").read_text(encoding="utf-8"))[name]
-    return {slot: words if isinstance(words, list) else words.split() for slot, words in grammar.items()}
+    grammars = yaml.safe_load((ASSETS / "demo_grammar.yaml").read_text(encoding="utf-8"))
+    words = {}
+    for slot, value in grammars[name].items():
+        words[slot] = value if isinstance(value, list) else value.split()
+    return words
 
 
 def make_sentence(name: str, rng: random.Random) -> str:
     """A sentence of a grammar: a pattern with a word drawn for each slot."""
     grammar = load_grammar(name)
-    sentence = re.sub(
-        r"\{(\w+)\}", lambda slot: rng.choice(grammar[slot[1]]), rng.choice(grammar["patterns"])
-    )
+    pattern = rng.choice(grammar["patterns"])
+    sentence = re.sub(r"\{(\w+)\}", lambda slot: rng.choice(grammar[slot[1]]), pattern)
     return sentence[0].upper() + sentence[1:]
 
 

@@ -76,9 +76,8 @@ def find_voice(name: str) -> Voice:
         return Voice(name)
     speaker, pitch = re.fullmatch(r"(.*?)(?:@(0\.[5-9]\d*|1\.\d+))?", name).groups(default="1.0")
     if not speaker.endswith(".onnx") and not HUB_NAME.fullmatch(speaker):
-        raise VoiceError(
-            f"data.voice {name!r} is no voice: {DEFAULT}, {DEFAULT}@1.2, a file.onnx, {LAST_RESORT}+m3"
-        )
+        usual = f"{DEFAULT}, {DEFAULT}@1.2, a file.onnx, {LAST_RESORT}+m3"
+        raise VoiceError(f"data.voice {name!r} is none; usual ones: {usual}")
     if speaker == DEFAULT and not is_default_installed():
         stand_in = LAST_RESORT if pitch == "1.0" else LAST_RESORT_HIGHER
         print(f"{DEFAULT} is not installed: {stand_in} speaks, hard to understand; {INSTALL}", flush=True)
@@ -163,10 +162,9 @@ def piper(text: str, sample_rate: int, model: str, pitch: float = 1.0) -> torch.
     settings = SynthesisConfig(noise_scale=0.0, noise_w_scale=0.0, length_scale=length_scale)
     sentences = [chunk.audio_float_array for chunk in voice.synthesize(text, settings)]
     wave = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *sentences]))
-    rate = 50 * round(
-        pitch * voice.config.sample_rate / 50
-    )  # resampling is cheap where two rates share a divisor
-    return resample(wave, rate, sample_rate)
+    # To the next 50 Hz: resampling is cheap where two rates have a divisor in common.
+    played_at = 50 * round(pitch * voice.config.sample_rate / 50)
+    return resample(wave, played_at, sample_rate)
 
 
 @functools.cache
@@ -218,19 +216,20 @@ def choose_espeak_voice(voice: str) -> None:
 
     espeak-ng refuses an unknown language, but silently leaves out an unknown variant.
     """
-    import espeakng_loader
-
     language, plus, variant = voice.partition("+")
-    variants = {path.name for path in Path(espeakng_loader.get_data_path(), "voices", "!v").iterdir()}
+    variants = espeak_variants()
     if plus and variant not in variants:
-        raise VoiceError(
-            f"espeak-ng has no variant {variant!r}, as in {voice!r}: m1 to m8, f1 to f5 and others"
-        )
+        raise VoiceError(f"espeak-ng has no variant {variant!r} as in {voice!r}: try m1 to m8, f1 to f5")
     library, _, _ = espeak_library()
     if language.removeprefix("!v/") in variants or library.espeak_SetVoiceByName(voice.encode()) != 0:
-        raise VoiceError(
-            f"espeak-ng has no voice {voice!r}: a language, as en-us, maybe a variant, as en-us+m3"
-        )
+        raise VoiceError(f"espeak-ng has no voice {voice!r}: a language and maybe a variant, as en-us+m3")
+
+
+@functools.cache
+def espeak_variants() -> set[str]:
+    import espeakng_loader
+
+    return {path.name for path in Path(espeakng_loader.get_data_path(), "voices", "!v").iterdir()}
 
 
 @functools.lru_cache(maxsize=100_000)

@@ -190,6 +190,7 @@ def test_a_run_leaves_all_that_tells_of_it(run):
     assert len(rows(run, "train/loss")) == 6 and len(rows(run, "val/flow_loss")) == 2 and len(rows(run, "eval/wer")) == 1
     assert "<audio" in (run / "report.html").read_text() and (run / "sample.wav").stat().st_size > 1000
     assert (run / "source" / "train.py").read_bytes() == Path(train.__file__).read_bytes()
+    assert (run / "source" / "corpora" / "voice.py").exists()
     assert configs.load(str(run / "config.yaml")) == configs.from_dict(checkpoint(run)["config"])
     assert torch.__version__.startswith(json.loads((run / "run.json").read_text())["versions"]["torch"])
 
