@@ -11,8 +11,9 @@ import pytest
 import config
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = [["config", "text"], ["whisper_weights"], ["audio", "metric", "optim"], ["corpora.voice"], ["corpora.demo"],
-          ["pretrained"], ["flow", "data"], ["model"], ["recogniser"], ["spectrogram", "music", "speech2image"], ["system"], ["evaluator"], ["train", "sample"]]
+LAYERS = [["config", "text"], ["whisper_weights"], ["audio", "metric", "optim"], ["corpora.voice"],
+          ["corpora.demo"], ["pretrained"], ["flow", "data"], ["model"], ["recogniser"],
+          ["spectrogram", "music", "speech2image"], ["system"], ["evaluator"], ["train", "sample"]]
 SAME_LAYER = {("metric", "audio")}
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 SYSTEMS = {"tts", "spectrogram", "music", "speech_align", "speech_image", "speech2image"}
