@@ -95,7 +95,7 @@ def recordings() -> Path:
 
 
 def save_random_whisper(path: Path, seed: int = 0) -> Path:
-    """A small Whisper as they are published, never trained: nonsense, eight tokens, others for other sounds."""
+    """A small Whisper that was never trained: eight tokens of nonsense, others for other sounds."""
     import torch
     import whisper
     dims = whisper.model.ModelDimensions(

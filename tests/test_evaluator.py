@@ -156,7 +156,7 @@ class Counting(recogniser.Recogniser):
 
 @pytest.fixture
 def judge(run, tiny, random_whisper, tmp_path):
-    """A function that evaluates the trained run on a copy of its corpus without floors; the recogniser counts."""
+    """A function that evaluates the trained run, on a copy of its corpus without floors."""
     folder = tmp_path / "corpus"
     shutil.copytree(tiny["data_dir"], folder, ignore=shutil.ignore_patterns("floors_*"))
 
@@ -240,9 +240,9 @@ def test_where_floors_cannot_be_kept_they_are_measured_every_time_without_a_word
 
 
 def test_two_ranks_keep_the_floors_that_one_process_measures(two_ranks, double_batch):
-    corpora = [Path(configs.load(str(folder / "config.yaml")).data.data_dir) for folder in (two_ranks, double_batch)]
-    path, = corpora[1].glob("floors_*.json")
-    shared, alone = [json.loads((corpus / path.name).read_text()) for corpus in corpora]
+    used = [configs.load(str(folder / "config.yaml")).data.data_dir for folder in (two_ranks, double_batch)]
+    path, = Path(used[1]).glob("floors_*.json")
+    shared, alone = [json.loads(Path(folder, path.name).read_text()) for folder in used]
     assert shared["basis"] == alone["basis"] and shared["floors"] == pytest.approx(alone["floors"])
 
 

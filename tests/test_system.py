@@ -358,8 +358,8 @@ def note(config) -> None:
 def hummer(monkeypatch, random_whisper, tmp_path) -> dict:
     """The knobs of a run of another system, which stands in the table as any does."""
     monkeypatch.setitem(system.SYSTEMS, "spectrogram", system.Parts(Hummer, Hums, Rounds, note))
-    return TINY | {"system": "spectrogram", "out_dir": tmp_path, "steps": 2, "val_interval": 2, "eval_interval": 2,
-                   "limit": 3, "recogniser": random_whisper}
+    return TINY | {"system": "spectrogram", "out_dir": tmp_path, "steps": 2, "val_interval": 2,
+                   "eval_interval": 2, "limit": 3, "recogniser": random_whisper}
 
 
 @pytest.fixture
