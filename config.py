@@ -240,7 +240,7 @@ class Config:
     wandb: str = "offline"           # offline | online | disabled
     wandb_url: str = ""              # a W&B server of your own
     wandb_project: str = "nanoaudio"
-    expect: dict = field(default_factory=dict)   # what the last evaluation is to find, as {eval/wer: <= 0.1}; missed is exit code 1
+    expect: dict = field(default_factory=dict)   # what the last evaluation is to find, as {eval/wer: at most 0.1}; missed is exit code 1
     mel: Mel = field(default_factory=Mel)
     picture: Picture = field(default_factory=Picture)
     data: Data = field(default_factory=Data)
@@ -270,8 +270,8 @@ MAY_BE_ZERO = {"seed", "mel.fmin", "data.overfit", "data.workers", "data.silence
                "codes.require_r1", "codes.condition_scale", "codes.auxiliary_weight",
                "sample.cfg_scale", "sample.cfg_from", "train.max_minutes", "train.weight_decay", "train.warmup", "train.decay",
                "train.grad_clip", "train.ema", "train.muon_lr", "train.lr", "train.val_interval", "train.eval_interval"}
-KINDS = {tuple: "a list, [a, b]", dict: "a table, {eval/wer: <= 0.1}"}
-BOUND = re.compile(r"(<=|>=) *(\d*\.?\d+)")                # of `expect`
+KINDS = {tuple: "a list, [a, b]", dict: "a table, {eval/wer: at most 0.1}"}
+BOUND = re.compile(r"(at most|at least) +(\d*\.?\d+)")                # of `expect`
 MAY_BE_NEGATIVE = {"flow.timestep_logit_mean", "sample.sway"}
 
 
@@ -454,7 +454,7 @@ def check(config: Config) -> None:
         (s.truncation <= 1, f"sample.truncation {s.truncation} must be at most 1"),
         (bool(d.langs) and {*d.langs} <= {"en", "ar"}, f"data.langs must be a list of en and ar, got {[*d.langs]}"),
         (all(BOUND.fullmatch(bound) for bound in config.expect.values()),
-         f"expect: a bound is <= or >= and a number, as <= 0.1, got {[*config.expect.values()]}"),
+         f"expect: a bound is at most or at least, and a number: at most 0.1; got {[*config.expect.values()]}"),
         (0 <= t.ema < 1, f"train.ema {t.ema} must be below 1"),
         (s.cfg_from <= s.cfg_to, f"sample.cfg_from {s.cfg_from} is above sample.cfg_to {s.cfg_to}"),
         (-1 <= s.sway <= 1, f"sample.sway {s.sway} must be in [-1, 1]"),

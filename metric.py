@@ -61,19 +61,19 @@ SCORES = {"mcd": Score("mel-cepstral distortion", "dB", "from log-mels, time-war
 
 
 def compare_expected(expected: dict[str, str], metrics: list[dict]) -> tuple[list[str], bool]:
-    """A recipe's `expect`, {"eval/wer": "<= 0.1"}, beside what was last measured: a line for each, and whether none was missed.
+    """A recipe's `expect`, {"eval/wer": "at most 0.1"}, beside what was last measured: a line for each, and whether none was missed.
 
     What nobody measured, for want of a recogniser say, is neither met nor missed; its line says so.
     """
     lines, all_met = [], True
     for name, wanted in expected.items():
-        sign, number = BOUND.fullmatch(wanted).groups()
+        side, number = BOUND.fullmatch(wanted).groups()
         bound, found = float(number), last(metrics, name)
-        aim = f"expected {name} {sign} {as_shown(name, bound)}:"
+        aim = f"expected {name} {side} {as_shown(name, bound)}:"
         if found is None:
             lines.append(f"{aim} not measured")
             continue
-        met = found <= bound if sign == "<=" else found >= bound
+        met = found <= bound if side == "at most" else found >= bound
         all_met = all_met and met
         lines.append(f"{aim} {'met' if met else 'missed'}, {as_shown(name, found)}, by {as_shown(name, abs(found - bound))}")
     return lines, all_met

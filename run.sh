@@ -170,7 +170,7 @@ add() {                 # what pip install takes
         uv pip install --python "$VENV/bin/python" -c requirements.lock "$@" && return
         say "uv could not: trying pip"
     fi
-    "$VENV/bin/python" -m pip install --disable-pip-version-check -c requirements.lock "$@"
+    "$VENV/bin/python" -m pip install --disable-pip-version-check --no-compile -c requirements.lock "$@"
 }
 
 find_python() {         # those that torch has wheels for

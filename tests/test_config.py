@@ -74,10 +74,10 @@ def test_phonemes_are_for_a_text_encoder_that_is_trained_along():
 
 
 @pytest.mark.parametrize("text, complaint", [
-    ("expect: {eval/wer: 0.1}", "a bound is <= or >= and a number"), ("expect: {eval/wer: < 0.1}", "a bound is <= or >="),
-    ("expect: {eval/wer: <= a}", "a bound is <= or >="), ("expect: 0.1", "expect must be a table, {eval/wer: <= 0.1}")])
+    ("expect: {eval/wer: 0.1}", "a bound is at most or at least, and a number"), ("expect: {eval/wer: below 0.1}", "a bound is at most"),
+    ("expect: {eval/wer: at most a}", "a bound is at most"), ("expect: 0.1", "expect must be a table, {eval/wer: at most 0.1}")])
 def test_an_expectation_is_a_figure_and_a_bound(tmp_path, text, complaint):
-    assert load_text(tmp_path, "expect: {eval/wer: <= 0.1, eval/mcd: '>=3'}").expect == {"eval/wer": "<= 0.1", "eval/mcd": ">=3"}
+    assert load_text(tmp_path, "expect: {eval/wer: at most 0.1, eval/mcd: at least 3}").expect == {"eval/wer": "at most 0.1", "eval/mcd": "at least 3"}
     assert complaint in refusal(load_text, tmp_path, text)
 
 

@@ -135,7 +135,7 @@ def test_a_package_without_its_file_is_none(monkeypatch, tmp_path):
 # Words
 
 def test_what_is_in_brackets_counts_as_it_is_spoken():
-    text = "The Bible (which was printed at Mainz) [and sold] has two <colours>."
+    text = "The Bible (which was printed at Mainz) [and sold] has two colours."
     assert whisper_weights.normalise(text) == "the bible which was printed at mainz and sold has 2 colors"
 
 
