@@ -466,9 +466,9 @@ def compare_hearing(wave: torch.Tensor, rebuilt: torch.Tensor, sample_rate: int,
         mels = torch.stack([whisper.log_mel_spectrogram(whisper.pad_or_trim(piece), model.dims.n_mels) for piece in pieces])
         heard.append(" ".join(result.text.strip() for result in whisper.decode(model, mels, options)))
     print(f"heard before {heard[0]!r}\nheard after  {heard[1]!r}")
-    before, after = (normalise(comparable(words)) for words in heard)
-    said = normalise(comparable(text)) or before
-    print(f"WER          {100 * jiwer.wer(said, after):.1f} %" if said else "WER          none: nothing was heard before")
+    before, after = map(comparable, heard)
+    said = normalise(comparable(text)) or normalise(before)
+    print(f"WER          {100 * jiwer.wer(said, normalise(after)):.1f} %" if said else "WER          none: nothing was heard before")
 
 
 def read(source: str, given: dict) -> tuple[torch.Tensor, Picture]:

@@ -12,7 +12,7 @@ import torch
 import config as configs
 import evaluator
 import system
-from conftest import finish, start
+from conftest import ROOT, finish, start
 
 CPU = torch.device("cpu")
 
@@ -105,7 +105,7 @@ def test_prompts_of_a_file_are_spoken_without_a_corpus(trained, tmp_path):
 
 def test_captions_of_music_stay_as_they_were_typed(tmp_path):
     (tmp_path / "prompts.txt").write_text("120 bpm, 3/4 time\n")
-    config = configs.load("", ["--system=music", f"--eval.prompts={tmp_path / 'prompts.txt'}"])
+    config = configs.load(str(ROOT / "configs/music_demo.yaml"), [f"--eval.prompts={tmp_path / 'prompts.txt'}"])
     assert evaluator.Evaluator(config, None, CPU).prompts == ["120 bpm, 3/4 time"]
 
 
