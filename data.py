@@ -436,8 +436,10 @@ def read_transcripts(paths: list[Path], separator: str, columns: int) -> tuple[d
     for path in paths:
         for number, line in enumerate(path.read_bytes().decode("utf-8-sig", errors="replace").split("\n"), 1):
             fields = [field.strip() for field in line.split(separator, columns - 1 if separator == " " else -1)]
-            name, text = fields[0], "".join(fields[columns - 1:columns]) or normalize("".join(fields[1:2]))
-            faults = {"not UTF-8": "\ufffd" in line, f"{len(fields)} fields, not {columns}": len(fields) not in (2, columns), "empty text": not text,
+            name = fields[0]
+            text = "".join(fields[columns - 1:columns]) or normalize("".join(fields[1:2]))
+            faults = {"not UTF-8": "\ufffd" in line, f"{len(fields)} fields, not {columns}": len(fields) not in (2, columns),
+                      "empty text": not text,
                       "no file name": not name or Path(name).name != name or not name.isprintable(), "duplicate id": name in texts}
             if fault := next((fault for fault, found in faults.items() if found and line.strip()), ""):
                 skipped.append(f"{path} line {number} ({name[:40]}): {fault}")

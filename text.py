@@ -29,7 +29,7 @@ def normalize(text: str) -> str:
 def comparable(text: str) -> str:
     """As `normalize`, to count word errors in: what brackets hold without them, and FBI for F.B.I."""
     text = normalize(text).translate(BRACKETS)
-    text = re.sub(r"\b([A-Za-z])\.\s?(?=[A-Za-z]\b)", r"\1", text)
+    text = re.sub(r"\b([A-Za-z])\.(?:(?=[A-Za-z]\b)|\s(?=[A-Z]\.))", r"\1", text)
     return re.sub(r"\b([A-Z]{2,9}|[ap]m)\.", r"\1", text)
 
 
@@ -228,7 +228,7 @@ def abbreviation(m: re.Match) -> str:
 
 def latin(m: re.Match) -> str:
     """e.g., i.e., et al."""
-    return capital_as(m[0], LATIN[m["latin"].lower().replace(".", "")])
+    return capital_as(m[0], LATIN[m["latin"].lower().replace(". ", "").replace(".", "")])
 
 
 def pointless(m: re.Match) -> str:
@@ -475,7 +475,7 @@ def digit_by_digit(m: re.Match) -> str:
 
 def place(m: re.Match) -> str:
     """Room 101, Boeing 737-800."""
-    return " ".join([m["place"], *map(pairs, m["number"].split("-"))])
+    return " ".join([m["place"], *map(pairs, m["number"].split("-"))]).strip()
 
 
 def in_a_name(m: re.Match) -> str:
@@ -580,7 +580,8 @@ def measure(m: re.Match) -> str:
 
 def per_what(typed: str | None) -> str:
     """ "/kg": per kilogram."""
-    return f" per {PER.get(typed[1:], typed[1:])}" if typed else ""
+    unit = typed.strip("/.") if typed else ""
+    return f" per {PER.get(unit, unit)}" if unit else ""
 
 
 def unit_alone(m: re.Match) -> str:
@@ -777,7 +778,7 @@ FRAGMENTS = {
     "NUMERAL": r"(?P<numeral>[IVXLC]{1,8})\b",
     "SCALE": r"(?: ?(?P<scale>hundred|thousand|million|billion|trillion|<SHORT>|(?<=\d)[KkMmBbT])\b)?",
     "SHORT": "bn|bln|mn|mln|tn",
-    "PER": rf"(?P<per>/(?:{either(PER)}|[a-z]{{3,12}})(?!\w))?",
+    "PER": rf"(?P<per>/(?:{either(PER)}|[a-z]{{3,12}})(?!\w)(?:\.(?= [a-z]))?)?",
     "UNIT": rf"(?:(?P<pointed>{either(POINTED)})\.|(?P<unit>{either(UNITS)})<PER>)(?![\w²³])",
     "MONEY": r"<COUNTRY>(?P<symbol>[$£€¥₹₩₽]) ?(?P<amount><NUMBER>(?:-[$£€¥]?<NUMBER>)?)<END>",
     "COUNTRY": rf"(?:\b(?P<country>{either(COUNTRIES)}))?",
@@ -799,7 +800,7 @@ PATTERNS = [
     (r"(?<![\w*])\*{1,3}(?P<inside>[^\s*][^*]{0,300})\*{1,3}(?![\w*])", inside),
     (r"(?<!\w)_{1,3}(?P<inside>[^\s_][^_]{0,300})_{1,3}(?!\w)", inside),
 
-    (r"\b(?P<latin>[Ee]\.g\.?|[Ii]\.e\.?|eg\.|ie\.|a\.k\.a\.|et al\.)(?!\w)", latin),
+    (r"\b(?P<latin>[Ee]\.(?:g\.?| g\.)|[Ii]\.(?:e\.?| e\.)|eg\.|ie\.|a\.k\.a\.|et al\.)(?!\w)", latin),
     (rf"(?<!\d )\b(?P<word>{either_case(NUMBERED)})(?:\.|(?<=pp)) ?(?=\d)", numbered),
     (r"\b(?P<word>[Vv]ol|[Cc]h|[Cc]hap|[Ss]ec|[Ff]ig|[Pp]t|[Bb]k|[Aa]rt)\. ?(?=[IVXLC]{1,8}\b)", numbered),
     (rf"\b(?P<title>{either(TITLES)})(?:\.|(?= [A-Z][a-z.]))", title),
@@ -856,6 +857,7 @@ PATTERNS = [
     (r"<START>(?P<amount><NUMBER>)(?P<scale><SHORT>|M|B)(?!\w)", large),
 
     (r"<START>(?P<fraction>(?:\d{1,9} )?\d{1,4}/\d{1,4})(?![\w/])", a_fraction),
+    (r"<START>(?P<place>)(?P<number>7[0-8]7-\d{3})(?!\w)", place),
     (rf"\b(?P<place>{either(PLACES)}) (?P<number>\d{{3,4}}(?:-\d{{3,4}})?)(?!\w|[.,]\d)", place),
     (r"<START>\d{1,3}(?:-\d{1,3}){2,8}(?![\w-])", series),
     (r"<START>(?P<range><NUMBER> ?- ?<NUMBER>)<END>(?P<result>(?= ?=))?", ranges),

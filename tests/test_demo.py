@@ -22,10 +22,11 @@ def run(recipe: str, folder: Path, *words: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe, bound", [("demo", 0.10), ("demo_overfit64", 0.05)])
-def test_the_demo_says_sentences_that_are_understood(recipe, bound, tmp_path):
-    found = run(recipe, tmp_path)
-    assert found["eval/wer_vocoded"] <= 0.05 and found["eval/wer"] <= bound
+@pytest.mark.parametrize("recipe", ["demo", "demo_overfit64"])
+def test_the_demo_says_sentences_that_real_whisper_understands(recipe, tmp_path):
+    found = run(recipe, tmp_path)                              # an expectation that is missed is exit code 1
+    assert found["eval/recogniser"] == "tiny.en" and found["eval/wer_vocoded"] <= 0.05
+    assert found["eval/wer"] <= found["eval/wer_vocoded"] + 0.1
 
 
 @pytest.mark.slow
