@@ -210,6 +210,8 @@ def load(name: str, device: torch.device, quiet: bool = False) -> Recogniser | P
     """
     if name == "pocketsphinx":
         return PocketSphinx()
+    if device.type == "mps":
+        device = torch.device("cpu")           # Whisper keeps a sparse buffer, which Metal has not
     model, source, why = whisper_weights.load_any(name, device, "eval.recogniser")
     if why and not quiet:
         print(f"recogniser: {why}", flush=True)

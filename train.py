@@ -68,7 +68,7 @@ def main() -> None:
         # One update: the gradient of grad_accum micro-batches, synchronised once
         sums = {}
         for micro in range(t.grad_accum):
-            batch = {name: value.to(device, non_blocking=True) for name, value in next(stream).items()}
+            batch = {name: value.to(device, non_blocking=device.type == "cuda") for name, value in next(stream).items()}
             unsynchronised = world > 1 and micro < t.grad_accum - 1
             with model.no_sync() if unsynchronised else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=t.dtype == "bf16"):
