@@ -283,7 +283,8 @@ def time_clips(config: Config, clips: list[data.Clip], known: dict, path: Path) 
         timed = time_words(recogniser, clip, longest)
         timed["text"] = clip.text
         known[clip.id] = timed
-        if number % 1000 == 0 or number == len(clips):
+        is_last = number == len(clips)
+        if is_last or number % 1000 == 0:
             content = json.dumps(known)
             with data.replacing(path) as part:
                 part.write_text(content, encoding="utf-8")
@@ -334,12 +335,13 @@ def cut(words: list[Word], seconds: float) -> list[Word]:
             if 1 <= stop - starts[first] <= seconds:
                 ways.append((cost + costs[first], first))
         best.append(min(ways, default=(math.inf, 0)))
-    if not words or math.isinf(best[-1][0]):
+    total, _ = best[-1]
+    if math.isinf(total):
         return []
     pieces = []
     end = len(words)
     while end:
-        first = best[end][1]
+        _, first = best[end]
         text = " ".join(word for word, _, _ in words[first:end])
         piece = (text, starts[first], stops[end - 1])
         pieces.append(piece)
@@ -531,7 +533,8 @@ def hear(wave: Tensor, sample_rate: int) -> dict[str, str]:
         product = notes * profile
         similarity[key] = product.sum().item()
     key = max(KEYS, key=similarity.get)
-    offset = texture(wave) - known["centres"]  # (timbres, 11)
+    features = texture(wave)
+    offset = features - known["centres"]  # (timbres, 11)
     distance = (offset @ known["precision"]) * offset
     timbre = TIMBRES[distance.sum(1).argmin()]
     return {"key": key, "tempo": tempo(wave), "timbre": timbre}
@@ -600,8 +603,9 @@ def texture(wave: Tensor) -> Tensor:
         power = magnitude[in_band].square()
         powers.append(power.mean(0))
     power = torch.stack(powers)  # (7, T)
-    silence = 1e-6 * power.mean()
-    bands = (power.mean(1) + silence).log()
+    floor = 1e-6 * power.mean()
+    bands = power.mean(1) + floor
+    bands = bands.log()
     bands = bands - bands.mean()
     total = power.sum(0)
     smooth = F.avg_pool1d(total[None], 8, 2)[0]  # 50 a second
@@ -681,7 +685,8 @@ class MelFront(nn.Module):
         """As HubertFront, at 12.5 frames a second."""
         x = self.log_mel(wave)
         samples = wave_mask.sum(1)
-        frames = (samples - self.mel.n_fft) // HOP + 1
+        n_fft = self.mel.n_fft
+        frames = (samples - n_fft) // HOP + 1
         positions = torch.arange(x.shape[1], device=x.device)
         mask = positions < frames.unsqueeze(1)  # (B, T)
         x = normalize_mel(x, mask, frames)
@@ -716,10 +721,12 @@ def normalize_mel(x: Tensor, mask: Tensor, frames: Tensor) -> Tensor:
     """
     valid = mask.unsqueeze(2)
     count = frames.view(-1, 1, 1)
-    total = (x * valid).sum(1, keepdim=True)  # (B, 1, M)
+    x_valid = x * valid
+    total = x_valid.sum(1, keepdim=True)  # (B, 1, M)
     mean = total / count
     x = (x - mean) * valid
-    energy = x.square().sum((1, 2), keepdim=True)
+    squares = x.square()
+    energy = squares.sum((1, 2), keepdim=True)
     count = count * x.shape[2]
     deviation = (energy / count).sqrt()
     return x / deviation.clamp_min(0.1)
@@ -732,12 +739,15 @@ def hide(h: Tensor, mask: Tensor, hidden: Tensor) -> Tensor:
     channels.
     """
     time_spans, channel_spans = hidden.unbind(1)
+    _, length, width = h.shape
     frames = mask.sum(1)
-    channels = torch.full_like(frames, h.shape[2])
-    in_time = in_spans(time_spans, frames, h.shape[1])
-    in_channels = in_spans(channel_spans, channels, h.shape[2])
-    h = h.masked_fill(in_time.unsqueeze(2), 0)
-    return h.masked_fill(in_channels.unsqueeze(1), 0)
+    channels = torch.full_like(frames, width)
+    in_time = in_spans(time_spans, frames, length)
+    in_time = in_time.unsqueeze(2)  # (B, T, 1)
+    in_channels = in_spans(channel_spans, channels, width)
+    in_channels = in_channels.unsqueeze(1)  # (B, 1, W)
+    h = h.masked_fill(in_time, 0)
+    return h.masked_fill(in_channels, 0)
 
 
 def in_spans(spans: Tensor, size: Tensor, length: int) -> Tensor:
@@ -762,11 +772,13 @@ def info_nce(speech: Tensor, image: Tensor, label: Tensor, scale: Tensor) -> Ten
 
     Pairs with the same label (B,) are not negatives of each other.
     """
-    target = torch.arange(len(label), device=label.device)
+    device = label.device
+    target = torch.arange(len(label), device=device)
     own = target.unsqueeze(1) == target
     same_label = label.unsqueeze(1) == label
     excluded = same_label & ~own
-    logits = scale * speech @ image.T  # (B, B)
+    speech = scale * speech
+    logits = speech @ image.T  # (B, B)
     logits = logits.masked_fill(excluded, -math.inf)
     speech_to_image = F.cross_entropy(logits, target)
     image_to_speech = F.cross_entropy(logits.T, target)
@@ -777,7 +789,8 @@ def info_nce(speech: Tensor, image: Tensor, label: Tensor, scale: Tensor) -> Ten
 def roughened(wave: Tensor, align: Align, rng: np.random.Generator) -> Tensor:
     """A wave (N,) as config.align augments it: cropped, under a gain that changes, under noise."""
     longest = int(align.crop_sec * RATE)
-    surplus = max(0, len(wave) - longest)
+    samples = len(wave)
+    surplus = max(0, samples - longest)
     start = rng.integers(surplus + 1)
     stop = start + longest
     wave = wave[start:stop]

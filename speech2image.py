@@ -1,8 +1,8 @@
-"""Speech to picture without a text in between: both put into one embedding space, then pictures generated from it.
+"""Speech to picture without a text in between: both in one embedding space, then pictures generated from it.
 
-Stage 1, system `speech_align`; stage 2, system `speech_image`; then what both share: outputs, corpus, batches, files.
-A wave is (N,) at 16 kHz, a picture (3, H, W) in [0, 1], an embedding (D,) of length 1; x (B, N) are codes from 0 to
-K - 1 of a square grid, row by row. Sources: Speak the Art (arXiv 2601.00827), whose stage 1 is SpeechCLIP
+Stage 1, system `speech_align`; stage 2, system `speech_image`; then corpus, batches, and the files they need.
+A wave is (N,) at 16 kHz, a picture (3, H, W) in [0, 1], an embedding (D,) of length 1; x (B, N) are codes, 0
+to K - 1, of a square grid, row by row. Sources: Speak the Art (arXiv 2601.00827), whose stage 1 is SpeechCLIP
 (arXiv 2210.00705) and whose stage 2 is VQ-Diffusion for ImageNet (arXiv 2111.14822), see flow.py.
 """
 
@@ -10,7 +10,7 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,7 @@ class Stage(nn.Module):
         return Corpus(self.config)
 
     def features(self, made: Artifact, corpus: "Corpus", clip: data.Clip) -> dict[str, np.ndarray]:
-        """For retrieval: embeddings of speech and image (D,), numbers of the picture and its label, the group."""
+        """For retrieval: embeddings of speech and image (D,), numbers of picture and label, the group."""
         return {
             "speech": made.embedding.numpy(),
             "image": corpus.embedding(clip).numpy(),
@@ -99,7 +99,7 @@ class Stage(nn.Module):
 
 
 class SpeechAlign(Stage):
-    """`forward` returns the contrastive loss, `sample` the training picture that is nearest to what is said."""
+    """`forward` returns the contrastive loss, `sample` the training pictures nearest to what is said."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -110,16 +110,18 @@ class SpeechAlign(Stage):
         else:
             self.front = recogniser.HubertFront(a.speech)
         width = self.front.width
-        self.cls = nn.Parameter(torch.randn(1, 1, width))
+        cls = torch.randn(1, 1, width)
+        self.cls = nn.Parameter(cls)
         layer = nn.TransformerEncoderLayer(
             width, m.heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True
         )
         self.encoder = nn.TransformerEncoder(layer, m.layers, enable_nested_tensor=False)
         # Zero-initialised, so all similarities are 0 and the loss starts at log B
         image_width = flow.tower_width(a.image)
-        self.proj = zero(nn.Linear(width, image_width))
-        log_scale = -math.log(a.temperature)
-        self.log_scale = nn.Parameter(torch.tensor(log_scale))
+        proj = nn.Linear(width, image_width)
+        self.proj = zero(proj)
+        log_scale = torch.tensor(-math.log(a.temperature))
+        self.log_scale = nn.Parameter(log_scale)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """returns: loss, contrast_loss, of the clips of all ranks; temperature; scalars."""
@@ -131,48 +133,58 @@ class SpeechAlign(Stage):
             speech = gather_ranks(speech)
             image = gather_ranks(image)
             label = gather_ranks(label)
-        scale = self.log_scale.clamp(max=math.log(100)).exp()
+        log_scale = self.log_scale.clamp(max=math.log(100))
+        scale = log_scale.exp()
         loss = recogniser.info_nce(speech, image, label, scale)
-        temperature = (-self.log_scale).exp().detach()
-        return {"loss": loss, "contrast_loss": loss, "temperature": temperature}
+        temperature = (-self.log_scale).exp()
+        return {"loss": loss, "contrast_loss": loss, "temperature": temperature.detach()}
 
     def embed(self, wave: Tensor, wave_mask: Tensor, hidden: Tensor) -> Tensor:
         """wave (B, N), wave_mask (B, N), hidden (B, 2, K, 2), see recogniser.hide -> (B, D), float32."""
         h, mask = self.front(wave, wave_mask, hidden)  # (B, T, W), (B, T)
         cls = self.cls.expand(len(h), -1, -1)
-        h = torch.cat([cls.to(h.dtype), h], 1)
+        cls = cls.to(h.dtype)
+        h = torch.cat([cls, h], 1)
         mask = F.pad(mask, (1, 0), value=True)
         h = self.encoder(h, src_key_padding_mask=~mask)
-        h = self.proj(h[:, 0]).float()
-        # Length 1; 0 as long as proj is 0
-        squared_length = h.square().sum(-1, keepdim=True)
-        return h * (squared_length + 1e-6).rsqrt()
+        cls = h[:, 0]
+        embedding = self.proj(cls).float()
+        # Of length 1; 0 as long as proj is 0
+        energy = embedding.square().sum(-1, keepdim=True)
+        return embedding * (energy + 1e-6).rsqrt()
 
     @torch.inference_mode()
     def listen(self, waves: Sequence[Tensor]) -> Tensor:
         """Waves (N,) -> (B, D), on the CPU."""
         device = self.proj.weight.device
-        rows = [recogniser.standardise(wave) for wave in waves]
-        wave, mask = data.pad(rows, self.config.data.pad_multiple * HOP)
-        nothing_hidden = torch.zeros(len(waves), 2, 0, 2, device=device)
-        return self.embed(wave.to(device), mask.to(device), nothing_hidden).cpu()
+        waves = [recogniser.standardise(wave) for wave in waves]
+        multiple = self.config.data.pad_multiple * HOP
+        wave, mask = data.pad(waves, multiple)
+        wave = wave.to(device)
+        mask = mask.to(device)
+        hidden = torch.zeros(len(waves), 2, 0, 2, device=device)
+        return self.embed(wave, mask, hidden).cpu()
 
     def sample(self, prompts: Sequence[Prompt], settings: Sample) -> list[Artifact]:
         """The nearest training pictures."""
         waves = [prompt.speech for prompt in prompts]
         outputs = []
-        for wave, embedding in zip(waves, self.listen(waves)):
+        embeddings = self.listen(waves)
+        for wave, embedding in zip(waves, embeddings):
             found = self.corpus.nearest(embedding)
-            output = Artifact(wave, RATE, found[0], found[1:], embedding)
+            picture = found[0]
+            output = Artifact(wave, RATE, picture, found[1:], embedding)
             outputs.append(output)
         return outputs
 
     def reference(self, corpus: "Corpus", clip: data.Clip) -> Artifact:
         """The clip's own picture, as if its speech had found it."""
+        wave = corpus.wave(clip)
         embedding = corpus.embedding(clip)
-        picture = corpus.picture(corpus.number(clip))
+        number = corpus.number(clip)
+        picture = corpus.picture(number)
         nearest = corpus.nearest(embedding)
-        return Artifact(corpus.wave(clip), RATE, picture, nearest, embedding)
+        return Artifact(wave, RATE, picture, nearest, embedding)
 
     def score(self, made: Artifact, corpus: "Corpus", clip: data.Clip) -> dict[str, float]:
         return {}  # a picture that was found is not judged: `features` has what retrieval is scored by
@@ -188,7 +200,7 @@ def gather_ranks(rows: Tensor) -> Tensor:
 
 
 def load_align(path: str, device: torch.device) -> SpeechAlign:
-    """A trained stage 1, frozen, with its EMA weights; path: a checkpoint, or a run's folder, for its newest one."""
+    """A trained stage 1, frozen, with its EMA weights; path: a checkpoint, or a run, for its newest one."""
     try:
         state = torch.load(newest(Path(path)), map_location="cpu", weights_only=True)
         config = from_dict(state["config"], where=path)
@@ -218,37 +230,43 @@ class SpeechImage(Stage):
         self.denoiser = flow.Denoiser(config, condition_width)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Losses of a batch of `ImageBatches`; new_update in it says that it trains, and whether weights have changed.
+        """Losses of a batch of `ImageBatches`; one to train on has new_update: whether weights have changed.
 
-        returns: loss; flow_loss, the variational bound in nats a code, each step by its share; code_loss, the
-        cross-entropy; flow_loss_per_clip (B,).
+        returns: loss; flow_loss, the variational bound in nats a code, each step weighted by its share;
+        code_loss, the cross-entropy; flow_loss_per_clip (B,).
         """
         x = batch["x"]
         steps = self.process.steps
         is_training = "new_update" in batch
 
-        # Diffusion steps t (B,) from 1 to T, and how likely each was
+        # Diffusion steps t (B,) from 1 to T, and their probabilities
+        uniform = batch["t"]
         if is_training:
-            t, p = self.times.draw(batch["t"], batch["new_update"])
+            t, p = self.times.draw(uniform, batch["new_update"])
         else:
-            t = (batch["t"] * steps).long() + 1
-            p = torch.full_like(batch["t"], 1 / steps)
+            t = (uniform * steps).long() + 1
+            p = torch.full_like(uniform, 1 / steps)
 
-        # Codes under noise, and the prediction of the clean ones
+        # Noisy codes, and the prediction of the clean ones
         x_t = self.process.corrupt(x, t, batch["u"], batch["other"])
         condition = self.denoiser.condition(batch["embedding"], batch["dropped"])
         logits = self.denoiser(x_t, t, condition)  # (B, N, K)
-        log_p = logits.float().log_softmax(-1)
+        log_probs = logits.float().log_softmax(-1)
 
         # Bound and cross-entropy, (B,)
-        divergence = self.process.divergence(log_p.exp(), x, x_t, t)
+        probs = log_probs.exp()
+        divergence = self.process.divergence(probs, x, x_t, t)
         divergence = divergence.mean(1)
-        log_likelihood = log_p.gather(-1, x.unsqueeze(-1))
-        entropy = -log_likelihood.squeeze(-1).mean(1)
+        target = x.unsqueeze(-1)
+        log_likelihood = log_probs.gather(-1, target).squeeze(-1)
+        entropy = -log_likelihood.mean(1)
+
         if is_training:
             self.times.learn(t, divergence.detach())
-        weight = self.config.codes.auxiliary_weight * (2 - t / steps)
-        loss = (divergence + weight * entropy) / p
+        auxiliary_weight = self.config.codes.auxiliary_weight
+        weight = auxiliary_weight * (2 - t / steps)
+        loss = divergence + weight * entropy
+        loss = loss / p
         bound = divergence / p
         return {
             "loss": loss.mean(),
@@ -263,8 +281,9 @@ class SpeechImage(Stage):
         waves = [prompt.speech for prompt in prompts]
         seeds = [prompt.seed for prompt in prompts]
         embeddings = self.stage1.listen(waves)
+        codebook = self.autoencoder.module
         codes = self.sample_codes(embeddings, seeds, settings)
-        pictures = self.autoencoder.module.decode(codes).cpu()
+        pictures = codebook.decode(codes).cpu()
         outputs = []
         for wave, picture, embedding in zip(waves, pictures, embeddings):
             nearest = self.corpus.nearest(embedding)
@@ -279,31 +298,36 @@ class SpeechImage(Stage):
         u = []
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
-            u.append(torch.rand(steps + 1, tokens, generator=generator))
-        u = torch.stack(u, 1).to(self.device)  # (steps + 1, B, N)
+            row = torch.rand(steps + 1, tokens, generator=generator)
+            u.append(row)
+        u = torch.stack(u, 1)  # (steps + 1, B, N)
 
         # Rows with the condition, then the same rows without it, for guidance
-        count = len(seeds)
-        embeddings = torch.cat([embeddings, embeddings]).to(self.device)
-        dropped = torch.arange(2 * count, device=self.device) >= count
+        embeddings = torch.cat([embeddings, embeddings])
+        embeddings = embeddings.to(self.device)
+        rows = torch.arange(len(embeddings), device=self.device)
+        dropped = rows >= len(seeds)
         condition = self.denoiser.condition(embeddings, dropped)
 
         def network(x_t: Tensor, t: Tensor) -> Tensor:
-            rows = len(x_t)  # B of 2 B rows leave guidance out
-            return self.denoiser(x_t, t, condition[:rows])
+            count = len(x_t)  # B of 2 B rows leave guidance out
+            return self.denoiser(x_t, t, condition[:count])
 
+        u = u.to(self.device)
         guidance = (settings.cfg_scale, settings.cfg_from, settings.cfg_to)
         return self.process.sample(network, u, *guidance, settings.truncation)
 
     def reference(self, corpus: "Corpus", clip: data.Clip) -> Artifact:
         """The clip's own picture through its codes: no network can be better."""
+        wave = corpus.wave(clip)
         embedding = corpus.embedding(clip)
-        codes, _ = read_codes(corpus)
-        number = corpus.number(clip)
-        codes = codes[number : number + 1].to(self.device)
-        picture = self.autoencoder.module.decode(codes)[0].cpu()
         nearest = corpus.nearest(embedding)
-        return Artifact(corpus.wave(clip), RATE, picture, nearest, embedding)
+        codebook = self.autoencoder.module
+        all_codes, _ = read_codes(corpus)
+        codes = all_codes[corpus.number(clip)]
+        codes = codes.unsqueeze(0).to(self.device)
+        picture = codebook.decode(codes)[0].cpu()
+        return Artifact(wave, RATE, picture, nearest, embedding)
 
     @torch.inference_mode()
     def score(self, made: Artifact, corpus: "Corpus", clip: data.Clip) -> dict[str, float]:
@@ -311,7 +335,7 @@ class SpeechImage(Stage):
 
         Only drawn shapes have a rule.
         """
-        path = corpus.names[corpus.number(clip)]
+        _, path = picture_of(clip)
         label = corpus.labels[path]
         by_rule = {}
         if self.config.data.corpus == "shapes":
@@ -331,32 +355,36 @@ class SpeechImage(Stage):
         """What the classifier sees in a picture, for each part of a label."""
         batch = picture[None].to(self.device)
         seen = []
-        for names, scores in zip(flow.label_parts(corpus.kinds), self.judge(batch)):
+        parts = flow.label_parts(corpus.kinds)
+        for names, scores in zip(parts, self.judge(batch)):
             best = scores.argmax()
             seen.append(names[best])
         return seen
 
     @torch.inference_mode()
     def features(self, made: Artifact, corpus: "Corpus", clip: data.Clip) -> dict[str, np.ndarray]:
-        """As stage 1's; and made (D,): the picture's own image embedding.
+        """As stage 1's; and made (D,), the image embedding of the picture itself.
 
-        Where eval.features names a network, also the features of FID and the class shares of IS; where there is a
-        classifier, also the chance that a guess is right.
+        Where eval.features names a network, also the features of FID and the class shares of IS; where there
+        is a classifier, also the chance that a guess is right.
         """
-        size = made.picture.shape[-1]
-        picture = made.picture[None].to(self.device)
-        found = {"made": self.tower(picture)}
+        picture = made.picture.unsqueeze(0)
+        picture = picture.to(self.device)
+        outputs = {"made": self.tower(picture)}
         if self.config.eval.features:
-            real = corpus.picture(corpus.number(clip), size)
-            real = real[None].to(self.device)
-            found["seen"], found["shares"] = self.inception(picture)
-            found["seen_real"], _ = self.inception(real)
-        found = {key: value[0].float().cpu().numpy() for key, value in found.items()}
+            number = corpus.number(clip)
+            real = corpus.picture(number, picture.shape[-1])
+            real = real.unsqueeze(0).to(self.device)
+            outputs["seen"], outputs["shares"] = self.inception(picture)
+            outputs["seen_real"], _ = self.inception(real)
+        features = super().features(made, corpus, clip)
+        for key, output in outputs.items():
+            features[key] = output[0].float().cpu().numpy()
         if self.config.codes.judge:
             parts = flow.label_parts(corpus.kinds)
-            combinations = math.prod(map(len, parts))
-            found["chance"] = np.array(1 / combinations)
-        return found | super().features(made, corpus, clip)
+            sizes = map(len, parts)
+            features["chance"] = np.array(1 / math.prod(sizes))
+        return features
 
     @property
     def device(self) -> torch.device:
@@ -382,20 +410,22 @@ class SpeechImage(Stage):
     @functools.cached_property
     def judge(self) -> pretrained.Frozen:
         parts = flow.label_parts(self.corpus.kinds)
-        network = flow.Judge([len(names) for names in parts])
-        network = flow.restored(network, judge_file(self.corpus))
-        return network.to(self.device)
+        sizes = [len(names) for names in parts]
+        network = flow.Judge(sizes)
+        path = judge_file(self.corpus)
+        return flow.restored(network, path).to(self.device)
 
     @functools.cached_property
     def inception(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         return flow.load_inception(self.config.eval.features, self.device)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """What Muon trains: the blocks' matrices and 3 x 3 convolutions, not the modulation by time and condition."""
+        """What Muon trains: matrices and convolutions of blocks, not the modulation by time and condition."""
         hidden = []
         for block in self.denoiser.blocks:
             for name, layer in block.named_children():
-                if isinstance(layer, nn.Linear) and not name.startswith("by_"):
+                modulates = name.startswith("by_")
+                if isinstance(layer, nn.Linear) and not modulates:
                     hidden.append(layer.weight)
         return hidden
 
@@ -404,29 +434,32 @@ class SpeechImage(Stage):
 
 
 class Corpus(data.Packed):
-    """Spoken descriptions of pictures; in training every language is as frequent. A clip's id: LABEL:PICTURE#NUMBER."""
+    """Spoken descriptions of pictures; all languages are trained on equally often.
+
+    The id of a clip is LABEL:PICTURE#NUMBER.
+    """
 
     statistics = ()
 
     def __init__(self, config: Config):
-        longest = config.data.max_seconds * RATE / HOP
+        d = config.data
+        longest = d.max_seconds * RATE / HOP
         super().__init__(config, form(config), longest)
         self.config = config
         clips = set()
         for split in data.SPLITS:
             clips.update(self.clips(split))
         self.all_clips = sorted(clips, key=lambda clip: clip.number)
-        train = balance_languages(self.clips("train"), config.data.langs)
+        train = self.clips("train")
+        train = balance_languages(train, d.langs)
         self.splits = self.splits | {"train": train}
-        # Pictures by their paths, in the order of the clips: labels, numbers; and the numbers of the labels
-        self.labels = {}
+        self.labels = {}  # by path of the picture
         for clip in self.all_clips:
             label, path = picture_of(clip)
             self.labels[path] = label or path
         self.names = list(self.labels)
-        self.numbers = {path: n for n, path in enumerate(self.names)}
-        distinct = dict.fromkeys(self.labels.values())
-        self.kinds = {label: n for n, label in enumerate(distinct)}
+        self.numbers = number_values(self.names)
+        self.kinds = number_values(self.labels.values())
 
     def number(self, clip: data.Clip) -> int:
         """Of its picture, in `names`."""
@@ -440,14 +473,18 @@ class Corpus(data.Packed):
 
     def gallery(self, split: str) -> list[int]:
         """The numbers of a split's pictures."""
-        numbers = {self.number(clip) for clip in self.clips(split)}
+        clips = self.clips(split)
+        numbers = {self.number(clip) for clip in clips}
         return sorted(numbers)
 
     def picture(self, number: int, size: int = 0) -> Tensor:
         """(3, size, size), see `flow.resized`; size 0: (3, H, W), as it is."""
-        path = Path(self.config.data.data_dir, self.names[number])
+        folder = self.config.data.data_dir
+        path = Path(folder, self.names[number])
         picture = flow.read_picture(str(path))
-        return flow.resized(picture, size) if size else picture
+        if size:
+            return flow.resized(picture, size)
+        return picture
 
     def embedding(self, clip: data.Clip) -> Tensor:
         """The image embedding (D,) of its picture."""
@@ -457,12 +494,14 @@ class Corpus(data.Packed):
     @functools.cached_property
     def embeddings(self) -> Callable[[int], Tensor]:
         """The image embedding (1, D) of a picture by its number."""
-        return data.open_rows(embeddings_file(self), data.PREPARE)
+        path = embeddings_file(self)
+        return data.open_rows(path, data.PREPARE)
 
     @functools.cached_property
     def trained(self) -> Tensor:
         """The image embeddings (n, D) of the training pictures."""
-        rows = [self.embeddings(n) for n in self.gallery("train")]
+        gallery = self.gallery("train")
+        rows = [self.embeddings(n) for n in gallery]
         return torch.cat(rows)
 
     def nearest(self, embedding: Tensor, count: int = 5) -> Tensor:
@@ -470,14 +509,22 @@ class Corpus(data.Packed):
 
         S: the shorter side of the best one.
         """
-        similarity = self.trained @ embedding.float().cpu()
+        embedding = embedding.float().cpu()
+        similarity = self.trained @ embedding
         count = min(count, len(similarity))
         best = similarity.topk(count).indices
         gallery = self.gallery("train")
         numbers = [gallery[n] for n in best.tolist()]
-        _, height, width = self.picture(numbers[0]).shape
-        size = min(height, width)
-        return torch.stack([self.picture(n, size) for n in numbers])
+        best_picture = self.picture(numbers[0])
+        size = min(best_picture.shape[1:])
+        pictures = [self.picture(n, size) for n in numbers]
+        return torch.stack(pictures)
+
+
+def number_values(values: Iterable[str]) -> dict[str, int]:
+    """The distinct values, numbered in the order in which they come first."""
+    distinct = dict.fromkeys(values)
+    return {value: n for n, value in enumerate(distinct)}
 
 
 def balance_languages(clips: list[data.Clip], languages: Sequence[str]) -> list[data.Clip]:
@@ -506,7 +553,7 @@ class AlignBatches(Batches):
         self.lengths = np.ones_like(self.lengths)
 
     def validation(self) -> list[dict[str, Tensor]]:
-        """Ranks share out whole batches, so that a clip has the same negatives however many ranks there are."""
+        """Ranks share out whole batches, so a clip has the same negatives for any number of ranks."""
         clips = self.corpus.clips(self.config.eval.split)
         size = self.config.train.batch_size
         starts = range(0, len(clips), size)
@@ -544,22 +591,27 @@ class AlignBatches(Batches):
 
 
 class ImageBatches(AlignBatches):
-    """x (B, N) codes; u, other (B, N) for `flow.MaskReplace.corrupt`; t (B,) uniform in [0, 1); embedding (B, D) of the
-    speech; dropped (B,): rows without it; frames (B,); new_update (), in training: first micro-batch of its step.
+    """x (B, N) codes; u, other (B, N) for `flow.MaskReplace.corrupt`; t (B,) uniform in [0, 1); embedding
+    (B, D) of the speech; dropped (B,): rows without it; frames (B,); new_update (), in training: whether this
+    is the first micro-batch of its step.
 
-    A description is trained on with any training picture that has its label; each language is drawn equally often.
+    A description is trained on with any training picture of its label, all languages equally often.
     """
 
     def __init__(self, config: Config, corpus: Corpus, tokenizer, rank: int = 0, world: int = 1):
         super().__init__(config, corpus, tokenizer, rank, world)
         check_stage1(corpus)
         self.codes, _ = read_codes(corpus)
-        self.embeddings = data.open_rows(speech_file(corpus), data.PREPARE)
+        path = speech_file(corpus)
+        self.embeddings = data.open_rows(path, data.PREPARE)
         alike = {}
         for clip in corpus.clips("train"):
-            numbers = alike.setdefault(corpus.label(clip), set())
+            label = corpus.label(clip)
+            numbers = alike.setdefault(label, set())
             numbers.add(corpus.number(clip))
-        self.alike = {label: sorted(numbers) for label, numbers in alike.items()}
+        self.alike = {}  # the numbers of the training pictures of a label
+        for label, numbers in alike.items():
+            self.alike[label] = sorted(numbers)
 
     def train(self, step: int, micro: int = 0) -> dict[str, Tensor]:
         batch = super().train(step, micro)
@@ -569,12 +621,16 @@ class ImageBatches(AlignBatches):
     validation = Batches.validation  # single clips are shared out, their times spread evenly
 
     def row(self, clip: data.Clip, rng: np.random.Generator, t: float | None = None) -> dict:
-        """A clip and all that is drawn for it. t: given, it keeps its own picture and its embedding, as for validation."""
+        """A clip and all that is drawn for it.
+
+        t: given, as for validation, the clip keeps its own picture and its embedding.
+        """
         dropped = False
         number = self.corpus.number(clip)
         if t is None:
             dropped = rng.random() < self.config.flow.text_condition_dropout
-            number = rng.choice(self.alike[self.corpus.label(clip)])
+            label = self.corpus.label(clip)
+            number = rng.choice(self.alike[label])
             t = rng.random()
         x = self.codes[number]
         u = rng.random(len(x), dtype=np.float32)
@@ -614,17 +670,29 @@ def stack_tensors(rows: list[dict], keys: Sequence[str]) -> dict[str, Tensor]:
 
 
 def prepare_align(config: Config) -> None:
-    """Make what training needs and does not find: the packed corpus, and the image embeddings of its pictures."""
-    folder = data.packed_dir(config, form(config))
-    root = Path(config.data.data_dir)
-    may_have_changed = config.data.corpus != "shapes" and root.exists() and folder != root
-    is_packed = (folder / "index.json").exists()
-    if may_have_changed or not is_packed or not embeddings_file(Corpus(config)).exists():
+    """Make what training needs and does not find: the packed corpus, the image embeddings of its pictures."""
+    if not is_prepared(config):
         recogniser.run_asset("spoken_pictures.py", config)
 
 
+def is_prepared(config: Config) -> bool:
+    """Whether stage 1 has its files. No, where the recordings are: they may have changed since packing."""
+    d = config.data
+    root = Path(d.data_dir)
+    folder = data.packed_dir(config, form(config))
+    if d.corpus != "shapes" and root.exists() and folder != root:
+        return False
+    if not (folder / "index.json").exists():
+        return False
+    corpus = Corpus(config)
+    return embeddings_file(corpus).exists()
+
+
 def prepare_image(config: Config) -> None:
-    """Make what training needs and does not find: all of stage 1's, and what `needed_files` lists."""
+    """Make what training needs and does not find.
+
+    That is what stage 1 needs, its embeddings of the speech, the codes of the pictures, the classifier.
+    """
     prepare_align(config)
     corpus = Corpus(config)
     needed = [speech_file(corpus), codes_file(corpus)]
@@ -636,22 +704,32 @@ def prepare_image(config: Config) -> None:
 
 
 def check_stage1(corpus: Corpus) -> None:
-    """raises UserError if stage 1 did not learn to find the validation pictures: stage 2 cannot tell them apart either."""
+    """raises UserError if stage 1 did not learn to find the pictures validated on.
+
+    What it cannot tell apart, stage 2 cannot either.
+    """
     c = corpus.config.codes
-    read_speech = data.open_rows(speech_file(corpus), data.PREPARE)
-    clips = corpus.clips(corpus.config.eval.split)
-    numbers = [corpus.number(clip) for clip in clips]
-    labels = np.array([corpus.label(clip) for clip in clips])
-    speech = torch.cat([read_speech(clip.number) for clip in clips])
+    path = speech_file(corpus)
+    speech_of = data.open_rows(path, data.PREPARE)
+    numbers = []
+    labels = []
+    speech = []
+    for clip in corpus.clips(corpus.config.eval.split):
+        numbers.append(corpus.number(clip))
+        labels.append(corpus.label(clip))
+        speech.append(speech_of(clip.number))
+    labels = np.array(labels)
     gallery, first = np.unique(numbers, return_index=True)
-    pictures = torch.cat([corpus.embeddings(n) for n in gallery])
-    similarity = speech @ pictures.T
-    right = labels[:, None] == labels[first]
+    pictures = [corpus.embeddings(n) for n in gallery]
+    similarity = torch.cat(speech) @ torch.cat(pictures).T
+    gallery_labels = labels[first]
+    right = labels[:, None] == gallery_labels
     recall = metric.recall_at(similarity.numpy(), right, 1)
     if recall < c.require_r1:
-        found = f"finds {100 * recall:.1f} % of the pictures (R@1)"
+        percent = 100 * recall
+        found = f"it finds {percent:.1f} % of the pictures (R@1)"
         needed = f"less than require_r1 {c.require_r1}"
-        raise UserError(f"{c.stage1}: it {found}, {needed}; train it longer")
+        raise UserError(f"{c.stage1}: {found}, {needed}; train it longer")
 
 
 def form(config: Config) -> dict:
@@ -679,12 +757,13 @@ def cached(corpus: Corpus, name: str, content: list) -> Path:
     """A file beside the corpus, named by all that its content depends on."""
     stem, _, suffix = name.partition(".")
     labels = list(corpus.labels.items())
-    digest = data.digest([labels, *content])[:8]
-    return corpus.folder / f"{stem}_{digest}.{suffix}"
+    digest = data.digest([labels, *content])
+    name = f"{stem}_{digest[:8]}.{suffix}"
+    return corpus.folder / name
 
 
 def embeddings_file(corpus: Corpus) -> Path:
-    """The image embeddings of the pictures; those of a scratch encoder also depend on the texts that it learned from."""
+    """The image embeddings of the pictures; of a scratch encoder, by the texts too that it is trained on."""
     image = corpus.config.align.image
     texts = []
     if image == "scratch":
@@ -697,7 +776,7 @@ def tower_file(corpus: Corpus) -> Path:
 
 
 def speech_file(corpus: Corpus) -> Path:
-    """Stage 1's embeddings of all speech, by its weights and by the image encoder that it must have been trained against."""
+    """Stage 1's embeddings of all speech, by its weights and the image encoder it was trained against."""
     c = corpus.config
     path = Path(c.codes.stage1)
     try:
@@ -713,7 +792,8 @@ def speech_file(corpus: Corpus) -> Path:
 def codes_file(corpus: Corpus) -> Path:
     """The pictures' codes; beside it, `vq_file`, the autoencoder that was trained for them."""
     c = corpus.config.codes
-    return cached(corpus, "codes.safetensors", [c.vq, c.vq_steps, c.picture_size, c.grid, c.kept])
+    content = [c.vq, c.vq_steps, c.picture_size, c.grid, c.kept]
+    return cached(corpus, "codes.safetensors", content)
 
 
 def vq_file(corpus: Corpus) -> Path:
@@ -727,8 +807,11 @@ def judge_file(corpus: Corpus) -> Path:
 
 def read_codes(corpus: Corpus) -> tuple[Tensor, Tensor]:
     """The codes (n, N) of all pictures, and which codes of the codebook they number, (K,)."""
-    tensors = flow.read(codes_file(corpus))
-    return tensors["codes"].long(), tensors["kept"].long()
+    path = codes_file(corpus)
+    tensors = flow.read(path)
+    codes = tensors["codes"].long()
+    kept = tensors["kept"].long()
+    return codes, kept
 
 
 def load_autoencoder(corpus: Corpus) -> nn.Module:
