@@ -371,12 +371,10 @@ class Clap:
         """option: what errors call the name. raises UserError for what cannot be loaded."""
         self.device = device
         self.model = pretrained.load_frozen(transformers.ClapModel, name, "", option, device)
-        Tokenizer = transformers.AutoTokenizer
-        Extractor = transformers.ClapFeatureExtractor
         try:
             offline = pretrained.klein_is_away(name)
-            self.tokenizer = Tokenizer.from_pretrained(name, local_files_only=offline)
-            self.extractor = Extractor.from_pretrained(name, local_files_only=offline)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=offline)
+            self.extractor = transformers.ClapFeatureExtractor.from_pretrained(name, local_files_only=offline)
         except Exception as e:  # a damaged file raises almost anything
             missing = "its tokenizer or feature extractor cannot be loaded"
             raise UserError(f"{option} {name}: {missing} ({pretrained.brief(e)})") from e

@@ -195,7 +195,7 @@ class SpeechAlign(Stage):
 
 def gather_ranks(rows: Tensor) -> Tensor:
     """(B, ...) of each rank -> (B of all ranks, ...), with gradients."""
-    gathered = torch.distributed.nn.functional.all_gather(rows)
+    gathered = dist.nn.functional.all_gather(rows)
     return torch.cat(gathered)
 
 
