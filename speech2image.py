@@ -493,7 +493,7 @@ class Corpus(data.Packed):
 
     @functools.cached_property
     def embeddings(self) -> Callable[[int], Tensor]:
-        """The image embedding (1, D) of a picture by its number."""
+        """From the number of a picture to its image embedding (1, D)."""
         path = embeddings_file(self)
         return data.open_rows(path, data.PREPARE)
 
