@@ -1,14 +1,16 @@
-"""Pictures of what is said, without a text in between: speech and pictures in one space by contrast, then pictures from that space.
+"""Speech to picture without a text in between: both in one embedding space, then pictures generated from it.
 
-Top-down: stage 1, system `speech_align`; stage 2, system `speech_image`; corpora, batches, caches. A wave is (N,) at 16 kHz, a picture
-(3, H, W) in [0, 1], an embedding (D,) of length 1; x (B, N) are codes 0 ... K - 1 of a square grid, row by row. Source: Speak the Art
-(arXiv 2601.00827); its stage 1 is SpeechCLIP (arXiv 2210.00705), its stage 2 VQ-Diffusion for ImageNet (arXiv 2111.14822), see flow.py.
+Stage 1, system `speech_align`; stage 2, system `speech_image`; then corpus, batches, and the files they need.
+A wave is (N,) at 16 kHz, a picture (3, H, W) in [0, 1], an embedding (D,) of length 1; x (B, N) are codes, 0
+to K - 1, of a square grid, row by row. Sources: Speak the Art (arXiv 2601.00827), whose stage 1 is SpeechCLIP
+(arXiv 2210.00705) and whose stage 2 is VQ-Diffusion for ImageNet (arXiv 2111.14822), see flow.py.
 """
 
 import functools
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import torch.distributed.nn
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.image import imsave
+from torch import Tensor
 
 import data
 import flow
@@ -29,31 +32,40 @@ import shapes
 from config import Config, Sample, UserError, from_dict
 from model import Batches, Prompt, zero
 
-RATE, HOP = recogniser.RATE, recogniser.HOP                    # Hz; samples a frame, 50 a second
+RATE = recogniser.RATE  # Hz
+HOP = recogniser.HOP  # samples a frame, 50 a second
 
 
 @dataclass
 class Artifact:
-    """A picture (3, H, W) of a spoken prompt (N,), the training pictures (K, 3, S, S) that are nearest, and the prompt's embedding (D,)."""
-    wave: torch.Tensor
+    """What was found or generated for a spoken prompt."""
+
+    wave: Tensor  # (N,), the prompt
     sample_rate: int
-    picture: torch.Tensor
-    nearest: torch.Tensor
-    embedding: torch.Tensor
+    picture: Tensor  # (3, H, W)
+    nearest: Tensor  # (K, 3, S, S), the training pictures nearest to the prompt
+    embedding: Tensor  # (D,), of the prompt
 
     def draw(self, stem: Path) -> dict[str, str]:
-        """Write the picture, and the nearest ones in a row; returns their names by kind."""
+        """Write the picture, and the nearest ones in a row; returns file names by kind."""
+        row = torch.cat(list(self.nearest), -1)
         names = {"picture": f"{stem.name}.png", "nearest": f"{stem.name}.nearest.png"}
-        for name, picture in zip(names.values(), (self.picture, torch.cat([*self.nearest], -1))):
-            imsave(stem.with_name(name), picture.float().cpu().clamp(0, 1).permute(1, 2, 0).contiguous().numpy())
+        for kind, picture in (("picture", self.picture), ("nearest", row)):
+            pixels = picture.float().cpu().clamp(0, 1)
+            pixels = pixels.permute(1, 2, 0).contiguous()
+            imsave(stem.with_name(names[kind]), pixels.numpy())
         return names
 
 
 class Stage(nn.Module):
     """What both systems have in common."""
 
-    makes, speaks, listens = ("png",), False, True
-    longest, frame_rate, tokenizer = 0, RATE / HOP, None
+    makes = ("png",)
+    speaks = False
+    listens = True
+    longest = 0
+    frame_rate = RATE / HOP
+    tokenizer = None
 
     def __init__(self, config: Config):
         super().__init__()
@@ -61,187 +73,335 @@ class Stage(nn.Module):
 
     @functools.cached_property
     def corpus(self) -> "Corpus":
-        """Whose training pictures are shown beside: opened on first use, held beside the module."""
+        """Whose training pictures are searched: opened on first use, not registered as a submodule."""
         return Corpus(self.config)
 
     def features(self, made: Artifact, corpus: "Corpus", clip: data.Clip) -> dict[str, np.ndarray]:
-        """For retrieval: speech, image (D,), numbers of the picture and its label, the group."""
-        return {"speech": made.embedding.numpy(), "image": corpus.embedding(clip).numpy(), "picture": np.array(corpus.number(clip)),
-                "label": np.array(corpus.label(clip)), "group": np.array(clip.group)}
+        """For retrieval: embeddings of speech and image (D,), numbers of picture and label, the group."""
+        return {
+            "speech": made.embedding.numpy(),
+            "image": corpus.embedding(clip).numpy(),
+            "picture": np.array(corpus.number(clip)),
+            "label": np.array(corpus.label(clip)),
+            "group": np.array(clip.group),
+        }
 
     def load_adapter(self, name: str) -> None:
         raise UserError(f"--lora {name}: system {self.config.system} takes no LoRA; leave it out")
 
     def export(self, folder: Path, facts: dict[str, str]) -> None:
-        raise UserError(f"{folder}: no other software loads system {self.config.system}; its checkpoint is all there is")
+        system = self.config.system
+        missing = f"no other software loads system {system}; its checkpoint is all there is"
+        raise UserError(f"{folder}: {missing}")
 
 
-# Stage 1: speech beside pictures
+# Stage 1: speech and pictures in one embedding space
+
 
 class SpeechAlign(Stage):
-    """Loss out of `forward`; out of `sample` the training picture that is nearest to what is said."""
+    """`forward` returns the contrastive loss, `sample` the training pictures nearest to what is said."""
 
     def __init__(self, config: Config):
         super().__init__(config)
-        m, a = config.model, config.align
-        self.front = recogniser.MelFront(m.width) if a.speech == "scratch" else recogniser.HubertFront(a.speech)
+        m = config.model
+        a = config.align
+        if a.speech == "scratch":
+            self.front = recogniser.MelFront(m.width)
+        else:
+            self.front = recogniser.HubertFront(a.speech)
         width = self.front.width
-        self.cls = nn.Parameter(torch.randn(1, 1, width))
-        layer = nn.TransformerEncoderLayer(width, m.heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True)
+        cls = torch.randn(1, 1, width)
+        self.cls = nn.Parameter(cls)
+        layer = nn.TransformerEncoderLayer(
+            width, m.heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True
+        )
         self.encoder = nn.TransformerEncoder(layer, m.layers, enable_nested_tensor=False)
-        self.proj = zero(nn.Linear(width, flow.tower_width(a.image)))    # nothing is like anything yet: the loss starts at log B
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(a.temperature)))
+        # Zero-initialised, so all similarities are 0 and the loss starts at log B
+        image_width = flow.tower_width(a.image)
+        proj = nn.Linear(width, image_width)
+        self.proj = zero(proj)
+        log_scale = torch.tensor(-math.log(a.temperature))
+        self.log_scale = nn.Parameter(log_scale)
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """returns: loss, contrast_loss, of the clips of all ranks; temperature; scalars."""
-        speech, image, label = self.embed(batch["wave"], batch["wave_mask"], batch["hidden"]), batch["image"], batch["label"]
-        if torch.is_grad_enabled() and dist.is_initialized():       # a validation batch is compared with itself alone
-            speech, image, label = (torch.cat(dist.nn.functional.all_gather(part)) for part in (speech, image, label))
-        loss = recogniser.info_nce(speech, image, label, self.log_scale.clamp(max=math.log(100)).exp())
-        return {"loss": loss, "contrast_loss": loss, "temperature": (-self.log_scale).exp().detach()}
+        speech = self.embed(batch["wave"], batch["wave_mask"], batch["hidden"])
+        image = batch["image"]
+        label = batch["label"]
+        # Negatives from all ranks, but each validation batch is compared with itself alone
+        if torch.is_grad_enabled() and dist.is_initialized():
+            speech = gather_ranks(speech)
+            image = gather_ranks(image)
+            label = gather_ranks(label)
+        log_scale = self.log_scale.clamp(max=math.log(100))
+        scale = log_scale.exp()
+        loss = recogniser.info_nce(speech, image, label, scale)
+        temperature = (-self.log_scale).exp()
+        return {"loss": loss, "contrast_loss": loss, "temperature": temperature.detach()}
 
-    def embed(self, wave: torch.Tensor, wave_mask: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def embed(self, wave: Tensor, wave_mask: Tensor, hidden: Tensor) -> Tensor:
         """wave (B, N), wave_mask (B, N), hidden (B, 2, K, 2), see recogniser.hide -> (B, D), float32."""
-        h, mask = self.front(wave, wave_mask, hidden)                                    # (B, T, W), (B, T)
-        h = torch.cat([self.cls.expand(len(h), -1, -1).to(h.dtype), h], 1)
-        h = self.encoder(h, src_key_padding_mask=~F.pad(mask, (1, 0), value=True))
-        h = self.proj(h[:, 0]).float()
-        return h * (h.square().sum(-1, keepdim=True) + 1e-6).rsqrt()                     # length 1, and 0 where it starts
+        h, mask = self.front(wave, wave_mask, hidden)  # (B, T, W), (B, T)
+        cls = self.cls.expand(len(h), -1, -1)
+        cls = cls.to(h.dtype)
+        h = torch.cat([cls, h], 1)
+        mask = F.pad(mask, (1, 0), value=True)
+        h = self.encoder(h, src_key_padding_mask=~mask)
+        cls = h[:, 0]
+        embedding = self.proj(cls).float()
+        # Of length 1; 0 as long as proj is 0
+        energy = embedding.square().sum(-1, keepdim=True)
+        return embedding * (energy + 1e-6).rsqrt()
 
     @torch.inference_mode()
-    def listen(self, waves: Sequence[torch.Tensor]) -> torch.Tensor:
+    def listen(self, waves: Sequence[Tensor]) -> Tensor:
         """Waves (N,) -> (B, D), on the CPU."""
-        wave, mask = data.pad([recogniser.standardise(wave) for wave in waves], self.config.data.pad_multiple * HOP)
         device = self.proj.weight.device
-        return self.embed(wave.to(device), mask.to(device), torch.zeros(len(waves), 2, 0, 2, device=device)).cpu()
+        waves = [recogniser.standardise(wave) for wave in waves]
+        multiple = self.config.data.pad_multiple * HOP
+        wave, mask = data.pad(waves, multiple)
+        wave = wave.to(device)
+        mask = mask.to(device)
+        hidden = torch.zeros(len(waves), 2, 0, 2, device=device)
+        return self.embed(wave, mask, hidden).cpu()
 
     def sample(self, prompts: Sequence[Prompt], settings: Sample) -> list[Artifact]:
         """The nearest training pictures."""
-        return [Artifact(prompt.speech, RATE, (found := self.corpus.nearest(embedding))[0], found[1:], embedding)
-                for prompt, embedding in zip(prompts, self.listen([prompt.speech for prompt in prompts]))]
+        waves = [prompt.speech for prompt in prompts]
+        outputs = []
+        embeddings = self.listen(waves)
+        for wave, embedding in zip(waves, embeddings):
+            found = self.corpus.nearest(embedding)
+            picture = found[0]
+            output = Artifact(wave, RATE, picture, found[1:], embedding)
+            outputs.append(output)
+        return outputs
 
     def reference(self, corpus: "Corpus", clip: data.Clip) -> Artifact:
-        """The clip's own picture, as if speech had found it."""
+        """The clip's own picture, as if its speech had found it."""
+        wave = corpus.wave(clip)
         embedding = corpus.embedding(clip)
-        return Artifact(corpus.wave(clip), RATE, corpus.picture(corpus.number(clip)), corpus.nearest(embedding), embedding)
+        number = corpus.number(clip)
+        picture = corpus.picture(number)
+        nearest = corpus.nearest(embedding)
+        return Artifact(wave, RATE, picture, nearest, embedding)
 
     def score(self, made: Artifact, corpus: "Corpus", clip: data.Clip) -> dict[str, float]:
-        return {}                              # a picture that was found is not judged: retrieval has its figures in `features`
+        return {}  # a picture that was found is not judged: `features` has what retrieval is scored by
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        return []                              # AdamW trains all of it, as in the paper
+        return []  # AdamW trains everything, as in the paper
+
+
+def gather_ranks(rows: Tensor) -> Tensor:
+    """(B, ...) of each rank -> (B of all ranks, ...), with gradients."""
+    gathered = dist.nn.functional.all_gather(rows)
+    return torch.cat(gathered)
 
 
 def load_align(path: str, device: torch.device) -> SpeechAlign:
-    """A trained stage 1, frozen, with its averaged weights; path: a checkpoint, or the folder of a run, whose newest is taken."""
+    """A trained stage 1, frozen, with its EMA weights; path: a checkpoint, or a run, for its newest one."""
     try:
         state = torch.load(newest(Path(path)), map_location="cpu", weights_only=True)
-        network = SpeechAlign(from_dict(state["config"], where=path))
+        config = from_dict(state["config"], where=path)
+        network = SpeechAlign(config)
         network.load_state_dict({**state["model"], **state["ema"]})
     except UserError:
         raise
-    except Exception as e:                                     # garbage fails in every way there is
-        raise UserError(f"{path}: holds no checkpoint of system speech_align; train that first, and name its out_dir") from e
-    return network.to(device).eval().requires_grad_(False)
+    except Exception as e:  # a damaged file raises almost anything
+        hint = "train that first, and name its out_dir"
+        raise UserError(f"{path}: holds no checkpoint of system speech_align; {hint}") from e
+    network = network.to(device)
+    return network.eval().requires_grad_(False)
 
 
-# Stage 2: codes of a picture, by VQ-Diffusion, from what stage 1 makes of the speech
+# Stage 2: from the embedding of the speech to the codes of a picture, by VQ-Diffusion
+
 
 class SpeechImage(Stage):
-    """Losses out of `forward`, pictures out of `sample`."""
+    """`forward` returns losses, `sample` pictures."""
 
     def __init__(self, config: Config):
         super().__init__(config)
         c = config.codes
         self.process = flow.MaskReplace(c.kept, c.diffusion_steps, c.mask_share)
         self.times = flow.ImportantTimes(c.diffusion_steps)
-        self.denoiser = flow.Denoiser(config, flow.tower_width(config.align.image))
+        condition_width = flow.tower_width(config.align.image)
+        self.denoiser = flow.Denoiser(config, condition_width)
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Losses of a batch of `ImageBatches`; a training batch says by new_update whether the weights have changed since the last.
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of a batch of `ImageBatches`; one to train on has new_update: whether weights have changed.
 
-        returns: loss; flow_loss, the bound in nats a code, by its steps' share; code_loss, the cross-entropy; flow_loss_per_clip (B,).
+        returns: loss; flow_loss, the variational bound in nats a code, each step weighted by its share;
+        code_loss, the cross-entropy; flow_loss_per_clip (B,).
         """
-        x, steps = batch["x"], self.process.steps
-        if "new_update" in batch:
-            t, p = self.times.draw(batch["t"], batch["new_update"])
+        x = batch["x"]
+        steps = self.process.steps
+        is_training = "new_update" in batch
+
+        # Diffusion steps t (B,) from 1 to T, and their probabilities
+        uniform = batch["t"]
+        if is_training:
+            t, p = self.times.draw(uniform, batch["new_update"])
         else:
-            t, p = (batch["t"] * steps).long() + 1, torch.full_like(batch["t"], 1 / steps)
+            t = (uniform * steps).long() + 1
+            p = torch.full_like(uniform, 1 / steps)
+
+        # Noisy codes, and the prediction of the clean ones
         x_t = self.process.corrupt(x, t, batch["u"], batch["other"])
-        log_p = self.denoiser(x_t, t, self.denoiser.condition(batch["embedding"], batch["dropped"])).float().log_softmax(-1)
-        divergence = self.process.divergence(log_p.exp(), x, x_t, t).mean(1)                       # (B,)
-        entropy = -log_p.gather(-1, x[..., None])[..., 0].mean(1)
-        if "new_update" in batch:
+        condition = self.denoiser.condition(batch["embedding"], batch["dropped"])
+        logits = self.denoiser(x_t, t, condition)  # (B, N, K)
+        log_probs = logits.float().log_softmax(-1)
+
+        # Bound and cross-entropy, (B,)
+        probs = log_probs.exp()
+        divergence = self.process.divergence(probs, x, x_t, t)
+        divergence = divergence.mean(1)
+        target = x.unsqueeze(-1)
+        log_likelihood = log_probs.gather(-1, target).squeeze(-1)
+        entropy = -log_likelihood.mean(1)
+
+        if is_training:
             self.times.learn(t, divergence.detach())
-        loss = (divergence + self.config.codes.auxiliary_weight * (2 - t / steps) * entropy) / p
+        auxiliary_weight = self.config.codes.auxiliary_weight
+        weight = auxiliary_weight * (2 - t / steps)
+        loss = divergence + weight * entropy
+        loss = loss / p
         bound = divergence / p
-        return {"loss": loss.mean(), "flow_loss": bound.mean(), "code_loss": entropy.mean(), "flow_loss_per_clip": bound.detach()}
+        return {
+            "loss": loss.mean(),
+            "flow_loss": bound.mean(),
+            "code_loss": entropy.mean(),
+            "flow_loss_per_clip": bound.detach(),
+        }
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[Prompt], settings: Sample) -> list[Artifact]:
         """Pictures of the prompts as one batch; what is random in one depends on its own seed alone."""
-        embeddings = self.stage1.listen([prompt.speech for prompt in prompts])
-        pictures = self.autoencoder.module.decode(self.make(embeddings, [prompt.seed for prompt in prompts], settings)).cpu()
-        return [Artifact(prompt.speech, RATE, picture, self.corpus.nearest(embedding), embedding)
-                for prompt, picture, embedding in zip(prompts, pictures, embeddings)]
+        waves = [prompt.speech for prompt in prompts]
+        seeds = [prompt.seed for prompt in prompts]
+        embeddings = self.stage1.listen(waves)
+        codebook = self.autoencoder.module
+        codes = self.sample_codes(embeddings, seeds, settings)
+        pictures = codebook.decode(codes).cpu()
+        outputs = []
+        for wave, picture, embedding in zip(waves, pictures, embeddings):
+            nearest = self.corpus.nearest(embedding)
+            output = Artifact(wave, RATE, picture, nearest, embedding)
+            outputs.append(output)
+        return outputs
 
-    def make(self, embeddings: torch.Tensor, seeds: Sequence[int], settings: Sample) -> torch.Tensor:
+    def sample_codes(self, embeddings: Tensor, seeds: Sequence[int], settings: Sample) -> Tensor:
         """Codes (B, N) for embeddings (B, D)."""
-        count, steps, tokens = len(seeds), min(settings.euler_steps, self.process.steps), self.config.codes.grid ** 2
-        u = torch.stack([torch.rand(steps + 1, tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds], 1)
-        unconditional = torch.arange(2 * count, device=self.device) >= count
-        condition = self.denoiser.condition(torch.cat([embeddings] * 2).to(self.device), unconditional)
+        steps = min(settings.euler_steps, self.process.steps)
+        tokens = self.config.codes.grid**2
+        u = []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            row = torch.rand(steps + 1, tokens, generator=generator)
+            u.append(row)
+        u = torch.stack(u, 1)  # (steps + 1, B, N)
 
-        def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.denoiser(x_t, t, condition[:len(x_t)])
+        # Rows with the condition, then the same rows without it, for guidance
+        embeddings = torch.cat([embeddings, embeddings])
+        embeddings = embeddings.to(self.device)
+        rows = torch.arange(len(embeddings), device=self.device)
+        dropped = rows >= len(seeds)
+        condition = self.denoiser.condition(embeddings, dropped)
 
-        return self.process.sample(network, u.to(self.device), settings.cfg_scale, settings.cfg_from, settings.cfg_to, settings.truncation)
+        def network(x_t: Tensor, t: Tensor) -> Tensor:
+            count = len(x_t)  # B of 2 B rows leave guidance out
+            return self.denoiser(x_t, t, condition[:count])
+
+        u = u.to(self.device)
+        guidance = (settings.cfg_scale, settings.cfg_from, settings.cfg_to)
+        return self.process.sample(network, u, *guidance, settings.truncation)
 
     def reference(self, corpus: "Corpus", clip: data.Clip) -> Artifact:
         """The clip's own picture through its codes: no network can be better."""
-        codes, embedding = read_codes(corpus)[0], corpus.embedding(clip)
-        picture = self.autoencoder.module.decode(codes[corpus.number(clip)][None].to(self.device))[0].cpu()
-        return Artifact(corpus.wave(clip), RATE, picture, corpus.nearest(embedding), embedding)
+        wave = corpus.wave(clip)
+        embedding = corpus.embedding(clip)
+        nearest = corpus.nearest(embedding)
+        codebook = self.autoencoder.module
+        all_codes, _ = read_codes(corpus)
+        codes = all_codes[corpus.number(clip)]
+        codes = codes.unsqueeze(0).to(self.device)
+        picture = codebook.decode(codes)[0].cpu()
+        return Artifact(wave, RATE, picture, nearest, embedding)
 
     @torch.inference_mode()
     def score(self, made: Artifact, corpus: "Corpus", clip: data.Clip) -> dict[str, float]:
-        """Whether a picture shows what the clip's label says, part by part: by the judge, and by rule.
+        """Whether a picture shows what the clip's label says, part by part: by the classifier, and by rule.
 
         Only drawn shapes have a rule.
         """
-        label = corpus.labels[corpus.names[corpus.number(clip)]]
-        by_rule = shapes.matches(made.picture, label) if self.config.data.corpus == "shapes" else {}
+        _, path = picture_of(clip)
+        label = corpus.labels[path]
+        by_rule = {}
+        if self.config.data.corpus == "shapes":
+            by_rule = shapes.matches(made.picture, label)
         if not self.config.codes.judge:
             return by_rule
-        parts, wanted = flow.label_parts(corpus.kinds), label.split("-")
-        seen = [names[scores.argmax()] for names, scores in zip(parts, self.judge(made.picture[None].to(self.device)))]
-        names = ("colour", "shape", "place") if len(parts) == 3 else ()
-        matches = {f"{name}_match": float(a == b) for name, a, b in zip(names, seen, wanted)}
-        return matches | {"all_match": float(seen == wanted)} | by_rule
+        wanted = label.split("-")
+        seen = self.classify(made.picture, corpus)
+        matches = {}
+        if len(seen) == 3:
+            for name, a, b in zip(("colour", "shape", "place"), seen, wanted):
+                matches[f"{name}_match"] = float(a == b)
+        matches["all_match"] = float(seen == wanted)
+        return matches | by_rule
+
+    def classify(self, picture: Tensor, corpus: "Corpus") -> list[str]:
+        """What the classifier sees in a picture, for each part of a label."""
+        batch = picture[None].to(self.device)
+        seen = []
+        parts = flow.label_parts(corpus.kinds)
+        for names, scores in zip(parts, self.judge(batch)):
+            best = scores.argmax()
+            seen.append(names[best])
+        return seen
 
     @torch.inference_mode()
     def features(self, made: Artifact, corpus: "Corpus", clip: data.Clip) -> dict[str, np.ndarray]:
-        """As stage 1's, and made (D,), the picture by the image tower; where eval.features names a network, also what FID and IS are of."""
-        picture, own = (p[None].to(self.device) for p in (made.picture, corpus.picture(corpus.number(clip), made.picture.shape[-1])))
-        found = {"made": self.tower(picture)}
+        """As stage 1's; and made (D,), the image embedding of the picture itself.
+
+        Where eval.features names a network, also the features of FID and the class shares of IS; where there
+        is a classifier, also the chance that a guess is right.
+        """
+        picture = made.picture.unsqueeze(0)
+        picture = picture.to(self.device)
+        outputs = {"made": self.tower(picture)}
         if self.config.eval.features:
-            (found["seen"], found["shares"]), (found["seen_real"], _) = self.inception(picture), self.inception(own)
-        found = {key: value[0].float().cpu().numpy() for key, value in found.items()}
-        found |= {"chance": np.array(1 / math.prod(map(len, flow.label_parts(corpus.kinds))))} if self.config.codes.judge else {}
-        return found | super().features(made, corpus, clip)
+            number = corpus.number(clip)
+            real = corpus.picture(number, picture.shape[-1])
+            real = real.unsqueeze(0).to(self.device)
+            outputs["seen"], outputs["shares"] = self.inception(picture)
+            outputs["seen_real"], _ = self.inception(real)
+        features = super().features(made, corpus, clip)
+        for key, output in outputs.items():
+            features[key] = output[0].float().cpu().numpy()
+        if self.config.codes.judge:
+            parts = flow.label_parts(corpus.kinds)
+            sizes = map(len, parts)
+            features["chance"] = np.array(1 / math.prod(sizes))
+        return features
 
     @property
     def device(self) -> torch.device:
         return self.denoiser.null.device
 
+    # Loaded on first use, cached, not registered as submodules: not saved
+
     @functools.cached_property
     def stage1(self) -> SpeechAlign:
-        """Resident after its first use, as what follows; held beside the module, not in it, so checkpoints know nothing of it."""
         return load_align(self.config.codes.stage1, self.device)
 
     @functools.cached_property
     def autoencoder(self) -> pretrained.Frozen:
-        return pretrained.Frozen(flow.Codebook(load_autoencoder(self.corpus), read_codes(self.corpus)[1])).to(self.device)
+        network = load_autoencoder(self.corpus)
+        _, kept = read_codes(self.corpus)
+        codebook = flow.Codebook(network, kept)
+        return pretrained.Frozen(codebook).to(self.device)
 
     @functools.cached_property
     def tower(self) -> pretrained.Frozen:
@@ -249,194 +409,366 @@ class SpeechImage(Stage):
 
     @functools.cached_property
     def judge(self) -> pretrained.Frozen:
-        sizes = [len(names) for names in flow.label_parts(self.corpus.kinds)]
-        return flow.restored(flow.Judge(sizes), judge_file(self.corpus)).to(self.device)
+        parts = flow.label_parts(self.corpus.kinds)
+        sizes = [len(names) for names in parts]
+        network = flow.Judge(sizes)
+        path = judge_file(self.corpus)
+        return flow.restored(network, path).to(self.device)
 
     @functools.cached_property
-    def inception(self) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    def inception(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         return flow.load_inception(self.config.eval.features, self.device)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """What Muon trains: the blocks' matrices, 3 x 3 convolutions among them; what tells time and condition stays with AdamW."""
-        return [layer.weight for block in self.denoiser.blocks for name, layer in block.named_children()
-                if isinstance(layer, nn.Linear) and not name.startswith("by_")]
+        """What Muon trains: matrices and convolutions of blocks, not the modulation by time and condition."""
+        hidden = []
+        for block in self.denoiser.blocks:
+            for name, layer in block.named_children():
+                modulates = name.startswith("by_")
+                if isinstance(layer, nn.Linear) and not modulates:
+                    hidden.append(layer.weight)
+        return hidden
 
 
-# Corpora and batches
+# Corpus and batches
+
 
 class Corpus(data.Packed):
-    """Spoken descriptions of pictures, to train on as many of each language: the fewer come again. A clip's id is LABEL:PICTURE#NUMBER."""
+    """Spoken descriptions of pictures; all languages are trained on equally often.
+
+    The id of a clip is LABEL:PICTURE#NUMBER.
+    """
 
     statistics = ()
 
     def __init__(self, config: Config):
-        super().__init__(config, form(config), config.data.max_seconds * RATE / HOP)
-        self.config, self.all_clips = config, sorted({c for split in data.SPLITS for c in self.clips(split)}, key=lambda clip: clip.number)
-        spoken = [[clip for clip in self.clips("train") if clip.group.startswith(language)] for language in config.data.langs]
-        self.splits = self.splits | {"train": [clips[n % len(clips)] for clips in spoken if clips for n in range(max(map(len, spoken)))]}
-        self.labels = {name: label or name for label, name in map(picture_of, self.all_clips)}     # by picture
-        self.names, kinds = list(self.labels), list(dict.fromkeys(self.labels.values()))
-        self.numbers, self.kinds = ({name: n for n, name in enumerate(names)} for names in (self.names, kinds))
+        d = config.data
+        longest = d.max_seconds * RATE / HOP
+        super().__init__(config, form(config), longest)
+        self.config = config
+        clips = set()
+        for split in data.SPLITS:
+            clips.update(self.clips(split))
+        self.all_clips = sorted(clips, key=lambda clip: clip.number)
+        train = self.clips("train")
+        train = balance_languages(train, d.langs)
+        self.splits = self.splits | {"train": train}
+        self.labels = {}  # by path of the picture
+        for clip in self.all_clips:
+            label, path = picture_of(clip)
+            self.labels[path] = label or path
+        self.names = list(self.labels)
+        self.numbers = number_values(self.names)
+        self.kinds = number_values(self.labels.values())
 
     def number(self, clip: data.Clip) -> int:
         """Of its picture, in `names`."""
-        return self.numbers[picture_of(clip)[1]]
+        _, path = picture_of(clip)
+        return self.numbers[path]
 
     def label(self, clip: data.Clip) -> int:
-        """The same for pictures that are as right as each other."""
-        return self.kinds[self.labels[picture_of(clip)[1]]]
+        """The number of its label: the same for pictures that are equally right."""
+        _, path = picture_of(clip)
+        return self.kinds[self.labels[path]]
 
     def gallery(self, split: str) -> list[int]:
         """The numbers of a split's pictures."""
-        return sorted({self.number(clip) for clip in self.clips(split)})
+        clips = self.clips(split)
+        numbers = {self.number(clip) for clip in clips}
+        return sorted(numbers)
 
-    def picture(self, number: int, size: int = 0) -> torch.Tensor:
+    def picture(self, number: int, size: int = 0) -> Tensor:
         """(3, size, size), see `flow.resized`; size 0: (3, H, W), as it is."""
-        picture = flow.read_picture(str(Path(self.config.data.data_dir, self.names[number])))
-        return flow.resized(picture, size) if size else picture
+        folder = self.config.data.data_dir
+        path = Path(folder, self.names[number])
+        picture = flow.read_picture(str(path))
+        if size:
+            return flow.resized(picture, size)
+        return picture
 
-    def embedding(self, clip: data.Clip) -> torch.Tensor:
-        """What the image tower makes of its picture: (D,)."""
-        return self.embeddings(self.number(clip))[0]
+    def embedding(self, clip: data.Clip) -> Tensor:
+        """The image embedding (D,) of its picture."""
+        number = self.number(clip)
+        return self.embeddings(number)[0]
 
     @functools.cached_property
-    def embeddings(self) -> Callable[[int], torch.Tensor]:
-        """The embedding (1, D) of a picture by its number."""
-        return data.open_rows(embeddings_file(self), data.PREPARE)
+    def embeddings(self) -> Callable[[int], Tensor]:
+        """From the number of a picture to its image embedding (1, D)."""
+        path = embeddings_file(self)
+        return data.open_rows(path, data.PREPARE)
 
     @functools.cached_property
-    def trained(self) -> torch.Tensor:
-        """The embeddings (n, D) of the training pictures."""
-        return torch.cat([self.embeddings(n) for n in self.gallery("train")])
+    def trained(self) -> Tensor:
+        """The image embeddings (n, D) of the training pictures."""
+        gallery = self.gallery("train")
+        rows = [self.embeddings(n) for n in gallery]
+        return torch.cat(rows)
 
-    def nearest(self, embedding: torch.Tensor, count: int = 5) -> torch.Tensor:
-        """The training pictures nearest to an embedding (D,), best first: (count, 3, S, S), S the best one's shorter side."""
-        order = (self.trained @ embedding.float().cpu()).topk(min(count, len(self.trained))).indices.tolist()
-        found = [self.gallery("train")[n] for n in order]
-        return torch.stack([self.picture(n, min(self.picture(found[0]).shape[1:])) for n in found])
+    def nearest(self, embedding: Tensor, count: int = 5) -> Tensor:
+        """The training pictures nearest to an embedding (D,), best first: (count, 3, S, S).
+
+        S: the shorter side of the best one.
+        """
+        embedding = embedding.float().cpu()
+        similarity = self.trained @ embedding
+        count = min(count, len(similarity))
+        best = similarity.topk(count).indices
+        gallery = self.gallery("train")
+        numbers = [gallery[n] for n in best.tolist()]
+        best_picture = self.picture(numbers[0])
+        size = min(best_picture.shape[1:])
+        pictures = [self.picture(n, size) for n in numbers]
+        return torch.stack(pictures)
+
+
+def number_values(values: Iterable[str]) -> dict[str, int]:
+    """The distinct values, numbered in the order in which they come first."""
+    distinct = dict.fromkeys(values)
+    return {value: n for n, value in enumerate(distinct)}
+
+
+def balance_languages(clips: list[data.Clip], languages: Sequence[str]) -> list[data.Clip]:
+    """As many clips of each language, one language after the other: those of the rarer ones are repeated."""
+    by_language = []
+    for language in languages:
+        spoken = [clip for clip in clips if clip.group.startswith(language)]
+        by_language.append(spoken)
+    most = max(map(len, by_language), default=0)
+    balanced = []
+    for spoken in by_language:
+        repeated = itertools.cycle(spoken)
+        balanced += itertools.islice(repeated, most)
+    return balanced
 
 
 class AlignBatches(Batches):
-    """wave (B, N), standardised, 0 where wave_mask (B, N) is False; hidden (B, 2, K, 2), see recogniser.hide; image (B, D); label, frames,
-    t (B,).
+    """wave (B, N), standardised, 0 where wave_mask (B, N) is False; hidden (B, 2, K, 2), see recogniser.hide;
+    image (B, D), label, frames, t (B,).
 
-    Lengths are mixed, lest a description be told from others by its length.
+    Clips of all lengths are mixed, so that a description cannot be told from others by its length.
     """
 
     def __init__(self, config: Config, corpus: Corpus, tokenizer, rank: int = 0, world: int = 1):
         super().__init__(config, corpus, tokenizer, rank, world)
         self.lengths = np.ones_like(self.lengths)
 
-    def validation(self) -> list[dict[str, torch.Tensor]]:
-        """Whole batches are shared out, so that a clip has the same negatives however many ranks there are."""
-        clips, size = self.corpus.clips(self.config.eval.split), self.config.train.batch_size
-        return [self.collate([self.row(clip, None) for clip in clips[start:start + size]])
-                for start in range(0, len(clips), size)[self.rank::self.world]]
+    def validation(self) -> list[dict[str, Tensor]]:
+        """Ranks share out whole batches, so a clip has the same negatives for any number of ranks."""
+        clips = self.corpus.clips(self.config.eval.split)
+        size = self.config.train.batch_size
+        starts = range(0, len(clips), size)
+        batches = []
+        for start in starts[self.rank :: self.world]:
+            chosen = clips[start : start + size]
+            rows = [self.row(clip, None) for clip in chosen]
+            batches.append(self.collate(rows))
+        return batches
 
     def row(self, clip: data.Clip, rng: np.random.Generator | None) -> dict:
-        """A clip and what is drawn for it; without rng it stays as it is."""
-        a, wave = self.config.align, self.corpus.wave(clip)
-        hidden = np.zeros((2, a.hidden_spans, 2), np.float32)
+        """A clip and what is drawn for it; without rng it is not augmented."""
+        a = self.config.align
+        wave = self.corpus.wave(clip)
+        hidden = torch.zeros(2, a.hidden_spans, 2)
         if rng is not None:
-            wave, hidden = recogniser.roughened(wave, a, rng)
-        return {"wave": recogniser.standardise(wave), "hidden": torch.from_numpy(hidden).float(), "image": self.corpus.embedding(clip),
-                "label": self.corpus.label(clip), "frames": clip.frames, "t": 0.0}
+            wave = recogniser.roughened(wave, a, rng)
+            hidden = recogniser.draw_spans(a.hidden_spans, a.hidden_share, rng)
+        return {
+            "wave": recogniser.standardise(wave),
+            "hidden": hidden,
+            "image": self.corpus.embedding(clip),
+            "label": self.corpus.label(clip),
+            "frames": clip.frames,
+            "t": 0.0,
+        }
 
-    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = {key: torch.tensor([row[key] for row in rows]) for key in ("t", "frames", "label")}
-        batch |= {key: torch.stack([row[key] for row in rows]) for key in ("hidden", "image")}
-        batch["wave"], batch["wave_mask"] = data.pad([row["wave"] for row in rows], self.config.data.pad_multiple * HOP)
+    def collate(self, rows: list[dict]) -> dict[str, Tensor]:
+        batch = stack_numbers(rows, ("t", "frames", "label"))
+        batch |= stack_tensors(rows, ("hidden", "image"))
+        waves = [row["wave"] for row in rows]
+        samples = self.config.data.pad_multiple * HOP
+        batch["wave"], batch["wave_mask"] = data.pad(waves, samples)
         return batch
 
 
 class ImageBatches(AlignBatches):
-    """x (B, N) codes; u, other (B, N) for `flow.MaskReplace.corrupt`; t (B,) uniform in [0, 1); embedding (B, D) of the speech;
-    dropped (B,): rows that must do without it; frames (B,); new_update (), in training: this is the first micro-batch of its step.
+    """x (B, N) codes; u, other (B, N) for `flow.MaskReplace.corrupt`; t (B,) uniform in [0, 1); embedding
+    (B, D) of the speech; dropped (B,): rows without it; frames (B,); new_update (), in training: whether this
+    is the first micro-batch of its step.
 
-    A description is trained on with any training picture that has its label; each language is drawn equally often.
+    A description is trained on with any training picture of its label, all languages equally often.
     """
 
     def __init__(self, config: Config, corpus: Corpus, tokenizer, rank: int = 0, world: int = 1):
         super().__init__(config, corpus, tokenizer, rank, world)
         check_stage1(corpus)
-        self.codes, self.embeddings = read_codes(corpus)[0], data.open_rows(speech_file(corpus), data.PREPARE)
-        self.alike = {}
+        self.codes, _ = read_codes(corpus)
+        path = speech_file(corpus)
+        self.embeddings = data.open_rows(path, data.PREPARE)
+        alike = {}
         for clip in corpus.clips("train"):
-            self.alike.setdefault(corpus.label(clip), set()).add(corpus.number(clip))
-        self.alike = {label: sorted(numbers) for label, numbers in self.alike.items()}
+            label = corpus.label(clip)
+            numbers = alike.setdefault(label, set())
+            numbers.add(corpus.number(clip))
+        self.alike = {}  # the numbers of the training pictures of a label
+        for label, numbers in alike.items():
+            self.alike[label] = sorted(numbers)
 
-    def train(self, step: int, micro: int = 0) -> dict[str, torch.Tensor]:
-        return super().train(step, micro) | {"new_update": torch.tensor(micro == 0)}
+    def train(self, step: int, micro: int = 0) -> dict[str, Tensor]:
+        batch = super().train(step, micro)
+        batch["new_update"] = torch.tensor(micro == 0)
+        return batch
 
-    validation = Batches.validation            # whole clips by themselves, their times spread evenly
+    validation = Batches.validation  # single clips are shared out, their times spread evenly
 
     def row(self, clip: data.Clip, rng: np.random.Generator, t: float | None = None) -> dict:
-        """A clip and all that is drawn for it. t: given, it keeps its own picture and its embedding, as for validation."""
-        dropped = t is None and rng.random() < self.config.flow.text_condition_dropout
-        picture = rng.choice(self.alike[self.corpus.label(clip)]) if t is None else self.corpus.number(clip)
-        t, x = rng.random() if t is None else t, self.codes[picture]
-        u, other = rng.random(len(x), dtype=np.float32), rng.integers(self.config.codes.kept, size=len(x))
-        return {"x": x, "u": torch.from_numpy(u), "other": torch.from_numpy(other), "t": t, "dropped": dropped, "frames": clip.frames,
-                "embedding": self.embeddings(clip.number)[0]}
+        """A clip and all that is drawn for it.
 
-    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = {key: torch.tensor([row[key] for row in rows]) for key in ("t", "frames", "dropped")}
-        return batch | {key: torch.stack([row[key] for row in rows]) for key in ("x", "u", "other", "embedding")}
+        t: given, as for validation, the clip keeps its own picture and its embedding.
+        """
+        dropped = False
+        number = self.corpus.number(clip)
+        if t is None:
+            dropped = rng.random() < self.config.flow.text_condition_dropout
+            label = self.corpus.label(clip)
+            number = rng.choice(self.alike[label])
+            t = rng.random()
+        x = self.codes[number]
+        u = rng.random(len(x), dtype=np.float32)
+        other = rng.integers(self.config.codes.kept, size=len(x))
+        return {
+            "x": x,
+            "u": torch.from_numpy(u),
+            "other": torch.from_numpy(other),
+            "t": t,
+            "dropped": dropped,
+            "frames": clip.frames,
+            "embedding": self.embeddings(clip.number)[0],
+        }
+
+    def collate(self, rows: list[dict]) -> dict[str, Tensor]:
+        batch = stack_numbers(rows, ("t", "frames", "dropped"))
+        return batch | stack_tensors(rows, ("x", "u", "other", "embedding"))
 
 
-# What training reads, and who makes it
+def stack_numbers(rows: list[dict], keys: Sequence[str]) -> dict[str, Tensor]:
+    """(B,) of each key."""
+    batch = {}
+    for key in keys:
+        batch[key] = torch.tensor([row[key] for row in rows])
+    return batch
+
+
+def stack_tensors(rows: list[dict], keys: Sequence[str]) -> dict[str, Tensor]:
+    """(B, ...) of each key."""
+    batch = {}
+    for key in keys:
+        batch[key] = torch.stack([row[key] for row in rows])
+    return batch
+
+
+# What training needs, and where it is kept
+
 
 def prepare_align(config: Config) -> None:
-    """Make what training needs and does not find: the packed corpus, and what the image tower makes of its pictures."""
-    folder, root = data.packed_dir(config, form(config)), Path(config.data.data_dir)
-    may_have_changed = config.data.corpus != "shapes" and root.exists() and folder != root
-    if may_have_changed or not (folder / "index.json").exists() or not embeddings_file(Corpus(config)).exists():
+    """Make what training needs and does not find: the packed corpus, the image embeddings of its pictures."""
+    if not is_prepared(config):
         recogniser.run_asset("spoken_pictures.py", config)
 
 
+def is_prepared(config: Config) -> bool:
+    """Whether stage 1 has its files. No, where the recordings are: they may have changed since packing."""
+    d = config.data
+    root = Path(d.data_dir)
+    folder = data.packed_dir(config, form(config))
+    if d.corpus != "shapes" and root.exists() and folder != root:
+        return False
+    if not (folder / "index.json").exists():
+        return False
+    corpus = Corpus(config)
+    return embeddings_file(corpus).exists()
+
+
 def prepare_image(config: Config) -> None:
-    """Make what training needs and does not find: all of stage 1's, its embeddings of the speech, the codes of the pictures, the judge."""
+    """Make what training needs and does not find.
+
+    That is what stage 1 needs, its embeddings of the speech, the codes of the pictures, the classifier.
+    """
     prepare_align(config)
     corpus = Corpus(config)
-    if not (speech_file(corpus).exists() and codes_file(corpus).exists() and (judge_file(corpus).exists() or not config.codes.judge)):
+    needed = [speech_file(corpus), codes_file(corpus)]
+    if config.codes.judge:
+        needed.append(judge_file(corpus))
+    if not all(path.exists() for path in needed):
         recogniser.run_asset("picture_codes.py", config)
     check_stage1(corpus)
 
 
 def check_stage1(corpus: Corpus) -> None:
-    """raises UserError where stage 1 did not learn to find the pictures validated on: what it cannot tell apart, nor can stage 2."""
-    c, rows, clips = corpus.config, data.open_rows(speech_file(corpus), data.PREPARE), corpus.clips(corpus.config.eval.split)
-    numbers, labels = (np.array([ask(clip) for clip in clips]) for ask in (corpus.number, corpus.label))
-    speech, first = torch.cat([rows(clip.number) for clip in clips]), np.unique(numbers, return_index=True)[1]
-    pictures = torch.cat([corpus.embeddings(numbers[n]) for n in first])
-    found = metric.recall_at((speech @ pictures.T).numpy(), labels[:, None] == labels[first], 1)
-    if found < c.codes.require_r1:
-        raise UserError(f"{c.codes.stage1}: it finds {100 * found:.1f} % of the pictures (R@1), less than require_r1 {c.codes.require_r1}; "
-                        "train it longer")
+    """raises UserError if stage 1 did not learn to find the pictures validated on.
+
+    What it cannot tell apart, stage 2 cannot either.
+    """
+    c = corpus.config.codes
+    path = speech_file(corpus)
+    speech_of = data.open_rows(path, data.PREPARE)
+    numbers = []
+    labels = []
+    speech = []
+    for clip in corpus.clips(corpus.config.eval.split):
+        numbers.append(corpus.number(clip))
+        labels.append(corpus.label(clip))
+        speech.append(speech_of(clip.number))
+    labels = np.array(labels)
+    gallery, first = np.unique(numbers, return_index=True)
+    pictures = [corpus.embeddings(n) for n in gallery]
+    similarity = torch.cat(speech) @ torch.cat(pictures).T
+    gallery_labels = labels[first]
+    right = labels[:, None] == gallery_labels
+    recall = metric.recall_at(similarity.numpy(), right, 1)
+    if recall < c.require_r1:
+        percent = 100 * recall
+        found = f"it finds {percent:.1f} % of the pictures (R@1)"
+        needed = f"less than require_r1 {c.require_r1}"
+        raise UserError(f"{c.stage1}: {found}, {needed}; train it longer")
 
 
 def form(config: Config) -> dict:
     """What is packed, and how."""
-    spoken = {"sentences": config.data.sentences} if config.data.corpus == "shapes" else {}
-    return {"sample_rate": RATE, "hop": HOP, "corpus": config.data.corpus, "langs": list(config.data.langs), **spoken}
+    d = config.data
+    packed = {"sample_rate": RATE, "hop": HOP, "corpus": d.corpus, "langs": list(d.langs)}
+    if d.corpus == "shapes":
+        packed["sentences"] = d.sentences
+    return packed
 
 
 def picture_of(clip: data.Clip) -> tuple[str, str]:
     """Its label, which may be "", and its picture's path below data_dir."""
-    label, _, name = clip.id.rpartition("#")[0].partition(":")
-    return label, name
+    picture = clip.id.rpartition("#")[0]
+    label, _, path = picture.partition(":")
+    return label, path
+
+
+def newest(path: Path) -> Path:
+    """The newest checkpoint of a run's folder, or the file itself."""
+    return max(path.glob("checkpoints/step_*.pt"), default=path)
 
 
 def cached(corpus: Corpus, name: str, content: list) -> Path:
     """A file beside the corpus, named by all that its content depends on."""
-    what, _, ending = name.partition(".")
-    return corpus.folder / f"{what}_{data.digest([list(corpus.labels.items()), *content])[:8]}.{ending}"
+    stem, _, suffix = name.partition(".")
+    labels = list(corpus.labels.items())
+    digest = data.digest([labels, *content])
+    name = f"{stem}_{digest[:8]}.{suffix}"
+    return corpus.folder / name
 
 
 def embeddings_file(corpus: Corpus) -> Path:
-    """The image tower's embeddings of the pictures; those of a scratch one also depend on what it learned from."""
-    image, texts = corpus.config.align.image, [clip.text for clip in corpus.clips("train")]
-    return cached(corpus, "pictures.npy", [image, texts if image == "scratch" else []])
+    """The image embeddings of the pictures; of a scratch encoder, by the texts too that it is trained on."""
+    image = corpus.config.align.image
+    texts = []
+    if image == "scratch":
+        texts = [clip.text for clip in corpus.clips("train")]
+    return cached(corpus, "pictures.npy", [image, texts])
 
 
 def tower_file(corpus: Corpus) -> Path:
@@ -444,47 +776,55 @@ def tower_file(corpus: Corpus) -> Path:
 
 
 def speech_file(corpus: Corpus) -> Path:
-    """Stage 1's embeddings of all speech, by its weights and by what it must have been trained against."""
-    stage1 = Path(corpus.config.codes.stage1)
+    """Stage 1's embeddings of all speech, by its weights and the image encoder it was trained against."""
+    c = corpus.config
+    path = Path(c.codes.stage1)
     try:
-        weights = hashlib.sha256(newest(stage1).read_bytes()).hexdigest()
+        checkpoint = newest(path).read_bytes()
     except OSError as e:
-        raise UserError(f"codes.stage1 {stage1}: no checkpoint of system speech_align there; train that first") from e
-    return cached(corpus, "speech.npy", [weights, corpus.config.align.image, [clip.id for clip in corpus.all_clips]])
+        hint = "no checkpoint of system speech_align there; train that first"
+        raise UserError(f"codes.stage1 {path}: {hint}") from e
+    weights = hashlib.sha256(checkpoint).hexdigest()
+    clips = [clip.id for clip in corpus.all_clips]
+    return cached(corpus, "speech.npy", [weights, c.align.image, clips])
 
 
 def codes_file(corpus: Corpus) -> Path:
     """The pictures' codes; beside it, `vq_file`, the autoencoder that was trained for them."""
     c = corpus.config.codes
-    return cached(corpus, "codes.safetensors", [c.vq, c.vq_steps, c.picture_size, c.grid, c.kept])
+    content = [c.vq, c.vq_steps, c.picture_size, c.grid, c.kept]
+    return cached(corpus, "codes.safetensors", content)
 
 
 def vq_file(corpus: Corpus) -> Path:
-    return cached(corpus, "vq.safetensors", [corpus.config.codes.vq_steps, corpus.config.codes.picture_size])
+    c = corpus.config.codes
+    return cached(corpus, "vq.safetensors", [c.vq_steps, c.picture_size])
 
 
 def judge_file(corpus: Corpus) -> Path:
     return cached(corpus, "judge.safetensors", [])
 
 
-def read_codes(corpus: Corpus) -> tuple[torch.Tensor, torch.Tensor]:
+def read_codes(corpus: Corpus) -> tuple[Tensor, Tensor]:
     """The codes (n, N) of all pictures, and which codes of the codebook they number, (K,)."""
-    found = flow.read(codes_file(corpus))
-    return found["codes"].long(), found["kept"].long()
+    path = codes_file(corpus)
+    tensors = flow.read(path)
+    codes = tensors["codes"].long()
+    kept = tensors["kept"].long()
+    return codes, kept
 
 
 def load_autoencoder(corpus: Corpus) -> nn.Module:
     """That of codes.vq, frozen: methods as flow.SmallVQ's."""
     vq = corpus.config.codes.vq
-    return (flow.restored(flow.SmallVQ(), vq_file(corpus)) if vq == "scratch" else pretrained.Frozen(flow.PublishedVQ(vq))).module
+    if vq == "scratch":
+        return flow.restored(flow.SmallVQ(), vq_file(corpus)).module
+    return pretrained.Frozen(flow.PublishedVQ(vq)).module
 
 
 def load_tower(corpus: Corpus) -> pretrained.Frozen:
-    """The image tower of config.align.image: pictures (B, 3, H, W) -> (B, D)."""
+    """The image encoder of config.align.image: pictures (B, 3, H, W) -> (B, D)."""
     image = corpus.config.align.image
-    return flow.restored(flow.SmallTower(), tower_file(corpus)) if image == "scratch" else pretrained.Frozen(flow.ClipTower(image))
-
-
-def newest(path: Path) -> Path:
-    """The newest checkpoint of a run's folder, or the file itself."""
-    return max(path.glob("checkpoints/step_*.pt"), default=path)
+    if image == "scratch":
+        return flow.restored(flow.SmallTower(), tower_file(corpus))
+    return pretrained.Frozen(flow.ClipTower(image))
