@@ -1,12 +1,12 @@
 """Speech to pictures measured on its own corpora, one table a command.
 
 python tests/bench_speech2image.py digits --root DIR [--speakers george lucas --stages 1 --out out/digits]
-    Real spoken digits (FSDD: labels.csv, recordings/) and MNIST's pictures (t10k-*), one speaker left out: R@1 of
-    stage 1 among pictures that nothing was trained on; with --stages 2 also how often the generated picture is
-    the digit said, by a classifier trained on MNIST.
+    Real spoken digits (FSDD: labels.csv, recordings/) and MNIST's pictures (t10k-*), one speaker left out:
+    R@1 of stage 1 among pictures that nothing was trained on; with --stages 2 also how often the generated
+    picture is the digit said, by a classifier trained on MNIST.
 python tests/bench_speech2image.py ablation [--steps 400 --out out/ablation --modes adaln sta --key value ...]
-    Stage 2 of the demo, prepared before, for each way of conditioning it: pictures in which all is right; nats a
-    code.
+    Stage 2 of the demo, prepared before, for each way of conditioning it: pictures in which all is right; nats
+    a code.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def write_corpus(
     labels: np.ndarray,
     held_out: str,
 ) -> None:
-    """A list of spoken pictures; the last 2,000 of MNIST's 10,000 test pictures are for the speaker held out."""
+    """A list of spoken pictures; of MNIST's 10,000 test pictures the last 2,000 go to the speaker held out."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     unused = {}  # numbers of the pictures of a digit in a split
     for digit in range(10):
@@ -117,7 +117,7 @@ def write_corpus(
 
 
 def run(recipe: str, out: Path, options: dict) -> dict[str, float]:
-    """Prepare and train a recipe with options on top, from the folder `out`; returns its last evaluation's figures."""
+    """Prepare and train a recipe, with options on top, into `out`; returns the scores of its last evaluation."""
     out.mkdir(parents=True, exist_ok=True)
     words = [f"--config={ROOT / 'configs' / recipe}.yaml"]
     words += [f"--{key}={value}" for key, value in options.items()]
@@ -126,14 +126,15 @@ def run(recipe: str, out: Path, options: dict) -> dict[str, float]:
         line = [sys.executable, ROOT / script, *command, *words]
         subprocess.run(line, cwd=out.parent, check=True, stdout=sys.stderr)
 
-    last = {}
+    evaluations = []
     for line in read_metrics(out):
         scores = {}
         for key, value in line.items():
             if key.startswith("eval/"):
                 scores[key.removeprefix("eval/")] = value
-        last = scores or last
-    return last
+        if scores:
+            evaluations.append(scores)
+    return evaluations[-1]
 
 
 def read_metrics(out: Path) -> list[dict]:
