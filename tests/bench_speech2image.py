@@ -5,8 +5,8 @@ python tests/bench_speech2image.py digits --root DIR [--speakers george lucas --
     R@1 of stage 1 among pictures that nothing was trained on; with --stages 2 also how often the generated
     picture is the digit said, by a classifier trained on MNIST.
 python tests/bench_speech2image.py ablation [--steps 400 --out out/ablation --modes adaln sta --key value ...]
-    Stage 2 of the demo, prepared before, for each way of conditioning it: pictures in which all is right; nats
-    a code.
+    Stage 2 of the demo, prepared before, for each way of conditioning it: pictures in which all is right;
+    nats a code.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def write_corpus(
     labels: np.ndarray,
     held_out: str,
 ) -> None:
-    """A list of spoken pictures; of MNIST's 10,000 test pictures the last 2,000 go to the speaker held out."""
+    """A list of spoken pictures; the last 2,000 of MNIST's 10,000 test pictures go to the held-out speaker."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     unused = {}  # numbers of the pictures of a digit in a split
     for digit in range(10):
@@ -117,7 +117,7 @@ def write_corpus(
 
 
 def run(recipe: str, out: Path, options: dict) -> dict[str, float]:
-    """Prepare and train a recipe, with options on top, into `out`; returns the scores of its last evaluation."""
+    """Prepare and train a recipe with options on top, in `out`; returns its last evaluation's scores."""
     out.mkdir(parents=True, exist_ok=True)
     words = [f"--config={ROOT / 'configs' / recipe}.yaml"]
     words += [f"--{key}={value}" for key, value in options.items()]
