@@ -86,7 +86,7 @@ def write_corpus(
     labels: np.ndarray,
     held_out: str,
 ) -> None:
-    """A list of spoken pictures; the last 2,000 of MNIST's 10,000 test pictures are the held-out speaker's."""
+    """A list of spoken pictures; the last 2,000 of the 10,000 are the held-out speaker's."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     unused = {}  # numbers of the pictures of a digit in a split
     for digit in range(10):
