@@ -1,9 +1,11 @@
-"""Text to music: FluxMusic, a rectified-flow Transformer over the latents of a mel spectrogram. System `music`.
+"""Text to music: FluxMusic, a rectified-flow Transformer over latents of a mel spectrogram. System `music`.
 
-A latent (B, 8, T, F) of AudioLDM2's VAE is cut into patches of 2 x 2: N = T / 2 * F / 2 tokens of C = 32 numbers, all bands of one
-time before the next; without the VAE, patches of the normalised log-mel are the tokens. A text comes twice: as the sequence of
-T5-XXL's features, which takes part in every attention, and as CLAP's vector, which with the time modulates every block.
-Source: FluxMusic (Fei et al. 2024, arXiv 2409.00587), layout of feizc/FluxMusic@126bdce; blocks of SD3 (arXiv 2403.03206) and FLUX.1.
+A latent (B, 8, T, F) of AudioLDM2's VAE is cut into patches of 2 x 2: N = T / 2 * F / 2 tokens of C = 32
+numbers, all bands of one time before the next. Without the VAE, tokens are patches of the normalised log-mel.
+A caption conditions the network twice: T5-XXL's hidden states take part in every attention, as a sequence;
+CLAP's vector is added to the time embedding and modulates every block.
+Source: FluxMusic (Fei et al. 2024, arXiv 2409.00587), layout of feizc/FluxMusic@126bdce; blocks of SD3
+(arXiv 2403.03206) and FLUX.1.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from einops import rearrange
+from torch import Tensor
 
 import audio
 import data
@@ -35,266 +38,542 @@ Corpus = recogniser.Pieces
 
 
 class Music(nn.Module):
-    """Losses out of `forward`, music out of `sample`. Frozen networks are no part of it: they are loaded, once, when they are needed."""
+    """Losses out of `forward`, music out of `sample`.
 
-    makes, speaks, listens = ("wav",), False, False
-    longest = 1000                             # characters of a caption
+    Frozen networks are loaded once, when they are needed; they are not submodules.
+    """
+
+    makes = ("wav",)
+    speaks = False
+    listens = False
+    longest = 1000  # characters of a caption
 
     def __init__(self, config: Config, mean: float = 0.0, std: float = 1.0):
         """mean, std: of the training set's log-mels, for the patches that stand in for a VAE."""
         super().__init__()
-        self.config, self.frame_rate, weights = config, config.mel.sample_rate / config.mel.hop, config.music.weights
+        self.config = config
+        self.frame_rate = config.mel.sample_rate / config.mel.hop
         self.register_buffer("mean", torch.tensor(float(mean)))
         self.register_buffer("std", torch.tensor(float(std)))
-        trained = config.model.text_encoder == "scratch"
-        self.trained_text_encoder, self.tokenizer, width = pretrained.load_text_encoder("scratch") if trained else (None, None, 0)
-        size = choose_size(config, self.codec, width)
+        self.trained_text_encoder = None
+        self.tokenizer = None
+        text_width = 0
+        if config.model.text_encoder == "scratch":
+            encoder, self.tokenizer, text_width = pretrained.load_text_encoder("scratch")
+            self.trained_text_encoder = encoder
+
+        size = choose_size(config, self.codec, text_width)
+        weights = config.music.weights
         self.transformer = load_published(Path(weights)) if weights else MMDiT(size)
-        if self.transformer.size != size:
-            raise UserError(f"{weights}: not of music.size {config.music.size}, its width is {self.transformer.size.width}")
+        found = self.transformer.size
+        if found != size:
+            name = config.music.size
+            raise UserError(f"{weights}: not of music.size {name}, its width is {found.width}")
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch of `MusicBatches`. returns: loss, flow_loss, scalars; flow_loss_per_clip (B,)."""
-        x, noise, t = batch["x"], batch["noise"], batch["t"]
-        v = self.velocity(flow.interpolate(x, noise, t), t, *self.condition(batch))
-        flow_loss = flow.loss(v, x, noise, x.new_ones(x.shape[:2]))
-        return {"loss": flow_loss.mean(), "flow_loss": flow_loss.mean(), "flow_loss_per_clip": flow_loss.detach()}
+        x = batch["x"]  # (B, N, C)
+        noise = batch["noise"]  # (B, N, C)
+        t = batch["t"]  # (B,)
+        x_t = flow.interpolate(x, noise, t)
+        condition = self.condition(batch)
+        v = self.velocity(x_t, t, *condition)
+        valid = x.new_ones(x.shape[:2])  # (B, N)
+        flow_loss = flow.loss(v, x, noise, valid)  # (B,)
+        loss = flow_loss.mean()
+        return {"loss": loss, "flow_loss": loss, "flow_loss_per_clip": flow_loss.detach()}
 
-    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, *condition: torch.Tensor) -> torch.Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
         """x_t (B, N, C), t (B,), what `condition` returns -> v (B, N, C), float32."""
-        return flow.velocity(self.transformer(x_t, t, *condition).float(), x_t, t, self.config.flow.predict, self.config.flow.min_t)
+        output = self.transformer(x_t, t, *condition)
+        predict = self.config.flow.predict
+        min_t = self.config.flow.min_t
+        return flow.velocity(output.float(), x_t, t, predict, min_t)
 
-    def condition(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """What the transformer is given of texts: features (B, S, D), vectors (B, V), and mask (B, S) unless all is attended to."""
-        mask, size = batch["text_mask"], self.transformer.size
-        text = batch["text"] if "text" in batch else self.trained_text_encoder(batch["ids"], mask)
-        vector = batch["vector"] if "vector" in batch else (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        if (text.shape[-1], vector.shape[-1]) != (size.text_width, size.vector_width):
-            raise UserError(f"model.text_encoder and music.vector_encoder give {text.shape[-1]} and {vector.shape[-1]} numbers, "
-                            f"music.size {self.config.music.size} takes {size.text_width} and {size.vector_width}")
+    def condition(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """What the transformer is given of captions: text (B, S, D), vector (B, V), mask (B, S).
+
+        The mask is left out where all of the text is attended to.
+        """
+        mask = batch["text_mask"]
+        if "text" in batch:
+            text = batch["text"]
+        else:
+            text = self.trained_text_encoder(batch["ids"], mask)
+        if "vector" in batch:
+            vector = batch["vector"]
+        else:
+            vector = masked_mean(text, mask)
+
+        size = self.transformer.size
+        text_width = text.shape[-1]
+        vector_width = vector.shape[-1]
+        if (text_width, vector_width) != (size.text_width, size.vector_width):
+            raise UserError(
+                f"model.text_encoder and music.vector_encoder give {text_width} and {vector_width} numbers, "
+                f"music.size {self.config.music.size} takes {size.text_width} and {size.vector_width}"
+            )
         if self.config.music.text_padding == "masked":
             return text, vector, mask
-        places = torch.arange(self.config.music.caption_tokens, device=mask.device).minimum(mask.sum(1, keepdim=True) - 1)
-        return text.gather(1, places[..., None].expand(-1, -1, text.shape[-1])), vector
+        length = self.config.music.caption_tokens
+        return repeat_last(text, mask, length), vector
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[Prompt], settings: Sample) -> list[Artifact]:
-        """A piece of each prompt; those of one length are one batch. A prompt's noise depends on its own seed alone."""
-        frames, made = [round((prompt.seconds or self.config.music.crop_seconds) * self.frame_rate) for prompt in prompts], {}
-        for length in sorted(set(frames)):
-            alike = [n for n, other in enumerate(frames) if other == length]
-            x = self.sample_tokens([prompts[n] for n in alike], length, settings)
-            made |= {n: self.artifact(prompts[n].text, tokens, length) for n, tokens in zip(alike, x)}
-        return [made[n] for n in range(len(prompts))]
+        """A piece for each prompt, its noise by its own seed alone; prompts of one length are one batch."""
+        lengths = []
+        for prompt in prompts:
+            seconds = prompt.seconds or self.config.music.crop_seconds
+            frames = round(seconds * self.frame_rate)
+            lengths.append(frames)
 
-    def sample_tokens(self, prompts: Sequence[Prompt], frames: int, settings: Sample) -> torch.Tensor:
-        """Tokens (B, N, C) of at least as many mel frames. Beyond a crop's they are made of stretches that overlap: `flow.overlapping`."""
-        codec, device = self.codec, self.mean.device
-        shape = max(2, math.ceil(2 * frames / codec.frames)) * codec.tokens // 2, self.transformer.size.channels
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(prompt.seed)) for prompt in prompts]).to(device)
-        texts = [prompt.text for prompt in prompts] + [settings.negative] * len(prompts)
-        batch = collate_texts(texts, texts, self.config, self.tokenizer, readers(self.config, device))
+        outputs = {}
+        for frames in sorted(set(lengths)):
+            numbers = [n for n, length in enumerate(lengths) if length == frames]
+            batch = [prompts[n] for n in numbers]
+            tokens = self.sample_tokens(batch, frames, settings)
+            for n, prompt, x in zip(numbers, batch, tokens):
+                outputs[n] = self.artifact(prompt.text, x, frames)
+        return [outputs[n] for n in range(len(prompts))]
+
+    def sample_tokens(self, prompts: Sequence[Prompt], frames: int, settings: Sample) -> Tensor:
+        """Tokens (B, N, C) of at least `frames` mel frames; beyond one crop: `flow.overlapping`."""
+        codec = self.codec
+        half_crops = math.ceil(2 * frames / codec.frames)
+        half_crops = max(2, half_crops)
+        noise = self.draw_noise(prompts, half_crops * codec.tokens // 2)
+        texts = [prompt.text for prompt in prompts]
+        texts += [settings.negative] * len(prompts)  # the unconditional half of guidance
+        encoders = readers(self.config, self.mean.device)
+        batch = collate_texts(texts, texts, self.config, self.tokenizer, encoders)
+        batch = {name: value.to(self.mean.device) for name, value in batch.items()}
         grid = flow.times(settings.euler_steps, settings.sway, settings.shift)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.train.dtype == "bf16"):
-            condition = self.condition({name: value.to(device) for name, value in batch.items()})
-            network = flow.overlapping(lambda x_t, t: self.velocity(x_t, t, *(part[:len(x_t)] for part in condition)), codec.tokens)
-            return flow.euler(network, noise, grid, settings.cfg_scale, settings.cfg_from, settings.cfg_to)
+
+        def crop_velocity(x_t: Tensor, t: Tensor) -> Tensor:
+            rows = [part[: len(x_t)] for part in condition]  # without guidance the first half
+            return self.velocity(x_t, t, *rows)
+
+        with self.autocast():
+            condition = self.condition(batch)
+            network = flow.overlapping(crop_velocity, codec.tokens)
+            guidance = (settings.cfg_scale, settings.cfg_from, settings.cfg_to)
+            return flow.euler(network, noise, grid, *guidance)
+
+    def draw_noise(self, prompts: Sequence[Prompt], tokens: int) -> Tensor:
+        """(B, N, C), each row from its prompt's seed."""
+        shape = (tokens, self.transformer.size.channels)
+        rows = []
+        for prompt in prompts:
+            generator = torch.Generator().manual_seed(prompt.seed)
+            row = torch.randn(shape, generator=generator)
+            rows.append(row)
+        return torch.stack(rows).to(self.mean.device)
+
+    def autocast(self) -> torch.autocast:
+        device = self.mean.device.type
+        enabled = self.config.train.dtype == "bf16"
+        return torch.autocast(device, torch.bfloat16, enabled=enabled)
 
     @property
     def codec(self) -> "Codec":
         return Codec(self.config, self.mean.item(), self.std.item(), self.mean.device)
 
-    def artifact(self, text: str, tokens: torch.Tensor, frames: int) -> Artifact:
-        """tokens (N, C) -> what is heard in the first mel frames of them."""
-        c, log_mel = self.config, self.codec.decode(tokens)[:frames]
-        if c.sample.vocoder == "own":
-            name, device = c.music.autoencoder, log_mel.device
-            vocoder = pretrained.load_frozen(transformers.SpeechT5HifiGan, name, "vocoder", "music.autoencoder", device)
-            wave = vocoder(log_mel)[:frames * c.mel.hop].cpu()           # it makes 32 samples more
+    def artifact(self, text: str, tokens: Tensor, frames: int) -> Artifact:
+        """tokens (N, C) -> the first `frames` mel frames of them, as sound."""
+        mel = self.config.mel
+        log_mel = self.codec.decode(tokens)[:frames]
+        if self.config.sample.vocoder == "own":
+            vocoder = pretrained.load_frozen(
+                transformers.SpeechT5HifiGan,
+                self.config.music.autoencoder,
+                "vocoder",
+                "music.autoencoder",
+                log_mel.device,
+            )
+            samples = frames * mel.hop
+            wave = vocoder(log_mel)[:samples].cpu()  # it returns 32 more
         else:
-            wave = audio.griffin_lim(log_mel, c.mel)
-        return Artifact(text, wave, c.mel.sample_rate, log_mel.cpu(), c.mel)
+            wave = audio.griffin_lim(log_mel, mel)
+        return Artifact(text, wave, mel.sample_rate, log_mel.cpu(), mel)
 
     def reference(self, corpus: Corpus, clip: data.Clip) -> Artifact:
-        """A crop of a recorded piece, always the same one, encoded, decoded and heard again."""
-        mean, _ = self.codec.hear(corpus.wave(clip), np.random.default_rng(clip.number))
-        return self.artifact(clip.text, mean.to(self.mean.device), self.codec.frames)
+        """A crop of a recorded piece, always the same one, encoded, decoded and vocoded."""
+        wave = corpus.wave(clip)
+        rng = np.random.default_rng(clip.number)
+        mean, _ = self.codec.hear(wave, rng)
+        tokens = mean.to(self.mean.device)
+        return self.artifact(clip.text, tokens, self.codec.frames)
 
     def score(self, made: Artifact, corpus: Corpus, clip: data.Clip) -> dict[str, float]:
-        """Whether key, tempo and timbre, as they are heard, are those of the caption, 0 or 1; {} where it does not name them."""
-        return recogniser.match(recogniser.hear(made.wave, made.sample_rate), clip.text)
+        """Whether key, tempo and timbre are the caption's, 1 or 0; {} where it does not name them."""
+        measured = recogniser.hear(made.wave, made.sample_rate)
+        return recogniser.match(measured, clip.text)
 
     def features(self, made: Artifact, corpus: Corpus, clip: data.Clip) -> dict[str, np.ndarray]:
-        """Where eval.features, a ClapModel, places the sample, the recorded piece and the caption, (D,) each; without one: chance."""
-        if not self.config.eval.features:
-            return {"chance": np.array(recogniser.CHANCE)} if recogniser.asked_for(clip.text) else {}
-        clap, rate = recogniser.load_clap("eval.features", self.config.eval.features, self.mean.device), made.sample_rate
-        real = audio.draw_crop(corpus.wave(clip), self.codec.frames * self.config.mel.hop, np.random.default_rng(clip.number))
-        return {"made": clap.listen(made.wave, rate), "real": clap.listen(real, rate), "text": clap.place(clip.text)}
+        """Embeddings (D,) of sample, recording and caption by the ClapModel eval.features, or chance."""
+        name = self.config.eval.features
+        device = self.mean.device
+        if not name:
+            known = recogniser.asked_for(clip.text)
+            return {"chance": np.array(recogniser.CHANCE)} if known else {}
+        wave = corpus.wave(clip)
+        rng = np.random.default_rng(clip.number)
+        length = self.codec.frames * self.config.mel.hop
+        real = audio.draw_crop(wave, length, rng)
+        rate = made.sample_rate
+        clap = recogniser.load_clap("eval.features", name, device)
+        return {
+            "made": clap.listen(made.wave, rate),
+            "real": clap.listen(real, rate),
+            "text": clap.place(clip.text),
+        }
 
     def summary(self, features: dict[str, np.ndarray], folder: Path | None) -> dict[str, float]:
-        """fad, kad: Fréchet and kernel distance of samples to recordings; clap: mean cosine of samples and captions."""
+        """fad, kad: Fréchet and kernel distance to recordings; clap: mean cosine of sample and caption."""
         if not features:
             return {}
-        made, real, text = features["made"], features["real"], features["text"]
-        clap = (made * text).sum(1).mean()
-        return {"fad": metric.frechet_distance(made, real), "kad": metric.kernel_distance(made, real), "clap": float(clap)}
+        made = features["made"]
+        real = features["real"]
+        cosines = (made * features["text"]).sum(1)
+        return {
+            "fad": metric.frechet_distance(made, real),
+            "kad": metric.kernel_distance(made, real),
+            "clap": float(cosines.mean()),
+        }
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """What Muon trains: the blocks' matrices but their modulations, which like inputs and outputs stay with AdamW."""
-        stacks = [self.transformer.double_blocks, self.transformer.single_blocks, *([self.trained_text_encoder] if self.tokenizer else [])]
-        return [layer.weight for stack in stacks for name, layer in stack.named_modules()
-                if isinstance(layer, nn.Linear) and not name.endswith(".lin")]
+        """What Muon trains: the blocks' matrices. AdamW trains modulations, inputs and outputs."""
+        stacks = [self.transformer.double_blocks, self.transformer.single_blocks]
+        if self.trained_text_encoder is not None:
+            stacks.append(self.trained_text_encoder)
+        matrices = []
+        for stack in stacks:
+            for name, layer in stack.named_modules():
+                if isinstance(layer, nn.Linear) and not name.endswith(".lin"):
+                    matrices.append(layer.weight)
+        return matrices
 
     def load_adapter(self, name: str) -> None:
         raise UserError(f"--lora {name}: system music takes no LoRA; leave it out")
 
     def export(self, folder: Path, facts: dict[str, str]) -> None:
         """Write music.pt, which FluxMusic's own programs load, and music.weights."""
-        if self.config.music.size == "own":
-            raise UserError(f"{folder}: no other software loads a network of music.size own; its checkpoint is all there is")
+        size = self.config.music.size
+        if size == "own":
+            reason = "no other software loads a network of music.size own; its checkpoint is all there is"
+            raise UserError(f"{folder}: {reason}")
+        options = argparse.Namespace(version=size, **facts)
+        state = {"ema": self.transformer.state_dict(), "args": options}
         with data.replacing(folder / "music.pt") as part:
-            torch.save({"ema": self.transformer.state_dict(), "args": argparse.Namespace(version=self.config.music.size, **facts)}, part)
+            torch.save(state, part)
+
+
+def masked_mean(text: Tensor, mask: Tensor) -> Tensor:
+    """text (B, S, D), mask (B, S) -> the mean (B, D) of the valid tokens."""
+    count = mask.sum(1, keepdim=True)
+    return (text * mask[..., None]).sum(1) / count
+
+
+def repeat_last(text: Tensor, mask: Tensor, length: int) -> Tensor:
+    """text (B, S, D) -> (B, length, D): instead of padding, the features of the last valid token again."""
+    last = mask.sum(1, keepdim=True) - 1  # (B, 1)
+    positions = torch.arange(length, device=mask.device)
+    positions = positions.minimum(last)  # (B, length)
+    return torch.take_along_dim(text, positions[..., None], 1)
 
 
 # Batches
 
+
 class MusicBatches(Batches):
-    """x, noise (B, N, C); t (B,); frames (B,): of a crop; number (B,) of the clip; text_mask (B, S) with text (B, S, D), cached
-    features, or ids (B, S) where the text encoder is trained; vector (B, V), unless it is pooled from the features. S: a multiple of 8.
+    """x, noise (B, N, C); t (B,); frames (B,): of a crop; number (B,): of the clip; text_mask (B, S).
+
+    Beside them text (B, S, D), cached features, or ids (B, S) where the text encoder is trained; and vector
+    (B, V), unless it is pooled from the features. S is a multiple of 8.
     """
 
     def __init__(self, config: Config, corpus: Corpus, tokenizer, rank: int = 0, world: int = 1):
         super().__init__(config, corpus, tokenizer, rank, world)
         self.read = {}
         for name, (path, items) in caches(config, corpus).items():
-            rows, numbers = data.open_rows(path, data.PREPARE), {item: n for n, item in enumerate(items)}
-            self.read[name] = lambda item, rows=rows, numbers=numbers: rows(numbers[item])
+            self.read[name] = open_cache(path, items)
         self.codec = Codec(config, *corpus.statistics, torch.device("cpu"))
         if tokenizer:
-            pretrained.tokenize(tokenizer, [""])               # its first call sets its options, which is not for several threads
+            pretrained.tokenize(tokenizer, [""])  # the first call mutates the tokenizer: not thread-safe
 
     def row(self, clip: data.Clip, rng: np.random.Generator, t: float | None = None) -> dict:
-        """A clip and all that is drawn for it. t: given, the text is kept, as for validation."""
-        f, together = self.config.flow, rng.random() < self.config.music.joint_dropout
-        lost = (rng.random(2) < f.text_condition_dropout) & (t is None)
-        mean, deviation = self.crop(clip, rng)
-        x = mean + deviation * torch.from_numpy(rng.standard_normal(tuple(mean.shape), dtype=np.float32))
-        noise = torch.from_numpy(rng.standard_normal(tuple(mean.shape), dtype=np.float32))
-        return {"x": x, "noise": noise, "t": self.draw_time(rng) if t is None else t, "number": clip.number, "frames": self.codec.frames,
-                "text": "" if lost[0] else clip.text, "vector_text": "" if lost[0 if together else 1] else clip.text}
+        """A clip and all that is drawn for it. t: given, the caption is kept, as for validation."""
+        together = rng.random() < self.config.music.joint_dropout
+        dropped = rng.random(2) < self.config.flow.text_condition_dropout
+        drop_text = t is None and dropped[0]
+        drop_vector = t is None and dropped[0 if together else 1]
 
-    def crop(self, clip: data.Clip, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation (N, C) of a random crop's tokens: of any, or of one of those that are cached."""
-        if "latents" in self.read:
-            tokens = self.read["latents"](clip).unflatten(0, (self.config.music.crops, -1))
-            return tokens[rng.integers(len(tokens))].chunk(2, -1)
-        return self.codec.hear(self.corpus.wave(clip), rng)
+        mean, std = self.crop(clip, rng)
+        x = mean + std * normal_like(mean, rng)
+        noise = normal_like(mean, rng)
+        if t is None:
+            t = self.draw_time(rng)
+        return {
+            "x": x,
+            "noise": noise,
+            "t": t,
+            "number": clip.number,
+            "frames": self.codec.frames,
+            "text": "" if drop_text else clip.text,
+            "vector_text": "" if drop_vector else clip.text,
+        }
 
-    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = {key: torch.tensor([row[key] for row in rows]) for key in ("t", "frames", "number")}
-        batch |= {key: torch.stack([row[key] for row in rows]) for key in ("x", "noise")}
-        texts, vector_texts = ([row[key] for row in rows] for key in ("text", "vector_text"))
-        return batch | collate_texts(texts, vector_texts, self.config, self.tokenizer, self.read)
+    def crop(self, clip: data.Clip, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (N, C) of the tokens of a random crop; with a VAE, of a cached one."""
+        if "latents" not in self.read:
+            wave = self.corpus.wave(clip)
+            return self.codec.hear(wave, rng)
+        latents = self.read["latents"](clip)
+        crops = latents.unflatten(0, (self.config.music.crops, -1))  # (crops, N, 2 C)
+        chosen = rng.integers(len(crops))
+        return crops[chosen].chunk(2, -1)
+
+    def collate(self, rows: list[dict]) -> dict[str, Tensor]:
+        batch = {}
+        for key in ("t", "frames", "number"):
+            values = [row[key] for row in rows]
+            batch[key] = torch.tensor(values)
+        for key in ("x", "noise"):
+            values = [row[key] for row in rows]
+            batch[key] = torch.stack(values)
+        texts = [row["text"] for row in rows]
+        vector_texts = [row["vector_text"] for row in rows]
+        texts = collate_texts(texts, vector_texts, self.config, self.tokenizer, self.read)
+        return batch | texts
 
 
-def collate_texts(texts: list[str], vector_texts: list[str], config: Config, tokenizer, read: dict[str, Callable]) -> dict:
-    """A batch's entries of texts. read: as `readers`."""
-    rows = map(read["features"], texts) if "features" in read else map(torch.tensor, pretrained.tokenize(tokenizer, texts))
-    text, mask = data.pad([row[:config.music.caption_tokens] for row in rows], 8)
-    vectors = {"vector": torch.cat([read["vectors"](text) for text in vector_texts])} if "vectors" in read else {}
-    return {"text" if "features" in read else "ids": text, "text_mask": mask} | vectors
+def normal_like(x: Tensor, rng: np.random.Generator) -> Tensor:
+    """Standard normal noise of the shape of x, float32."""
+    noise = rng.standard_normal(tuple(x.shape), dtype=np.float32)
+    return torch.from_numpy(noise)
+
+
+def collate_texts(
+    texts: list[str], vector_texts: list[str], config: Config, tokenizer, encoders: dict[str, Callable]
+) -> dict[str, Tensor]:
+    """A batch's entries of captions: text or ids, text_mask, vector. encoders: as `readers` returns."""
+    if "features" in encoders:
+        name = "text"
+        rows = [encoders["features"](text) for text in texts]
+    else:
+        name = "ids"
+        tokens = pretrained.tokenize(tokenizer, texts)
+        rows = [torch.tensor(ids) for ids in tokens]
+    rows = [row[: config.music.caption_tokens] for row in rows]
+    padded, mask = data.pad(rows, 8)
+    batch = {name: padded, "text_mask": mask}
+    if "vectors" in encoders:
+        vectors = [encoders["vectors"](text) for text in vector_texts]
+        batch["vector"] = torch.cat(vectors)  # (B, V)
+    return batch
 
 
 # Caches, and what fills them
 
+
 def prepare(config: Config) -> None:
-    """Make whatever training needs and does not find: packed pieces, and what frozen networks make of their captions and crops."""
+    """Make what training needs and does not find: packed pieces, and caches of their captions and crops."""
     recogniser.prepare_music(config)
-    corpus, device = Corpus(config), torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    corpus = Corpus(config)
+    on_cuda = torch.cuda.is_available() and config.device != "cpu"
+    device = torch.device("cuda" if on_cuda else "cpu")
     codec = Codec(config, *corpus.statistics, device)
+    encoders = readers(config, device)
+    encoders["latents"] = functools.partial(encode_crops, config, corpus, codec)
 
-    def latents(clip: data.Clip) -> torch.Tensor:
-        wave, rng = corpus.wave(clip), np.random.default_rng((config.seed, clip.number))
-        return torch.cat([torch.cat(codec.hear(wave, rng), -1) for _ in range(config.music.crops)])      # (crops * N, 2 C)
-
-    make = {"latents": latents, **readers(config, device)}
     for name, (path, items) in caches(config, corpus).items():
-        if not path.exists():
-            lengths = [config.music.crops * codec.tokens if name == "latents" else 1] * len(items)
-            if name == "features":
-                lengths = [len(ids) for ids in pretrained.tokenize(load_t5(config.model.text_encoder)[1], items)]
-            data.cache_rows(path, lengths, None, lambda batch: [make[name](items[n]).numpy() for n in batch], 8, name)
+        if path.exists():
+            continue
+        lengths = [1] * len(items)
+        if name == "latents":
+            lengths = [config.music.crops * codec.tokens] * len(items)
+        elif name == "features":
+            _, tokenizer, _ = load_t5(config.model.text_encoder)
+            tokens = pretrained.tokenize(tokenizer, items)
+            lengths = [len(ids) for ids in tokens]
+        fill_cache(path, items, lengths, encoders[name], name)
+
+
+def encode_crops(config: Config, corpus: Corpus, codec: "Codec", clip: data.Clip) -> Tensor:
+    """music.crops random crops of a piece: mean and standard deviation of their tokens, (crops * N, 2 C)."""
+    wave = corpus.wave(clip)
+    rng = np.random.default_rng((config.seed, clip.number))
+    crops = []
+    for _ in range(config.music.crops):
+        mean, std = codec.hear(wave, rng)
+        crop = torch.cat([mean, std], -1)
+        crops.append(crop)
+    return torch.cat(crops)
+
+
+def fill_cache(path: Path, items: list, lengths: list[int], encode: Callable, name: str) -> None:
+    """Write what `encode` makes of each item, as many rows as `lengths` says; name: for the progress bar."""
+
+    def encode_batch(numbers: list[int]) -> list[np.ndarray]:
+        arrays = []
+        for n in numbers:
+            rows = encode(items[n])
+            arrays.append(rows.numpy())
+        return arrays
+
+    data.cache_rows(path, lengths, None, encode_batch, 8, name)
+
+
+def open_cache(path: Path, items: list) -> Callable:
+    """What `fill_cache` wrote: a function from an item to its rows (S, D), float32."""
+    rows = data.open_rows(path, data.PREPARE)
+    numbers = {item: n for n, item in enumerate(items)}
+
+    def read(item) -> Tensor:
+        return rows(numbers[item])
+
+    return read
 
 
 def caches(config: Config, corpus: Corpus) -> dict[str, tuple[Path, list]]:
-    """What training reads: features and vectors of captions, latents of clips; each a file, named by what is in it, and its items."""
-    u, found = config.music, {}
-    clips = sorted({clip for split in data.SPLITS for clip in corpus.clips(split)}, key=lambda clip: clip.number)
+    """The caches that training reads: features and vectors of captions, latents of clips.
+
+    returns for each its file, named by a digest of all that its content depends on, and its items.
+    """
+    clips = set()
+    for split in data.SPLITS:
+        clips.update(corpus.clips(split))
+    clips = sorted(clips, key=lambda clip: clip.number)
     texts = sorted({"", *(clip.text for clip in clips)})
+    contents = {}
     if config.model.text_encoder != "scratch":
-        found["features"] = [config.model.text_encoder, texts], texts
-    if u.vector_encoder != "pooled":
-        found["vectors"] = [u.vector_encoder, texts], texts
-    if u.autoencoder != "patches":
-        numbers = [clip.number for clip in clips]
-        found["latents"] = [u.autoencoder, u.crops, u.crop_seconds, config.seed, asdict(config.mel), numbers], clips
-    return {name: (corpus.folder / f"{name}_{data.digest(content)[:8]}.npy", items) for name, (content, items) in found.items()}
+        contents["features"] = [config.model.text_encoder, texts]
+    if config.music.vector_encoder != "pooled":
+        contents["vectors"] = [config.music.vector_encoder, texts]
+    if config.music.autoencoder != "patches":
+        contents["latents"] = [
+            config.music.autoencoder,
+            config.music.crops,
+            config.music.crop_seconds,
+            config.seed,
+            asdict(config.mel),
+            [clip.number for clip in clips],
+        ]
+
+    found = {}
+    for name, content in contents.items():
+        digest = data.digest(content)[:8]
+        path = corpus.folder / f"{name}_{digest}.npy"
+        found[name] = (path, clips if name == "latents" else texts)
+    return found
 
 
 load_t5 = functools.cache(pretrained.load_text_encoder)
 
 
-def readers(config: Config, device: torch.device) -> dict[str, Callable[[str], torch.Tensor]]:
-    """How captions are read, for caches as for sampling: features (S, D) of a text by T5, unpadded, vectors (1, V) by CLAP, on the CPU.
+def readers(config: Config, device: torch.device) -> dict[str, Callable[[str], Tensor]]:
+    """Frozen caption encoders, the same for caches and for sampling.
 
-    What is trained, or pooled, is not among them; a network is loaded when it is first needed.
+    returns: features (S, D) of a caption by T5, unpadded, and vectors (1, V) by CLAP, on the CPU; neither
+    where it is trained or pooled. A network is loaded at its first call.
     """
-    def features(text: str) -> torch.Tensor:
+
+    def features(text: str) -> Tensor:
         encoder, tokenizer, _ = load_t5(config.model.text_encoder)
-        ids = torch.tensor(pretrained.tokenize(tokenizer, [text]), device=device)
-        return encoder.to(device)(ids, torch.ones_like(ids, dtype=torch.bool))[0].cpu()
+        ids = pretrained.tokenize(tokenizer, [text])
+        ids = torch.tensor(ids, device=device)  # (1, S)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        encoder = encoder.to(device)
+        return encoder(ids, mask)[0].cpu()
 
-    def vectors(text: str) -> torch.Tensor:
-        return recogniser.load_clap("music.vector_encoder", config.music.vector_encoder, device).read(text)
+    def vectors(text: str) -> Tensor:
+        name = config.music.vector_encoder
+        clap = recogniser.load_clap("music.vector_encoder", name, device)
+        return clap.read(text)
 
-    found = {"features": features} if config.model.text_encoder != "scratch" else {}
-    return found | ({"vectors": vectors} if config.music.vector_encoder != "pooled" else {})
+    encoders = {}
+    if config.model.text_encoder != "scratch":
+        encoders["features"] = features
+    if config.music.vector_encoder != "pooled":
+        encoders["vectors"] = vectors
+    return encoders
+
+
+# Latents
 
 
 class Codec:
-    """Between log-mels (T, M) and tokens (N, C): by AudioLDM2's VAE, or, for patches, as they are, normalised: nothing is lost."""
+    """Log-mels (T, M) to tokens (N, C) and back, by AudioLDM2's VAE or, losslessly, as patches."""
 
     def __init__(self, config: Config, mean: float, std: float, device: torch.device):
-        u, self.mel, self.mean, self.std, self.device = config.music, config.mel, mean, std, device
-        self.vae_name = "" if u.autoencoder == "patches" else u.autoencoder
-        self.patch = (2, 2) if self.vae_name else (u.patch_frames, u.patch_mels)
-        self.channels, (frames_a_token, mels) = (32, (8, 8)) if self.vae_name else (u.patch_frames * u.patch_mels, self.patch)
-        self.frames, self.bands = round(u.crop_seconds * config.mel.sample_rate / config.mel.hop), config.mel.n_mels // mels
-        self.tokens = self.frames // frames_a_token * self.bands         # both of a crop
+        """mean, std: of the training set's log-mels, by which patches are normalised."""
+        self.mel = config.mel
+        self.mean = mean
+        self.std = std
+        self.device = device
+        options = config.music
+        if options.autoencoder == "patches":
+            self.vae_name = ""
+            token_frames = options.patch_frames
+            token_mels = options.patch_mels
+            self.patch = (token_frames, token_mels)
+            self.channels = token_frames * token_mels
+        else:
+            self.vae_name = options.autoencoder
+            token_frames = 8  # the VAE's factor 4, in patches of 2
+            token_mels = 8
+            self.patch = (2, 2)
+            self.channels = 32  # the latent's 8 x 2 x 2
+        frames = options.crop_seconds * self.mel.sample_rate / self.mel.hop
+        self.frames = round(frames)  # of a crop
+        self.bands = self.mel.n_mels // token_mels  # tokens of one time
+        self.tokens = self.frames // token_frames * self.bands  # of a crop
 
     @property
     def vae(self) -> nn.Module:
-        import diffusers                                     # seconds to import
-        return pretrained.load_frozen(diffusers.AutoencoderKL, self.vae_name, "vae", "music.autoencoder", self.device)
+        import diffusers  # seconds to import
 
-    def hear(self, wave: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """A random crop of a piece (N,) -> the mean of each of its tokens' numbers, and its deviation, (N, C) on the CPU."""
-        log_mel = audio.log_mel(audio.draw_crop(wave, self.frames * self.mel.hop, rng), self.mel)
+        kind = diffusers.AutoencoderKL
+        return pretrained.load_frozen(kind, self.vae_name, "vae", "music.autoencoder", self.device)
+
+    def hear(self, wave: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """A random crop of a piece (N,) -> mean and standard deviation of its tokens, (N, C) on the CPU."""
+        samples = self.frames * self.mel.hop
+        crop = audio.draw_crop(wave, samples, rng)
+        log_mel = audio.log_mel(crop, self.mel)  # (T, M)
         if not self.vae_name:
-            x = to_tokens(audio.normalise(log_mel, self.mean, self.std)[None, None], self.patch)[0]
-            return x, torch.zeros_like(x)
+            x = audio.normalise(log_mel, self.mean, self.std)
+            tokens = to_tokens(x[None, None], self.patch)
+            return tokens[0], torch.zeros_like(tokens[0])
+        log_mel = log_mel.to(self.device)
         with torch.no_grad():
-            found, scale = self.vae.encode(log_mel[None, None].to(self.device)).latent_dist, self.vae.config.scaling_factor
-        return to_tokens(found.mean * scale)[0].cpu(), to_tokens(found.std * scale)[0].cpu()
+            latents = self.vae.encode(log_mel[None, None]).latent_dist
+        scale = self.vae.config.scaling_factor
+        mean = to_tokens(latents.mean * scale)
+        std = to_tokens(latents.std * scale)
+        return mean[0].cpu(), std[0].cpu()
 
     @torch.no_grad()
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+    def decode(self, tokens: Tensor) -> Tensor:
         """tokens (N, C) -> log-mel (T, M)."""
         latents = to_latents(tokens[None], self.bands, self.patch)
         if not self.vae_name:
             return audio.denormalise(latents[0, 0], self.mean, self.std)
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample[0, 0]
+        latents = latents / self.vae.config.scaling_factor
+        log_mel = self.vae.decode(latents).sample
+        return log_mel[0, 0]
+
+
+def to_tokens(latents: Tensor, patch: tuple[int, int] = (2, 2)) -> Tensor:
+    """(B, channels, T, F) -> (B, N, C), each token a patch of times and bands."""
+    i, j = patch
+    return rearrange(latents, "b c (t i) (f j) -> b (t f) (c i j)", i=i, j=j)
+
+
+def to_latents(tokens: Tensor, bands: int, patch: tuple[int, int] = (2, 2)) -> Tensor:
+    """(B, N, C) -> (B, channels, T, F). bands: tokens of one time."""
+    i, j = patch
+    return rearrange(tokens, "b (t f) (c i j) -> b c (t i) (f j)", f=bands, i=i, j=j)
 
 
 # The network
@@ -304,196 +583,374 @@ EPS = 1e-6
 
 def choose_size(config: Config, codec: "Codec", text_width: int) -> Size:
     """The published size, or the config's own. text_width: of a text encoder that is trained along, or 0."""
-    u, m, head = config.music, config.model, config.model.width // config.model.heads
-    if u.size != "own":
-        return SIZES[u.size]
-    text_width, turned = text_width or u.text_width, 3 * head // 16 * 2     # numbers of a head that turn with time; as many with frequency
-    return Size(m.width, u.double_blocks, m.layers - u.double_blocks, (head - 2 * turned, turned, turned), m.heads, codec.channels,
-                codec.bands, text_width, text_width if u.vector_encoder == "pooled" else u.vector_width)
+    options = config.music
+    if options.size != "own":
+        return SIZES[options.size]
+    width = config.model.width
+    heads = config.model.heads
+    double = options.double_blocks
+    single = config.model.layers - double
+    head_width = width // heads
+    rotated = 3 * head_width // 16 * 2  # numbers of a head that turn with time; as many with frequency
+    axes = (head_width - 2 * rotated, rotated, rotated)
+    text_width = text_width or options.text_width
+    vector_width = options.vector_width
+    if options.vector_encoder == "pooled":
+        vector_width = text_width
+    token = (codec.channels, codec.bands)
+    return Size(width, double, single, axes, heads, *token, text_width, vector_width)
 
 
 class MMDiT(nn.Module):
-    """The Transformer that predicts v, its parameters named as in the published checkpoints, where the music is `img`."""
+    """The network that predicts v. Parameter names are the published checkpoints', where `img` is music."""
 
     def __init__(self, size: Size):
         super().__init__()
         self.size = size
-        self.img_in = nn.Linear(size.channels, size.width)
-        self.txt_in = nn.Linear(size.text_width, size.width)
-        self.time_in = embedder(256, size.width)
-        self.vector_in = embedder(size.vector_width, size.width)
-        self.double_blocks = nn.ModuleList(DoubleBlock(size.width, size.heads) for _ in range(size.double))
-        self.single_blocks = nn.ModuleList(SingleBlock(size.width, size.heads) for _ in range(size.single))
-        self.final_layer = nn.ModuleDict({"linear": zero(nn.Linear(size.width, size.channels)),
-                                          "adaLN_modulation": nn.Sequential(nn.SiLU(), zero(nn.Linear(size.width, 2 * size.width)))})
+        width = size.width
+        heads = size.heads
+        self.img_in = nn.Linear(size.channels, width)
+        self.txt_in = nn.Linear(size.text_width, width)
+        self.time_in = embedder(256, width)
+        self.vector_in = embedder(size.vector_width, width)
+        self.double_blocks = nn.ModuleList()
+        for _ in range(size.double):
+            self.double_blocks.append(DoubleBlock(width, heads))
+        self.single_blocks = nn.ModuleList()
+        for _ in range(size.single):
+            self.single_blocks.append(SingleBlock(width, heads))
+        self.final_layer = FinalLayer(width, size.channels)
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, vector: torch.Tensor,
-                text_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """x_t (B, N, C), t (B,), text (B, S, text_width), vector (B, vector_width) -> v (B, N, C). text_mask (B, S): None = all is text."""
-        music, text = self.img_in(x_t), self.txt_in(text)                                # (B, N, D), (B, S, D)
-        condition = self.time_in(sinusoids(1000 * t, 256).to(music.dtype)) + self.vector_in(vector)     # (B, D)
-        turn = rotation(text.shape[1], music.shape[1], self.size, music.device)
-        mask = None if text_mask is None else F.pad(text_mask, (0, music.shape[1]), value=True)[:, None, None]       # (B, 1, 1, S + N)
+    def forward(
+        self, x_t: Tensor, t: Tensor, text: Tensor, vector: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor:
+        """x_t (B, N, C), t (B,), text (B, S, text_width), vector (B, vector_width) -> v (B, N, C).
+
+        text_mask (B, S): None = all is text.
+        """
+        music = self.img_in(x_t)  # (B, N, D)
+        text = self.txt_in(text)  # (B, S, D)
+        tokens = music.shape[1]
+        text_tokens = text.shape[1]
+        time = sinusoids(1000 * t, 256).to(music.dtype)
+        condition = self.time_in(time) + self.vector_in(vector)  # (B, D)
+        freqs_cis = rotation(text_tokens, tokens, self.size, music.device)
+        mask = None
+        if text_mask is not None:
+            mask = F.pad(text_mask, (0, tokens), value=True)  # (B, S + N)
+            mask = mask[:, None, None]
+
         for block in self.double_blocks:
-            music, text = block(music, text, condition, turn, mask)
-        h = torch.cat([text, music], 1)                                                  # (B, S + N, D)
+            music, text = block(music, text, condition, freqs_cis, mask)
+        joint = torch.cat([text, music], 1)  # (B, S + N, D)
         for block in self.single_blocks:
-            h = block(h, condition, turn, mask)
-        last = self.final_layer["adaLN_modulation"](condition)[:, None].chunk(2, -1)
-        return self.final_layer["linear"](modulate(h[:, text.shape[1]:], *last))         # (B, N, C)
+            joint = block(joint, condition, freqs_cis, mask)
+        music = joint[:, text_tokens:]
+        return self.final_layer(music, condition)  # (B, N, C)
 
 
 class DoubleBlock(nn.Module):
-    """Music and text meet in one attention; all else each has for itself."""
+    """Music and text attend to each other in one attention; each has its own weights for everything."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.img_mod, self.txt_mod = Modulation(width, 6), Modulation(width, 6)
-        self.img_attn, self.txt_attn = (nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "norm": QKNorm(width // heads),
-                                                       "proj": nn.Linear(width, width)}) for _ in range(2))
-        self.img_mlp, self.txt_mlp = (
-            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)) for _ in range(2))
+        self.img_mod = Modulation(width, 6)
+        self.txt_mod = Modulation(width, 6)
+        self.img_attn = StreamAttention(width, heads)
+        self.txt_attn = StreamAttention(width, heads)
+        self.img_mlp = mlp(width)
+        self.txt_mlp = mlp(width)
 
-    def forward(self, music: torch.Tensor, text: torch.Tensor, condition: torch.Tensor, turn: torch.Tensor,
-                mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """music (B, N, D), text (B, S, D), condition (B, D) -> the same shapes."""
-        of_music, of_text = self.img_mod(condition), self.txt_mod(condition)
-        streams = (own["norm"](*own["qkv"](modulate(x, *shift_scale)).chunk(3, -1)) for own, x, shift_scale in
-                   ((self.txt_attn, text, of_text[:2]), (self.img_attn, music, of_music[:2])))
-        q, k, v = (torch.cat(pair, 1) for pair in zip(*streams))                         # (B, S + N, H, D / H)
-        heard = attend(q, k, v, turn, mask).split([text.shape[1], music.shape[1]], 1)
-        return (residual(music, self.img_attn["proj"](heard[1]), self.img_mlp, of_music[2:]),
-                residual(text, self.txt_attn["proj"](heard[0]), self.txt_mlp, of_text[2:]))
+    def forward(
+        self, music: Tensor, text: Tensor, condition: Tensor, freqs_cis: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """music (B, N, D), text (B, S, D), condition (B, D) -> music and text."""
+        music_shift, music_scale, *music_rest = self.img_mod(condition)
+        text_shift, text_scale, *text_rest = self.txt_mod(condition)
+        text_q, text_k, text_v = self.txt_attn(text, text_shift, text_scale)
+        music_q, music_k, music_v = self.img_attn(music, music_shift, music_scale)
+
+        q = torch.cat([text_q, music_q], 1)  # (B, S + N, H, D / H)
+        k = torch.cat([text_k, music_k], 1)
+        v = torch.cat([text_v, music_v], 1)
+        attended = attend(q, k, v, freqs_cis, mask)  # (B, S + N, D)
+        lengths = [text.shape[1], music.shape[1]]
+        attended_text, attended_music = attended.split(lengths, 1)
+
+        music_update = self.img_attn.proj(attended_music)
+        music = residual(music, music_update, self.img_mlp, *music_rest)
+        text_update = self.txt_attn.proj(attended_text)
+        text = residual(text, text_update, self.txt_mlp, *text_rest)
+        return music, text
+
+
+class StreamAttention(nn.Module):
+    """The weights that one of two streams has in their joint attention."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.norm = QKNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, D), shift, scale (B, 1, D) -> q, k, v (B, N, H, D / H)."""
+        qkv = self.qkv(modulate(x, shift, scale))
+        q, k, v = qkv.chunk(3, -1)
+        return self.norm(q, k, v)
 
 
 class SingleBlock(nn.Module):
-    """Text and music as one sequence; attention and MLP side by side, between two matrices that they share (ViT-22B)."""
+    """Text and music as one sequence; attention and MLP in parallel, with shared matrices (ViT-22B)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.linear1, self.linear2 = nn.Linear(width, 7 * width), nn.Linear(5 * width, width)
+        self.linear1 = nn.Linear(width, 7 * width)
+        self.linear2 = nn.Linear(5 * width, width)
         self.norm = QKNorm(width // heads)
         self.modulation = Modulation(width, 3)
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor, turn: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: Tensor, condition: Tensor, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
         """x (B, S + N, D), condition (B, D) -> (B, S + N, D)."""
         shift, scale, gate = self.modulation(condition)
-        q, k, v, hidden = self.linear1(modulate(x, shift, scale)).split([x.shape[-1] * n for n in (1, 1, 1, 4)], -1)
-        heard = attend(*self.norm(q, k, v), turn, mask)                                        # (B, S + N, D)
-        return torch.addcmul(x, gate, self.linear2(torch.cat([heard, F.gelu(hidden, approximate="tanh")], -1)))
+        width = x.shape[-1]
+        widths = [width, width, width, 4 * width]
+        projected = self.linear1(modulate(x, shift, scale))
+        q, k, v, hidden = projected.split(widths, -1)
+        q, k, v = self.norm(q, k, v)  # (B, S + N, H, D / H)
+        attended = attend(q, k, v, freqs_cis, mask)  # (B, S + N, D)
+        hidden = F.gelu(hidden, approximate="tanh")  # (B, S + N, 4 D)
+        hidden = torch.cat([attended, hidden], -1)
+        update = self.linear2(hidden)
+        return torch.addcmul(x, gate, update)
+
+
+class FinalLayer(nn.Module):
+    """AdaLN, then the projection to tokens; both zero-initialised, so an untrained network returns 0."""
+
+    def __init__(self, width: int, channels: int):
+        super().__init__()
+        self.linear = zero(nn.Linear(width, channels))
+        modulation = zero(nn.Linear(width, 2 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
+
+    def forward(self, music: Tensor, condition: Tensor) -> Tensor:
+        """music (B, N, D), condition (B, D) -> (B, N, C)."""
+        modulation = self.adaLN_modulation(condition)  # (B, 2 D)
+        shift, scale = modulation[:, None].chunk(2, -1)
+        music = modulate(music, shift, scale)
+        return self.linear(music)
 
 
 class QKNorm(nn.Module):
-    """q and k with unit mean square in each head, times a learned scale; in float32, whatever the rest is in."""
+    """RMSNorm of q and k in each head."""
 
     def __init__(self, head_width: int):
         super().__init__()
-        self.query_norm, self.key_norm = (nn.ParameterDict({"scale": torch.ones(head_width)}) for _ in range(2))
+        self.head_shape = (-1, head_width)
+        self.query_norm = RMSNorm(head_width)
+        self.key_norm = RMSNorm(head_width)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (B, N, D) -> (B, N, H, D / H)."""
-        width = len(self.query_norm["scale"])
-        q, k, v = (rearrange(part, "b n (h d) -> b n h d", d=width) for part in (q, k, v))
-        q, k = (F.rms_norm(part.float(), (width,), norm["scale"].float(), EPS) for part, norm in ((q, self.query_norm), (k, self.key_norm)))
-        return q, k, v
+        q = q.unflatten(-1, self.head_shape)
+        k = k.unflatten(-1, self.head_shape)
+        v = v.unflatten(-1, self.head_shape)
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class RMSNorm(nn.Module):
+    """x (..., width) with unit mean square, times a learned scale; in float32, whatever the rest is in."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        scale = self.scale.float()
+        return F.rms_norm(x, scale.shape, scale, EPS)
 
 
 class Modulation(nn.Module):
-    """The condition (B, D) -> `count` vectors (B, 1, D): shift, scale, gate of each branch; all 0 at first, the block the identity."""
+    """The condition (B, D) -> `count` vectors (B, 1, D): shift, scale, gate of each branch.
+
+    Zero-initialised, so the block starts as the identity.
+    """
 
     def __init__(self, width: int, count: int):
         super().__init__()
         self.lin = zero(nn.Linear(width, count * width))
 
-    def forward(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.lin(F.silu(condition))[:, None].split(condition.shape[-1], -1)
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        width = condition.shape[-1]
+        vectors = self.lin(F.silu(condition))  # (B, count D)
+        return vectors[:, None].split(width, -1)
 
 
 def embedder(width: int, out_width: int) -> nn.Sequential:
     """Two matrices around a SiLU, (B, width) -> (B, out_width)."""
-    return nn.Sequential(OrderedDict(in_layer=nn.Linear(width, out_width), silu=nn.SiLU(), out_layer=nn.Linear(out_width, out_width)))
+    layers = OrderedDict()
+    layers["in_layer"] = nn.Linear(width, out_width)
+    layers["silu"] = nn.SiLU()
+    layers["out_layer"] = nn.Linear(out_width, out_width)
+    return nn.Sequential(layers)
 
 
-def residual(x: torch.Tensor, heard: torch.Tensor, mlp: nn.Module, modulation: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """What a stream does after attention: x (B, N, D), heard (B, N, D), modulation: gate; shift, scale, gate of the MLP."""
-    x = torch.addcmul(x, modulation[0], heard)
-    return torch.addcmul(x, modulation[3], mlp(modulate(x, *modulation[1:3])))
+def mlp(width: int) -> nn.Sequential:
+    """(B, N, D) -> (B, N, D)."""
+    first = nn.Linear(width, 4 * width)
+    last = nn.Linear(4 * width, width)
+    return nn.Sequential(first, nn.GELU("tanh"), last)
 
 
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def residual(
+    x: Tensor,
+    attended: Tensor,
+    mlp: nn.Module,
+    attn_gate: Tensor,
+    mlp_shift: Tensor,
+    mlp_scale: Tensor,
+    mlp_gate: Tensor,
+) -> Tensor:
+    """What a stream does after attention: x, attended (B, N, D), the others (B, 1, D) -> (B, N, D)."""
+    x = torch.addcmul(x, attn_gate, attended)
+    modulated = modulate(x, mlp_shift, mlp_scale)
+    update = mlp(modulated)
+    return torch.addcmul(x, mlp_gate, update)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights, then AdaLN's."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
+    width = x.shape[-1:]
+    normalised = F.layer_norm(x, width, eps=EPS)
+    return torch.addcmul(shift, normalised, 1 + scale)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turn: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """q, k, v (B, N, H, D / H) -> (B, N, D). turn (N, 1, D / H / 2), complex: by which q and k turn; mask: of k."""
-    q, k = rotate(q, turn).to(v.dtype), rotate(k, turn).to(v.dtype)
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))           # a view: in memory heads stay within a token, and nothing is copied
-    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h n d -> b n (h d)")
+def attend(q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
+    """q, k, v (B, N, H, D / H) -> (B, N, D). freqs_cis (N, 1, D / H / 2), complex: `rotation`; mask: of k."""
+    q = rotate(q, freqs_cis).to(v.dtype)
+    k = rotate(k, freqs_cis).to(v.dtype)
+    q = q.transpose(1, 2)  # views: in memory the heads stay within a token, and nothing is copied
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return rearrange(attended, "b h n d -> b n (h d)")
 
 
-def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (2 i, 2 i + 1) of x (B, N, H, d) as complex numbers, in one pass; `model.rotate` pairs the halves of a head."""
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Turn the pairs (2 i, 2 i + 1) of x (B, N, H, d) as complex numbers.
+
+    `model.rotate` pairs the halves of a head.
+    """
+    pairs = x.unflatten(-1, (-1, 2))
+    numbers = torch.view_as_complex(pairs)
+    turned = torch.view_as_real(numbers * freqs_cis)
+    return turned.flatten(-2)
 
 
-def rotation(text_tokens: int, tokens: int, size: Size, device: torch.device) -> torch.Tensor:
-    """Rotary embeddings e^(i angle) (S + N, 1, D / H / 2) by position along none, time, frequency; the text's is 0, 0, 0."""
-    one, times, bands = (torch.arange(n, device=device) for n in (1, tokens // size.bands, size.bands))
-    positions = F.pad(torch.cartesian_prod(one, times, bands), (0, 0, text_tokens, 0)).unbind(1)
-    frequencies = [10000 ** (-torch.arange(0, width, 2, dtype=widest_float(device), device=device) / width) for width in size.axes]
-    angles = torch.cat([torch.outer(position, f) for position, f in zip(positions, frequencies)], 1)
-    return torch.polar(torch.ones_like(angles), angles)[:, None].to(torch.complex64)
+def rotation(text_tokens: int, tokens: int, size: Size, device: torch.device) -> Tensor:
+    """Rotary embeddings e^(i angle), (S + N, 1, D / H / 2), by position along none, time, frequency.
 
-
-def to_tokens(latents: torch.Tensor, patch: tuple[int, int] = (2, 2)) -> torch.Tensor:
-    """(B, channels, T, F) -> (B, N, C), each a patch of times and bands."""
-    return rearrange(latents, "b c (t i) (f j) -> b (t f) (c i j)", i=patch[0], j=patch[1])
-
-
-def to_latents(tokens: torch.Tensor, bands: int, patch: tuple[int, int] = (2, 2)) -> torch.Tensor:
-    """(B, N, C) -> (B, channels, T, F); bands: tokens of one time."""
-    return rearrange(tokens, "b (t f) (c i j) -> b c (t i) (f j)", f=bands, i=patch[0], j=patch[1])
+    All positions of the text are 0, 0, 0.
+    """
+    none = torch.arange(1, device=device)
+    times = torch.arange(tokens // size.bands, device=device)
+    bands = torch.arange(size.bands, device=device)
+    positions = torch.cartesian_prod(none, times, bands)  # (N, 3)
+    positions = F.pad(positions, (0, 0, text_tokens, 0))  # (S + N, 3)
+    dtype = widest_float(device)
+    angles = []
+    for position, width in zip(positions.unbind(1), size.axes):
+        pairs = torch.arange(0, width, 2, dtype=dtype, device=device)
+        frequencies = 10000 ** (-pairs / width)
+        angles.append(torch.outer(position, frequencies))
+    angles = torch.cat(angles, 1)  # (S + N, D / H / 2)
+    lengths = torch.ones_like(angles)
+    freqs_cis = torch.polar(lengths, angles)
+    return freqs_cis[:, None].to(torch.complex64)
 
 
 # Published checkpoints
 
-def load_published(path: Path) -> MMDiT:
-    """The network of a checkpoint of FluxMusic, its averaged weights, float32 on the CPU; the size is read off the tensors.
 
-    raises UserError for a file that is damaged, has code in it, or other tensors than exactly those of a published size.
+def load_published(path: Path) -> MMDiT:
+    """The network of a checkpoint of FluxMusic, its averaged weights, float32, on the CPU.
+
+    raises UserError for a file that is damaged, has code in it, or other tensors than exactly those of a
+    published size.
     """
     tensors = read_published(path)
-    counts = [len({name.split(".")[1] for name in tensors if name.startswith(f"{kind}_blocks.")}) for kind in ("double", "single")]
-    width = tensors["img_in.bias"].numel() if "img_in.bias" in tensors else 0
-    sizes = [size for size in SIZES.values() if [size.width, size.double, size.single] == [width, *counts]]
-    if not sizes:
-        raise UserError(f"{path}: by img_in.bias of width {width} with {counts[0]} double_blocks and {counts[1]} single_blocks it is none "
-                        f"of {', '.join(SIZES)}")
+    size = published_size(tensors, path)
     with torch.device("meta"):
-        network = MMDiT(sizes[0])
-    own, found = ({name: tuple(value.shape) for name, value in state.items()} for state in (network.state_dict(), tensors))
-    for name in sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name)):
-        raise UserError(f"{path}: {name} has shape {found.get(name, '(none: it is missing)')}, FluxMusic's "
-                        f"{own.get(name, '(no such tensor)')}")
+        network = MMDiT(size)
+    wanted = shapes(network.state_dict())
+    found = shapes(tensors)
+    for name in sorted(wanted.keys() | found.keys()):
+        wrong = found.get(name, "(none: it is missing)")
+        right = wanted.get(name, "(no such tensor)")
+        if wrong != right:
+            raise UserError(f"{path}: {name} has shape {wrong}, FluxMusic's {right}")
     network.load_state_dict(tensors, assign=True)
     return network.float()
 
 
-def read_published(path: Path) -> dict[str, torch.Tensor]:
-    """The averaged weights by name, mapped from the file: the optimizer's state beside them is never read. None of its code runs."""
+def published_size(tensors: dict[str, Tensor], path: Path) -> Size:
+    """The published size that has the width and the numbers of blocks of the tensors."""
+    width = 0
+    if "img_in.bias" in tensors:
+        width = tensors["img_in.bias"].numel()
+    double = count_blocks(tensors, "double_blocks.")
+    single = count_blocks(tensors, "single_blocks.")
+    for size in SIZES.values():
+        if (size.width, size.double, size.single) == (width, double, single):
+            return size
+    raise UserError(
+        f"{path}: by img_in.bias of width {width} with {double} double_blocks and {single} single_blocks "
+        f"it is none of {', '.join(SIZES)}"
+    )
+
+
+def count_blocks(tensors: dict[str, Tensor], prefix: str) -> int:
+    numbers = set()
+    for name in tensors:
+        if name.startswith(prefix):
+            numbers.add(name.split(".")[1])
+    return len(numbers)
+
+
+def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """The averaged weights by name, memory-mapped: the optimizer's state beside them is never read.
+
+    None of the file's code runs.
+    """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):             # the options of its training, which nobody reads here
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options of its training
             code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            state = None if code else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:                                   # garbage fails in every way there is
-        raise UserError(f"{path}: not a readable checkpoint, or truncated ({pretrained.brief(e)}); fetch it again") from e
+            state = None
+            if not code:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # garbage fails in every way there is
+        reason = pretrained.brief(e)
+        raise UserError(f"{path}: not a readable checkpoint, or truncated ({reason}); fetch it again") from e
     if code:
-        raise UserError(f"{path}: refused, it asks for {min(code)} to be run; a checkpoint holds tensors and options only")
-    ema = state.get("ema") if isinstance(state, dict) else None
+        raise UserError(
+            f"{path}: refused, it asks for {min(code)} to be run; a checkpoint holds tensors and options only"
+        )
+
+    ema = None
+    if isinstance(state, dict):
+        ema = state.get("ema")
     if not isinstance(ema, dict):
         raise UserError(f"{path}: lacks ema, the averaged weights; not a checkpoint of FluxMusic")
     for name, value in ema.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            raise UserError(f"{path}: ema {name!r} is no tensor of real numbers; not a checkpoint of FluxMusic")
+        real = isinstance(value, Tensor) and value.is_floating_point()
+        if not isinstance(name, str) or not real:
+            raise UserError(
+                f"{path}: ema {name!r} is no tensor of real numbers; not a checkpoint of FluxMusic"
+            )
     return ema

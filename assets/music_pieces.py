@@ -1,6 +1,7 @@
-"""Pieces of music of which key, tempo and timbre are known, and their captions: `python assets/music_pieces.py --config FILE [--key value]`
-packs data.corpus pieces, as `python system.py prepare` does; `python assets/music_pieces.py learn` writes music_pieces.json, by which
-recogniser.hear tells one timbre and mode from another.
+"""Demo music: pieces whose key, tempo and timbre are known, and their captions.
+
+`python assets/music_pieces.py --config FILE [--key value]` packs data.corpus pieces, like system.py prepare;
+`python assets/music_pieces.py learn` writes music_pieces.json, with which recogniser.hear compares sounds.
 """
 
 import functools
@@ -10,133 +11,258 @@ import math
 import random
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import recogniser
-from config import from_command_line, run_main
+from config import Config, from_command_line, run_main
 from recogniser import KEYS, RATE, ROOTS, TEMPI, TIMBRES
 
-SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}              # semitones above the root
+SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}  # semitones above the root
 CAPTIONS = ("A {tempo} {timbre} in {key}.", "{key}, {tempo}, {timbre}.", "{timbre}, {key}, {tempo}.")
-CHORDS = ((0, 3, 0, 4), (0, 4, 0, 3), (0, 3, 4, 0), (0, 5, 3, 0))      # two beats each, by degree of the scale: most are the tonic
+# Degrees of the scale, each for two beats; most are the tonic
+CHORDS = ((0, 3, 0, 4), (0, 4, 0, 3), (0, 3, 4, 0), (0, 5, 3, 0))
+VIBRATO_HZ = 5.5
 
 
 class Sound(NamedTuple):
-    """An instrument: how loud its harmonics are, how fast they come (s) and go (1/s, and more for each harmonic), its vibrato."""
-    harmonics: tuple[float, ...]
-    attack: float
-    decay: float
-    decay_more: float
-    vibrato: float
+    """An instrument, by additive synthesis."""
+
+    harmonics: tuple[float, ...]  # amplitudes
+    attack: float  # seconds
+    decay: float  # 1/s
+    decay_more: float  # 1/s, for each further harmonic
+    vibrato: float  # depth: share of the frequency
 
 
-SOUNDS = {"flute": Sound((1.0, 0.2, 0.06), 0.05, 0.0, 0.0, 0.004),
-          "violin": Sound(tuple(1 / n for n in range(1, 13)), 0.05, 0.0, 0.0, 0.006),
-          "trumpet": Sound((0.4, 0.7, 1.0, 1.0, 0.9, 0.7, 0.5, 0.4, 0.3, 0.2), 0.02, 0.0, 0.0, 0.0),
-          "marimba": Sound((1.0, 0.0, 0.0, 0.2), 0.004, 3.0, 1.5, 0.0),
-          "banjo": Sound(tuple(n ** -0.4 for n in range(1, 13)), 0.002, 4.0, 0.3, 0.0)}
+SOUNDS = {
+    "flute": Sound((1.0, 0.2, 0.06), 0.05, 0.0, 0.0, 0.004),
+    "violin": Sound(tuple(1 / n for n in range(1, 13)), 0.05, 0.0, 0.0, 0.006),
+    "trumpet": Sound((0.4, 0.7, 1.0, 1.0, 0.9, 0.7, 0.5, 0.4, 0.3, 0.2), 0.02, 0.0, 0.0, 0.0),
+    "marimba": Sound((1.0, 0.0, 0.0, 0.2), 0.004, 3.0, 1.5, 0.0),
+    "banjo": Sound(tuple(n**-0.4 for n in range(1, 13)), 0.002, 4.0, 0.3, 0.0),
+}
+
+
+def prepare_pieces(config: Config) -> None:
+    """Play and pack data.sentences pieces to train on, of music.crop_seconds each, and those held out."""
+    seconds = config.music.crop_seconds
+    mel = config.mel
+    read = functools.partial(play_piece, seconds, mel.sample_rate, mel.hop)
+    folder = Path(config.data.data_dir)
+    corpus = {"name": "pieces", "seconds": seconds}
+    clips = pieces(config.data.sentences)
+    form = recogniser.piece_form(mel)
+    data.pack(folder, corpus, clips, [], form, read, config.data.workers)
 
 
 def pieces(count: int) -> list[data.Clip]:
-    """Clips of `count` pieces to train on, and of 64 to validate and 64 to test on, of whose combinations training has none."""
-    return [piece(split, n) for split, size in (("train", count), ("val", 64), ("test", 64)) for n in range(size)]
+    """Clips of `count` pieces to train on, and of 64 to validate and 64 to test on, in other combinations."""
+    clips = []
+    for split, size in (("train", count), ("val", 64), ("test", 64)):
+        for number in range(size):
+            clips.append(piece(split, number))
+    return clips
 
 
 def piece(split: str, number: int) -> data.Clip:
     rng = random.Random(f"{split} {number}")
+    tempi = list(TEMPI)
     while True:
-        way = {"key": rng.choice(KEYS), "tempo": rng.choice(list(TEMPI)), "timbre": rng.choice(TIMBRES)}
-        if is_held_out(way) == (split != "train"):
-            group = f"{way['timbre']} {way['tempo']} {way['key'].split()[1]}"
-            return data.Clip(f"{split}-{number:05d}", rng.choice(CAPTIONS).format(**way), split, None, group=group)
+        key = rng.choice(KEYS)
+        tempo = rng.choice(tempi)
+        timbre = rng.choice(TIMBRES)
+        attributes = {"key": key, "tempo": tempo, "timbre": timbre}
+        if is_held_out(attributes) == (split != "train"):
+            break
+    caption = rng.choice(CAPTIONS).format(**attributes)
+    mode = key.split()[1]
+    return data.Clip(f"{split}-{number:05d}", caption, split, None, group=f"{timbre} {tempo} {mode}")
 
 
-def is_held_out(way: dict[str, str]) -> bool:
+def is_held_out(attributes: dict[str, str]) -> bool:
     """32 of the 210 combinations of key, tempo and timbre are never trained on."""
-    return zlib.crc32(" ".join(way.values()).encode()) % 10 == 0
+    combination = " ".join(attributes.values())
+    checksum = zlib.crc32(combination.encode())
+    return checksum % 10 == 0
 
 
-def compose(caption: str, seed: str, seconds: float, sample_rate: int) -> torch.Tensor:
-    """Play what the caption of a piece asks for: a wave (N,) with peak 0.5.
-
-    A chord on every beat, a bass that stays on the tonic, and a melody that wanders along the scale, begins every fourth beat on the
-    tonic and every other one in the chord. What it plays, within that, depends on the seed.
-    """
-    asked, rng = recogniser.asked_for(caption), random.Random(seed)
+def compose(caption: str, seed: str, seconds: float, sample_rate: int) -> Tensor:
+    """Play what the caption of a piece asks for: a wave (N,) with peak 0.5. The rest is drawn by the seed."""
+    asked = recogniser.asked_for(caption)
     key, mode = asked["key"].split()
-    root, scale, beat, sound = ROOTS[key], SCALES[mode], 60 / TEMPI[asked["tempo"]], SOUNDS[asked["timbre"]]
-    chords, step, beats = rng.choice(CHORDS), rng.randrange(7, 12), math.ceil(seconds / beat)
+    root = ROOTS[key]
+    scale = SCALES[mode]
+    sound = SOUNDS[asked["timbre"]]
+    beat = 60 / TEMPI[asked["tempo"]]  # seconds
+    beats = math.ceil(seconds / beat)
+    rng = random.Random(seed)
+    chords = rng.choice(CHORDS)
+    first_step = rng.randrange(7, 12)
     lengths = (1, 1, 2) if asked["tempo"] == "fast" else (1, 1, 1, 2, 0.5)
-    wave = torch.zeros(int((seconds + 4) * sample_rate))
 
-    def add(pitch: int, at: float, length: float, loudness: float) -> None:
-        note = loudness * play(sound, pitch, length * beat, sample_rate, rng.random())
-        first = int(at * beat * sample_rate)
-        wave[first:first + len(note)] += note
+    chorus = accompaniment(root, scale, chords, beats)
+    tune = melody(root, scale, chords, beats, first_step, lengths, rng)
+    samples = int((seconds + 4) * sample_rate)
+    wave = torch.zeros(samples)
+    for note in itertools.chain(chorus, tune):
+        duration = note.length * beat
+        phase = rng.random()
+        tone = note.loudness * play(sound, note.pitch, duration, sample_rate, phase)
+        start = int(note.start * beat * sample_rate)
+        stop = start + len(tone)
+        wave[start:stop] += tone
+    samples = int(seconds * sample_rate)
+    wave = wave[:samples]
+    peak = wave.abs().max()
+    return 0.5 * wave / peak
 
-    for now in range(beats):
+
+class Note(NamedTuple):
+    pitch: int  # as MIDI counts semitones
+    start: float  # beats
+    length: float  # beats
+    loudness: float
+
+
+def accompaniment(root: int, scale: tuple, chords: tuple, beats: int) -> Iterator[Note]:
+    """A chord on every beat, and on every other a bass that stays on the tonic."""
+    for beat in range(beats):
+        degree = chords[beat // 2 % 4]
+        on_even = beat % 2 == 0
+        loudness = 0.35 if on_even else 0.25
         for third in (0, 2, 4):
-            add(60 + (root + scale[(chords[now // 2 % 4] + third) % 7]) % 12, now, 0.85, 0.25 if now % 2 else 0.35)
-        if now % 2 == 0:
-            add(48 + root, now, 1.85, 0.5)
-    now = 0.0
-    while now < beats:
-        length, degree = rng.choice(lengths), chords[int(now) // 2 % 4]
-        for part in range(2 if length == 0.5 else 1):
-            fits = [s for s in range(3, 14) if (s - degree) % 7 in ((0,) if now % 4 == 0 else (0, 2, 4))]
+            step = (degree + third) % 7
+            semitones = root + scale[step]
+            yield Note(60 + semitones % 12, beat, 0.85, loudness)
+        if on_even:
+            yield Note(48 + root, beat, 1.85, 0.5)
+
+
+def melody(
+    root: int, scale: tuple, chords: tuple, beats: int, step: int, lengths: tuple, rng: random.Random
+) -> Iterator[Note]:
+    """A tune that wanders along the scale.
+
+    Every fourth beat begins on the root of the chord, every other one in the chord. Half beats come in pairs.
+    step: of the scale, at which it starts. lengths: of its notes, in beats.
+    """
+    beat = 0.0
+    while beat < beats:
+        length = rng.choice(lengths)
+        degree = chords[int(beat) // 2 % 4]
+        for half in range(2 if length == 0.5 else 1):
             wanted = step + rng.choice((-2, -1, 1, 2))
-            step = step + rng.choice((-1, 1)) if part else min(fits, key=lambda s: abs(s - wanted))
-            add(60 + root + scale[step % 7] + step // 7 * 12, now, 0.9 * length, 0.8)
-            now += length
-    wave = wave[:int(seconds * sample_rate)]
-    return 0.5 * wave / wave.abs().max()
+            if half:
+                step += rng.choice((-1, 1))
+            elif beat % 4 == 0:
+                step = nearest_step(wanted, degree, (0,))
+            else:
+                step = nearest_step(wanted, degree, (0, 2, 4))
+            pitch = 60 + root + scale[step % 7] + step // 7 * 12
+            yield Note(pitch, beat, 0.9 * length, 0.8)
+            beat += length
 
 
-def play(sound: Sound, pitch: int, seconds: float, sample_rate: int, phase: float) -> torch.Tensor:
-    """A note, and 50 ms in which it ends; pitch: as MIDI counts semitones. phase: of the vibrato, in turns."""
-    end = 0.05
-    t = torch.arange(int((seconds + end) * sample_rate)) / sample_rate
-    turns = 440 * 2 ** ((pitch - 69) / 12) * (t + sound.vibrato / (2 * math.pi * 5.5) * torch.sin(2 * math.pi * (5.5 * t + phase)))
-    wave = sum(share * torch.sin(2 * math.pi * n * turns) * torch.exp(-(sound.decay + sound.decay_more * (n - 1)) * t)
-               for n, share in enumerate(sound.harmonics, 1) if share and n * 440 * 2 ** ((pitch - 69) / 12) < 0.45 * sample_rate)
-    envelope = (t / sound.attack).clamp(max=1) * ((seconds + end - t) / end).clamp(0, 1)
-    return wave * envelope / math.hypot(*sound.harmonics)
+def nearest_step(wanted: int, degree: int, intervals: tuple) -> int:
+    """The step of the scale nearest to `wanted` that is one of the intervals above the degree."""
+    steps = []
+    for step in range(3, 14):
+        if (step - degree) % 7 in intervals:
+            steps.append(step)
+    return min(steps, key=lambda step: abs(step - wanted))
+
+
+def play(sound: Sound, pitch: int, seconds: float, sample_rate: int, phase: float) -> Tensor:
+    """A note (N,) of MIDI pitch `pitch`, and 50 ms in which it ends. phase: of the vibrato, in turns."""
+    release = 0.05
+    total = seconds + release
+    samples = int(total * sample_rate)
+    t = torch.arange(samples) / sample_rate
+    octaves = (pitch - 69) / 12  # above A4, which has 440 Hz
+    frequency = 440 * 2**octaves
+    vibrato_turns = VIBRATO_HZ * t + phase
+    depth = sound.vibrato / (math.tau * VIBRATO_HZ)  # seconds
+    delay = depth * torch.sin(math.tau * vibrato_turns)
+    turns = frequency * (t + delay)
+
+    wave = torch.zeros_like(t)
+    for n, amplitude in enumerate(sound.harmonics, 1):
+        fits = n * frequency < 0.45 * sample_rate
+        if amplitude and fits:
+            overtones = n - 1
+            decay = sound.decay + sound.decay_more * overtones
+            tone = amplitude * torch.sin(math.tau * n * turns)
+            wave += tone * torch.exp(-decay * t)
+
+    attack = t / sound.attack
+    fade = (total - t) / release
+    envelope = attack.clamp(max=1) * fade.clamp(0, 1)
+    loudness = math.hypot(*sound.harmonics)
+    return wave * envelope / loudness
 
 
 def play_piece(seconds: float, sample_rate: int, hop: int, clip: data.Clip) -> np.ndarray:
-    return data.wave_rows(compose(clip.text, clip.id, seconds, sample_rate), hop)
+    """A clip as rows (T, hop) of its wave."""
+    wave = compose(clip.text, clip.id, seconds, sample_rate)
+    return data.wave_rows(wave, hop)
 
 
 def learn() -> None:
-    """Write what 90 pieces sound like that nobody is asked for: the chroma of each mode in C, the texture of each timbre, its precision."""
-    chromas, textures = {mode: [] for mode in SCALES}, {timbre: [] for timbre in TIMBRES}
-    for n, (timbre, mode, speed, _) in enumerate(itertools.product(TIMBRES, SCALES, TEMPI, range(3))):
-        root = list(ROOTS)[n % len(ROOTS)]
-        wave = compose(CAPTIONS[0].format(tempo=speed, timbre=timbre, key=f"{root} {mode}"), f"known {n}", 5.12, RATE)
-        chromas[mode].append(recogniser.chroma(wave).roll(-ROOTS[root]))
-        textures[timbre].append(recogniser.texture(wave))
-    centres = torch.stack([torch.stack(rows).mean(0) for rows in textures.values()])
-    spread = torch.cat([torch.stack(rows) - centre for rows, centre in zip(textures.values(), centres)])
-    found = {mode: torch.stack(rows).mean(0) for mode, rows in chromas.items()}
-    found |= {"centres": centres, "precision": torch.linalg.inv(spread.T @ spread / len(spread) + 0.1 * torch.eye(spread.shape[1]))}
+    """Write music_pieces.json, measured on 90 pieces that are in no corpus.
+
+    It holds the mean chroma of each mode in C, the mean texture of each timbre, the precision of textures.
+    """
+    chromas = {mode: [] for mode in SCALES}
+    textures = {timbre: [] for timbre in TIMBRES}
+    roots = itertools.cycle(ROOTS)
+    ways = itertools.product(TIMBRES, SCALES, TEMPI, range(3))
+    for n, (timbre, mode, tempo, _) in enumerate(ways):
+        root = next(roots)
+        key = f"{root} {mode}"
+        caption = CAPTIONS[0].format(tempo=tempo, timbre=timbre, key=key)
+        wave = compose(caption, f"known {n}", 5.12, RATE)
+        chroma = recogniser.chroma(wave)
+        chromas[mode].append(chroma.roll(-ROOTS[root]))
+        texture = recogniser.texture(wave)
+        textures[timbre].append(texture)
+
+    templates = {}
+    for mode, rows in chromas.items():
+        templates[mode] = torch.stack(rows).mean(0)  # (12,)
+    centres = []
+    deviations = []
+    for rows in textures.values():
+        rows = torch.stack(rows)
+        centre = rows.mean(0)
+        centres.append(centre)
+        deviations.append(rows - centre)
+    deviations = torch.cat(deviations)  # (90, 11)
+    covariance = deviations.T @ deviations / len(deviations)
+    regularised = covariance + 0.1 * torch.eye(len(covariance))
+    templates["centres"] = torch.stack(centres)  # (timbres, 11)
+    templates["precision"] = torch.linalg.inv(regularised)
+
+    values = {}
+    for name, template in templates.items():
+        rounded = template.double().round(decimals=5)
+        values[name] = rounded.tolist()
     with data.replacing(data.ASSETS / "music_pieces.json") as part:
-        part.write_text(json.dumps({name: rows.double().round(decimals=5).tolist() for name, rows in found.items()}) + "\n")
+        part.write_text(json.dumps(values) + "\n")
 
 
 def main() -> None:
     if sys.argv[1:] == ["learn"]:
         learn()
-        return
-    config = from_command_line(sys.argv[1:])
-    d, mel, seconds = config.data, config.mel, config.music.crop_seconds
-    read = functools.partial(play_piece, seconds, mel.sample_rate, mel.hop)
-    data.pack(Path(d.data_dir), {"name": "pieces", "seconds": seconds}, pieces(d.sentences), [], recogniser.piece_form(mel), read, d.workers)
+    else:
+        prepare_pieces(from_command_line(sys.argv[1:]))
 
 
 if __name__ == "__main__":
