@@ -412,13 +412,10 @@ def conv(channels: int, out_channels: int, kernel: int, dilation: int = 1, bias:
     return nn.Conv1d(channels, out_channels, kernel, dilation=dilation, padding=padding, bias=bias)
 
 
-# FLUX.2 Klein: the parts of a diffusers Flux2KleinPipeline, each alone, because training never needs all at once
 # FLUX.2 Klein: the parts of a diffusers Flux2KleinPipeline, each alone: training never needs all at once
-KLEIN_TAPS = (
-    9,
-    18,
-    27,
-)  # the text encoder's hidden states that the transformer reads; later layers are not run
+
+# the text encoder's hidden states that the transformer reads; later layers are not run
+KLEIN_TAPS = (9, 18, 27)
 KLEIN_REMEDY = "give --klein.base the folder of a Flux2KleinPipeline"
 KLEIN_CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>

@@ -151,13 +151,13 @@ class Spectrogram(nn.Module):
         timesteps = self._timesteps(settings)  # (steps + 1,)
         black_picture = torch.zeros(1, 3, p.canvas_height, p.canvas_width, device=device)
         black = self.vae.module.encode(black_picture)  # (1, N, C)
-        token_mask = useful(p).to(device)[:, None]  # (N, 1)
+        shown = useful(p).to(device)[:, None]  # (N, 1): tokens that training had a loss on
 
         def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             v = self.velocity(x_t, t, text[: len(x_t)])
-            # no loss was on the tokens outside the mask: they are led to black, which they were in training
+            # the other tokens, on which no loss was, are led to black, as they were in training
             v_to_black = (x_t - black) / flow.expand(t, x_t)
-            return torch.where(token_mask, v, v_to_black)
+            return torch.where(shown, v, v_to_black)
 
         half = self.transformer.dtype == torch.bfloat16
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
