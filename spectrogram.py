@@ -416,7 +416,7 @@ def latents_file(config: Config, corpus: data.Waves) -> Path:
     return corpus.folder / f"latents_{digest[:8]}.npy"
 
 
-def features_file(config: Config, corpus: data.Waves) -> tuple[Path, list[str]]:
+def features_file(config: Config, corpus: data.Waves) -> tuple[Path, list]:
     """The cache of the text encoder's features, and the prompts in it."""
     k = config.klein
     prompts = {""}
@@ -425,8 +425,8 @@ def features_file(config: Config, corpus: data.Waves) -> tuple[Path, list[str]]:
         prompts.add(prompt)
     prompts = sorted(prompts)
     digest = data.digest([k.base, k.text_tokens, prompts])
-    path = corpus.folder / f"features_{digest[:8]}.npy"
-    return path, prompts
+    name = f"features_{digest[:8]}.npy"
+    return corpus.folder / name, prompts
 
 
 def prepare(config: Config) -> None:
