@@ -1,7 +1,7 @@
-"""Other people's networks: text encoders, vocoders, the parts of FLUX.2 Klein, each behind one small call, frozen by one wrapper.
+"""Published networks: text encoders, vocoders, the parts of FLUX.2 Klein, loaded by name and frozen.
 
-A network comes from a local folder or from the Hugging Face hub, by one name. What is wrong with either is a UserError,
-and without a network the answer comes at once. BigVGAN is written out below: layout and equations as in
+A network comes from a local folder or from the Hugging Face hub, by one name. What is wrong with either is a
+UserError, and offline it is raised at once. BigVGAN is written out below: layout and equations as in
 NVIDIA/BigVGAN@7d2b454 (v2.4, MIT), so that its published weights load key for key.
 """
 
@@ -25,22 +25,37 @@ from corpora import voice
 
 
 @functools.cache
-def load_frozen(kind: type, name: str, part: str, knob: str, device: torch.device) -> nn.Module:
-    """A network of transformers or diffusers from a folder or the hub, frozen, float32, kept; part: its subfolder, or ""."""
+def load_frozen(kind: type, name: str, part: str, option: str, device: torch.device) -> nn.Module:
+    """A network of transformers or diffusers from a folder or the hub, frozen, float32; loaded once.
+
+    part: its subfolder, or "". option: the option of the config that named it, for errors.
+    """
+    what = f"{option} {name}: its {part or 'weights'}"
+    offline = klein_is_away(name)
     try:
-        module, report = kind.from_pretrained(name, subfolder=part, local_files_only=klein_is_away(name), output_loading_info=True)
-    except Exception as e:                                   # each library below has its own for a missing or damaged file
-        raise UserError(f"{knob} {name}: its {part or 'weights'} cannot be loaded by {kind.__name__} ({brief(e)}); give a folder") from e
-    if missing := report["missing_keys"] or report["mismatched_keys"]:
-        raise UserError(f"{knob} {name}: its {part or 'weights'} lacks {min(map(str, missing))}: not a {kind.__name__}")
-    return Frozen(module.float()).to(device).module
+        network, report = kind.from_pretrained(
+            name, subfolder=part, local_files_only=offline, output_loading_info=True
+        )
+    except Exception as e:  # each library has its own exceptions for a missing or damaged file
+        raise UserError(f"{what} cannot be loaded by {kind.__name__} ({brief(e)}); give a folder") from e
+    missing = first_missing(report)
+    if missing:
+        raise UserError(f"{what} lacks {missing}: not a {kind.__name__}")
+    frozen = Frozen(network.float()).to(device)
+    return frozen.module
+
+
+def first_missing(report: dict) -> str:
+    """The first weight, by name, that from_pretrained did not find or that has another shape; "" if none."""
+    keys = report["missing_keys"] or report["mismatched_keys"]
+    return min(map(str, keys), default="")
 
 
 class Frozen(nn.Module):
-    """A network that stays as it came: no gradient, always in eval mode, in nobody's parameters, state_dict or checkpoint.
+    """A network that stays as it was loaded: no gradient, always in eval mode.
 
-    The wrapped network is not registered as a submodule, so whatever a parent does to its own (train, requires_grad_,
-    apply, load_state_dict) passes it by; only .to() reaches it.
+    The wrapped network is not registered as a submodule, so it is in no parent's parameters, state_dict or
+    checkpoint, and a parent's train, requires_grad_, apply, load_state_dict do not reach it; only .to() does.
     cuda_dtype: what the weights become on a GPU.
     """
 
@@ -57,7 +72,7 @@ class Frozen(nn.Module):
     def train(self, mode: bool = True):
         return super().train(False)
 
-    def _apply(self, fn, recurse=True):                      # what .to(), .cuda() and .float() come down to
+    def _apply(self, fn, recurse=True):  # what .to(), .cuda() and .float() come down to
         self.module._apply(fn, recurse)
         if any(parameter.is_cuda for parameter in self.module.parameters()):
             self.module.to(self.cuda_dtype)
@@ -66,29 +81,49 @@ class Frozen(nn.Module):
 
 # Text encoders
 
+
 def load_text_encoder(name: str) -> tuple[nn.Module, typing.Callable, int]:
     """A text encoder, on the CPU: encoder(ids (B, S), mask (B, S) bool) -> (B, S, width) float32.
 
-    name: hub id or folder of a T5 or ByT5, frozen, bf16 once moved to a GPU | scratch: a small ByT5, random and to be trained.
-    returns encoder, its tokenizer (see `tokenize`), width.
+    name: hub id or folder of a T5 or ByT5, frozen, bf16 once moved to a GPU | scratch: a small ByT5, random
+    and to be trained.
+    returns: encoder, its tokenizer (see `tokenize`), width.
     """
     if name == "scratch":
-        config = transformers.T5Config(vocab_size=384, d_model=192, d_kv=32, d_ff=512, num_layers=2, num_heads=6,
-                                       feed_forward_proj="gated-gelu", dropout_rate=0.0)
-        return TextEncoder(transformers.T5EncoderModel(config)), transformers.ByT5Tokenizer(), config.d_model
-    remedy = "give --text_encoder the folder of a T5 or ByT5, or scratch to train a small one along"
-    offline = not Path(name).is_dir() and hub_is_away()
+        return scratch_text_encoder()
+    hint = "give --text_encoder the folder of a T5 or ByT5, or scratch to train a small one along"
+    offline = klein_is_away(name)
     try:
-        t5, report = transformers.T5EncoderModel.from_pretrained(name, dtype=torch.float32, local_files_only=offline,
-                                                                 output_loading_info=True)
+        t5, report = transformers.T5EncoderModel.from_pretrained(
+            name, dtype=torch.float32, local_files_only=offline, output_loading_info=True
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=offline)
-    except Exception as e:                                   # each of the libraries below has its own for a missing or damaged file
-        raise UserError(f"text encoder {name}: cannot be loaded ({brief(e)}); {remedy}") from e
+    except Exception as e:  # each library has its own exceptions for a missing or damaged file
+        raise UserError(f"text encoder {name}: cannot be loaded ({brief(e)}); {hint}") from e
     if report["missing_keys"]:
-        raise UserError(f"text encoder {name}: its weights lack {min(report['missing_keys'])}; {remedy}")
-    if tokenizer.unk_token_id in tokenize(tokenizer, ["the"])[0]:      # without files, AutoTokenizer makes up an empty vocabulary
-        raise UserError(f"text encoder {name}: it has no tokenizer of its own; {remedy}")
-    return Frozen(TextEncoder(t5), cuda_dtype=torch.bfloat16), tokenizer, t5.config.d_model
+        missing = min(report["missing_keys"])
+        raise UserError(f"text encoder {name}: its weights lack {missing}; {hint}")
+    ids = tokenize(tokenizer, ["the"])[0]
+    if tokenizer.unk_token_id in ids:  # without files, AutoTokenizer makes up an empty vocabulary
+        raise UserError(f"text encoder {name}: it has no tokenizer of its own; {hint}")
+    encoder = Frozen(TextEncoder(t5), cuda_dtype=torch.bfloat16)
+    return encoder, tokenizer, t5.config.d_model
+
+
+def scratch_text_encoder() -> tuple[nn.Module, typing.Callable, int]:
+    """What `load_text_encoder` returns, for a small random ByT5."""
+    config = transformers.T5Config(
+        vocab_size=384,
+        d_model=192,
+        d_kv=32,
+        d_ff=512,
+        num_layers=2,
+        num_heads=6,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    encoder = TextEncoder(transformers.T5EncoderModel(config))
+    return encoder, transformers.ByT5Tokenizer(), config.d_model
 
 
 def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -97,7 +132,10 @@ def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 class PhonemeTokenizer:
-    """A byte tokenizer on the phonemes of a text, in espeak-ng's ASCII notation, instead of its letters: how words sound is not to be learned."""
+    """A byte tokenizer of a text's phonemes, in espeak-ng's ASCII notation, instead of its letters.
+
+    So pronunciation need not be learned.
+    """
 
     def __init__(self, tokenizer: typing.Callable):
         self.tokenizer = tokenizer
@@ -107,19 +145,23 @@ class PhonemeTokenizer:
 
 
 class TextEncoder(nn.Module):
-    """A T5 encoder, called by position; padding (mask False) is not attended to, its own outputs mean nothing."""
+    """A T5 encoder, called by position; padding (mask False) is not attended to and encodes nothing."""
 
     def __init__(self, t5: nn.Module):
         super().__init__()
-        self.stack = t5.encoder                              # t5 itself holds the embedding under two names
+        self.stack = t5.encoder  # t5 itself holds the embedding under two names
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self.stack(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        output = self.stack(input_ids=ids, attention_mask=mask)
+        return output.last_hidden_state.float()  # (B, S, D)
 
 
 # Vocoders
 
-def load_vocoder(name: str, mel: Mel, device: torch.device | str) -> typing.Callable[[torch.Tensor], torch.Tensor]:
+
+def load_vocoder(
+    name: str, mel: Mel, device: torch.device | str
+) -> typing.Callable[[torch.Tensor], torch.Tensor]:
     """A vocoder: log-mel (T, M), natural log -> wave (T * hop,) in [-1, 1], float32 on the CPU.
 
     name: griffinlim | hub id or folder of a BigVGAN, which must have been trained on `mel`.
@@ -128,16 +170,19 @@ def load_vocoder(name: str, mel: Mel, device: torch.device | str) -> typing.Call
         network = functools.partial(audio.griffin_lim, mel=mel)
     else:
         network = Frozen(load_bigvgan(name, mel)).to(device)
+    device_type = torch.device(device).type
 
     def vocode(log_mel: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):          # the sine of a bf16 phase is noise
-            return network(log_mel.to(device, torch.float32)).cpu().clamp(-1, 1)
+        # no autocast: in bf16 the phase of Snake's sine is noise
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+            log_mel = log_mel.to(device, torch.float32)
+            return network(log_mel).cpu().clamp(-1, 1)
 
     return vocode
 
 
 def load_bigvgan(name: str, mel: Mel) -> nn.Module:
-    """The generator from {config.json, bigvgan_generator.pt} in a folder or hub repository, its weight norm folded away."""
+    """The generator from config.json and bigvgan_generator.pt in a folder or hub repository."""
     path = find_file(name, "config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -147,69 +192,107 @@ def load_bigvgan(name: str, mel: Mel) -> nn.Module:
         raise UserError(f"{path}: does not describe a BigVGAN ({brief(e)})") from e
     path = find_file(name, "bigvgan_generator.pt")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["generator"]
-        generator.load_state_dict(fold_weight_norm(state))
-    except Exception as e:                                   # a damaged file makes torch.load raise nearly anything
-        raise UserError(f"{path}: not the weights of this BigVGAN, or damaged ({brief(e)}); fetch it again") from e
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state = fold_weight_norm(checkpoint["generator"])
+        generator.load_state_dict(state)
+    except Exception as e:  # a damaged file makes torch.load raise nearly anything
+        raise UserError(
+            f"{path}: not the weights of this BigVGAN, or damaged ({brief(e)}); fetch it again"
+        ) from e
     return generator
 
 
 def check_bigvgan(config: dict, mel: Mel, path: Path) -> None:
-    """Refuse a BigVGAN for another mel than ours, or of a kind that was never published."""
-    nyquist = config["sampling_rate"] / 2
-    found = {**config, "fmax": nyquist if config["fmax"] is None else config["fmax"], "resblock": str(config["resblock"])}
-    wanted = {"sampling_rate": mel.sample_rate, "hop_size": mel.hop, "n_fft": mel.n_fft, "win_size": mel.n_fft,
-              "num_mels": mel.n_mels, "fmin": mel.fmin, "fmax": mel.fmax}
-    for key, value in wanted.items():
-        if found[key] != value:
-            raise UserError(f"{path}: this BigVGAN was trained with {key} {found[key]}, our mel has {value}; take another, or griffinlim")
-    known = {"resblock": ("1", "2"), "activation": ("snake", "snakebeta"), "snake_logscale": (True,)}
-    for key, values in known.items():
-        if found[key] not in values:
-            raise UserError(f"{path}: {key} {found[key]!r} is not supported, only {' and '.join(map(repr, values))}")
-    if math.prod(config["upsample_rates"]) != mel.hop:
-        raise UserError(f"{path}: upsample_rates {config['upsample_rates']} do not multiply to hop_size {mel.hop}")
+    """raises UserError for a BigVGAN trained on another mel than ours, or of an unpublished kind."""
+    fmax = config["fmax"]
+    if fmax is None:
+        fmax = config["sampling_rate"] / 2
+    config = {**config, "fmax": fmax, "resblock": str(config["resblock"])}
+    required = {
+        "sampling_rate": mel.sample_rate,
+        "hop_size": mel.hop,
+        "n_fft": mel.n_fft,
+        "win_size": mel.n_fft,
+        "num_mels": mel.n_mels,
+        "fmin": mel.fmin,
+        "fmax": mel.fmax,
+    }
+    for key, value in required.items():
+        if config[key] != value:
+            raise UserError(
+                f"{path}: this BigVGAN was trained with {key} {config[key]}, our mel has {value}; "
+                "take another, or griffinlim"
+            )
+    supported = {"resblock": ("1", "2"), "activation": ("snake", "snakebeta"), "snake_logscale": (True,)}
+    for key, values in supported.items():
+        if config[key] not in values:
+            known = " and ".join(map(repr, values))
+            raise UserError(f"{path}: {key} {config[key]!r} is not supported, only {known}")
+    rates = config["upsample_rates"]
+    if math.prod(rates) != mel.hop:
+        raise UserError(f"{path}: upsample_rates {rates} do not multiply to hop_size {mel.hop}")
 
 
 def fold_weight_norm(state: dict) -> dict:
-    """Each pair weight_g, weight_v as the one weight = g v / |v| that it stands for, the norm over all axes but the first."""
+    """Replace each pair weight_g, weight_v by the weight g v / |v|, the norm over all axes but the first."""
     folded = dict(state)
-    for key in [k for k in state if k.endswith("weight_v") and k[:-1] + "g" in state]:
-        direction, length = folded.pop(key), folded.pop(key[:-1] + "g")
-        folded[key[:-2]] = direction * (length / direction.norm(dim=(1, 2), keepdim=True))
+    for key, direction in state.items():
+        length_key = key[:-1] + "g"
+        if key.endswith("weight_v") and length_key in state:
+            del folded[key]
+            length = folded.pop(length_key)
+            norm = direction.norm(dim=(1, 2), keepdim=True)
+            folded[key.removesuffix("_v")] = direction * (length / norm)
     return folded
 
 
 class BigVGAN(nn.Module):
     """The generator (Lee et al. 2023): log-mel (..., T, M) -> wave (..., T * hop).
 
-    config: the published config.json. Submodules are named, and nested, as its checkpoints have them.
+    config: the published config.json. Submodules are named, and nested, as in its checkpoints.
     """
 
     def __init__(self, config: dict):
         super().__init__()
-        rates, width = config["upsample_rates"], config["upsample_initial_channel"]
-        kernels, dilations = config["resblock_kernel_sizes"], config["resblock_dilation_sizes"]
-        block, beta = (AMPBlock1, AMPBlock2)[str(config["resblock"]) == "2"], config["activation"] == "snakebeta"
+        width = config["upsample_initial_channel"]
+        rates = config["upsample_rates"]
+        up_kernels = config["upsample_kernel_sizes"]
+        kernels = config["resblock_kernel_sizes"]
+        dilations = config["resblock_dilation_sizes"]
+        block = AMPBlock2 if str(config["resblock"]) == "2" else AMPBlock1
+        beta = config["activation"] == "snakebeta"
+        self.parallel_blocks = len(kernels)
         self.conv_pre = conv(config["num_mels"], width, 7)
-        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
-        for rate, kernel in zip(rates, config["upsample_kernel_sizes"], strict=True):
-            up = nn.ConvTranspose1d(width, width // 2, kernel, rate, padding=(kernel - rate) // 2)
+        self.ups = nn.ModuleList()
+        self.resblocks = nn.ModuleList()
+        for rate, up_kernel in zip(rates, up_kernels, strict=True):
+            next_width = width // 2
+            padding = (up_kernel - rate) // 2
+            up = nn.ConvTranspose1d(width, next_width, up_kernel, rate, padding=padding)
             self.ups.append(nn.Sequential(up))
-            width //= 2
-            self.resblocks.extend(block(width, k, d, beta) for k, d in zip(kernels, dilations, strict=True))
+            width = next_width
+            for kernel, block_dilations in zip(kernels, dilations, strict=True):
+                self.resblocks.append(block(width, kernel, block_dilations, beta))
         self.activation_post = Activation(width, beta)
-        self.conv_post = conv(width, 1, 7, bias=config.get("use_bias_at_final", True))
+        bias = config.get("use_bias_at_final", True)
+        self.conv_post = conv(width, 1, 7, bias=bias)
         self.tanh = config.get("use_tanh_at_final", True)
 
     def forward(self, log_mel: torch.Tensor) -> torch.Tensor:
-        x = self.conv_pre(log_mel.transpose(-1, -2))                             # (..., C, T)
-        parallel = len(self.resblocks) // len(self.ups)
+        x = log_mel.transpose(-1, -2)  # (..., M, T)
+        x = self.conv_pre(x)  # (..., C, T)
         for i, up in enumerate(self.ups):
-            x = up(x)                                                            # half the channels, `rate` times the samples
-            x = sum(block(x) for block in self.resblocks[i * parallel:(i + 1) * parallel]) / parallel
-        x = self.conv_post(self.activation_post(x)).squeeze(-2)                  # (..., T * hop)
-        return x.tanh() if self.tanh else x.clamp(-1, 1)
+            x = up(x)  # half the channels, `rate` times the samples
+            first = i * self.parallel_blocks
+            blocks = self.resblocks[first : first + self.parallel_blocks]
+            outputs = [block(x) for block in blocks]
+            x = sum(outputs) / self.parallel_blocks
+        x = self.activation_post(x)
+        x = self.conv_post(x)  # (..., 1, T * hop)
+        x = x.squeeze(-2)
+        if self.tanh:
+            return x.tanh()
+        return x.clamp(-1, 1)
 
 
 class AMPBlock1(nn.Module):
@@ -217,13 +300,24 @@ class AMPBlock1(nn.Module):
 
     def __init__(self, width: int, kernel: int, dilations: list[int], beta: bool):
         super().__init__()
-        self.convs1 = nn.ModuleList(conv(width, width, kernel, d) for d in dilations)
-        self.convs2 = nn.ModuleList(conv(width, width, kernel) for _ in dilations)
-        self.activations = nn.ModuleList(Activation(width, beta) for _ in range(2 * len(dilations)))
+        self.convs1 = nn.ModuleList()
+        self.convs2 = nn.ModuleList()
+        self.activations = nn.ModuleList()
+        for dilation in dilations:
+            self.convs1.append(conv(width, width, kernel, dilation))
+        for _ in dilations:
+            self.convs2.append(conv(width, width, kernel))
+        for _ in range(2 * len(dilations)):
+            self.activations.append(Activation(width, beta))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for conv1, conv2, act1, act2 in zip(self.convs1, self.convs2, self.activations[::2], self.activations[1::2]):
-            x = x + conv2(act2(conv1(act1(x))))
+        first_acts = self.activations[::2]
+        second_acts = self.activations[1::2]
+        for conv1, conv2, act1, act2 in zip(self.convs1, self.convs2, first_acts, second_acts):
+            h = act1(x)
+            h = conv1(h)
+            h = act2(h)
+            x = x + conv2(h)
         return x
 
 
@@ -232,17 +326,21 @@ class AMPBlock2(nn.Module):
 
     def __init__(self, width: int, kernel: int, dilations: list[int], beta: bool):
         super().__init__()
-        self.convs = nn.ModuleList(conv(width, width, kernel, d) for d in dilations)
-        self.activations = nn.ModuleList(Activation(width, beta) for _ in dilations)
+        self.convs = nn.ModuleList()
+        self.activations = nn.ModuleList()
+        for dilation in dilations:
+            self.convs.append(conv(width, width, kernel, dilation))
+            self.activations.append(Activation(width, beta))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for convolution, act in zip(self.convs, self.activations):
-            x = x + convolution(act(x))
+        for convolution, activation in zip(self.convs, self.activations):
+            h = activation(x)
+            x = x + convolution(h)
         return x
 
 
 class Activation(nn.Module):
-    """A snake at twice the rate: what it adds above the Nyquist frequency is filtered off instead of folded back."""
+    """Snake at twice the sampling rate: what lies above the Nyquist frequency is filtered, not aliased."""
 
     def __init__(self, width: int, beta: bool):
         super().__init__()
@@ -251,25 +349,28 @@ class Activation(nn.Module):
         self.downsample = nn.ModuleDict({"lowpass": LowPass()})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        channels = x.shape[-2]
-        up, down = (lowpass.filter.expand(channels, -1, -1) for lowpass in (self.upsample, self.downsample["lowpass"]))
-        x = F.pad(x, (5, 5), mode="replicate")                                   # 15 below: these, twice, and a delay of 5
-        x = self.act(2 * F.conv_transpose1d(x, up, stride=2, padding=15, groups=channels))       # (..., C, 2 T)
-        return F.conv1d(F.pad(x, (5, 6), mode="replicate"), down, stride=2, groups=channels)     # (..., C, T)
+        x = self.upsample.upsample(x)  # (..., C, 2 T)
+        x = self.act(x)
+        return self.downsample["lowpass"].downsample(x)  # (..., C, T)
 
 
 class Snake(nn.Module):
-    """x + sin(a x)^2 / b by channel, a and b kept as logarithms; plain snake has b = a (Ziyin et al. 2020)."""
+    """x + sin(a x)^2 / b by channel, a and b as logarithms; plain snake has b = a (Ziyin et al. 2020)."""
 
     def __init__(self, width: int, beta: bool):
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(width))
-        self.beta = nn.Parameter(torch.zeros(width)) if beta else None
+        self.beta = None
+        if beta:
+            self.beta = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        frequency = self.alpha.exp()[:, None]
-        height = frequency if self.beta is None else self.beta.exp()[:, None]
-        return x + torch.sin(frequency * x).square() / (height + 1e-9)
+        a = self.alpha.exp()[:, None]  # (C, 1)
+        b = a
+        if self.beta is not None:
+            b = self.beta.exp()[:, None]
+        sine = torch.sin(a * x)
+        return x + sine.square() / (b + 1e-9)
 
 
 class LowPass(nn.Module):
@@ -277,20 +378,44 @@ class LowPass(nn.Module):
 
     def __init__(self):
         super().__init__()
-        attenuation = 2.285 * 5 * math.pi * 1.2 + 7.95       # dB, of 6 taps a side and a transition of 0.3 (Kaiser 1974): 51.0
-        window = torch.kaiser_window(12, periodic=False, beta=0.1102 * (attenuation - 8.7))
-        taps = window * torch.sinc((torch.arange(12) - 5.5) / 2)
-        self.register_buffer("filter", (taps / taps.sum())[None, None])
+        attenuation = (
+            2.285 * 5 * math.pi * 1.2 + 7.95
+        )  # dB, 6 taps a side, transition 0.3 (Kaiser 1974): 51.0
+        beta = 0.1102 * (attenuation - 8.7)
+        window = torch.kaiser_window(12, periodic=False, beta=beta)
+        time = (torch.arange(12) - 5.5) / 2
+        taps = torch.sinc(time)
+        taps = window * taps
+        taps = taps / taps.sum()
+        self.register_buffer("filter", taps[None, None])
+
+    def upsample(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., C, T) -> (..., C, 2 T)."""
+        channels = x.shape[-2]
+        kernels = self.filter.expand(channels, -1, -1)
+        x = F.pad(x, (5, 5), mode="replicate")
+        # padding 15: the 5 samples above, twice, and the filter's delay of 5
+        x = F.conv_transpose1d(x, kernels, stride=2, padding=15, groups=channels)
+        return 2 * x
+
+    def downsample(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., C, 2 T) -> (..., C, T)."""
+        channels = x.shape[-2]
+        kernels = self.filter.expand(channels, -1, -1)
+        x = F.pad(x, (5, 6), mode="replicate")
+        return F.conv1d(x, kernels, stride=2, groups=channels)
 
 
 def conv(channels: int, out_channels: int, kernel: int, dilation: int = 1, bias: bool = True) -> nn.Conv1d:
     """A convolution that keeps the length."""
-    return nn.Conv1d(channels, out_channels, kernel, dilation=dilation, padding=dilation * (kernel - 1) // 2, bias=bias)
+    padding = dilation * (kernel - 1) // 2
+    return nn.Conv1d(channels, out_channels, kernel, dilation=dilation, padding=padding, bias=bias)
 
 
-# FLUX.2 Klein: the parts of a diffusers Flux2KleinPipeline, each by itself, because training never needs all of them at once
+# FLUX.2 Klein: the parts of a diffusers Flux2KleinPipeline, each alone: training never needs all at once
 
-KLEIN_TAPS = (9, 18, 27)             # hidden states of the text encoder that the transformer reads; what is above is never computed
+# the text encoder's hidden states that the transformer reads; later layers are not run
+KLEIN_TAPS = (9, 18, 27)
 KLEIN_REMEDY = "give --klein.base the folder of a Flux2KleinPipeline"
 KLEIN_CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
@@ -299,77 +424,127 @@ KLEIN_CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
 
 </think>
 
-{% endif %}{% endif %}"""            # what Qwen3's own template comes down to for one message
+{% endif %}{% endif %}"""  # what Qwen3's own template comes down to for one message
 
 
 def load_klein(config: Config, part: str) -> nn.Module:
     """One network of the pipeline config.klein.base, on the CPU.
 
-    part: transformer (frozen bf16 or fp32 as train.dtype says, fp32 where it is tuned in full) | text_encoder (a KleinText, as
-    train.dtype says) | vae (a KleinVAE, or Patches; fp32, since latents are made once).
+    part: transformer (frozen bf16 or fp32 as train.dtype says, fp32 where it is tuned in full) | text_encoder
+    (a KleinText, as train.dtype says) | vae (a KleinVAE, or Patches; fp32, since latents are made once).
     """
-    import diffusers                                         # seconds to import: only what needs it waits for it
-    k, half = config.klein, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    if part == "vae" and k.vae == "patches":
+    if part == "vae" and config.klein.vae == "patches":
         return Patches()
-    if k.base == "scratch":
-        module = scratch_klein(config, part)
-        return module if part == "transformer" else KleinText(module) if part == "text_encoder" else KleinVAE(module)
-    kinds = {"transformer": diffusers.Flux2Transformer2DModel, "text_encoder": transformers.Qwen3ForCausalLM,
-             "vae": diffusers.AutoencoderKLFlux2}
+    if config.klein.base == "scratch":
+        network = scratch_klein(config, part)
+    else:
+        network = load_published_klein(config, part)
+    if part == "text_encoder":
+        return KleinText(network)
+    if part == "vae":
+        return KleinVAE(network)
+    return network
+
+
+def load_published_klein(config: Config, part: str) -> nn.Module:
+    """diffusers' or transformers' network in the subfolder `part` of the pipeline config.klein.base."""
+    import diffusers  # seconds to import: only what needs it waits for it
+
+    k = config.klein
+    kinds = {
+        "transformer": diffusers.Flux2Transformer2DModel,
+        "text_encoder": transformers.Qwen3ForCausalLM,
+        "vae": diffusers.AutoencoderKLFlux2,
+    }
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    if part == "vae" or (part == "transformer" and k.tune == "full"):
+        dtype = torch.float32
+    what = f"klein.base {k.base}: its {part}"
     try:
-        dtype = torch.float32 if part == "vae" or part == "transformer" and k.tune == "full" else half
-        with warnings.catch_warnings(action="ignore"):       # diffusers' own, about the hub's client
-            module, report = kinds[part].from_pretrained(k.base, subfolder=part, dtype=dtype, local_files_only=klein_is_away(k.base),
-                                                         output_loading_info=True)
-    except Exception as e:                                   # each library below has its own for a missing or damaged file
-        raise UserError(f"klein.base {k.base}: its {part} cannot be loaded ({brief(e)}); {KLEIN_REMEDY}") from e
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise UserError(f"klein.base {k.base}: its {part} lacks {min(map(str, report['missing_keys'] or report['mismatched_keys']))}")
-    return module if part == "transformer" else KleinText(module) if part == "text_encoder" else KleinVAE(module)
+        offline = klein_is_away(k.base)
+        with warnings.catch_warnings(action="ignore"):  # diffusers' own, about the hub's client
+            network, report = kinds[part].from_pretrained(
+                k.base, subfolder=part, dtype=dtype, local_files_only=offline, output_loading_info=True
+            )
+    except Exception as e:  # each library has its own exceptions for a missing or damaged file
+        raise UserError(f"{what} cannot be loaded ({brief(e)}); {KLEIN_REMEDY}") from e
+    missing = first_missing(report)
+    if missing:
+        raise UserError(f"{what} lacks {missing}")
+    return network
 
 
 def load_frozen_klein(config: Config, part: str, device: torch.device) -> Frozen:
     """As `load_klein`, frozen, on the device, in the precision that it was loaded in."""
-    module = load_klein(config, part)
-    return Frozen(module, cuda_dtype=next(module.parameters(), torch.empty(0)).dtype).to(device)
+    network = load_klein(config, part)
+    parameter = next(network.parameters(), torch.empty(0))
+    return Frozen(network, cuda_dtype=parameter.dtype).to(device)
 
 
 def load_klein_tokenizer(base: str):
-    """The tokenizer of the pipeline `base`; of scratch, a byte-level one with Qwen3's special tokens and chat template."""
+    """The tokenizer of the pipeline `base`; scratch: byte-level, with Qwen3's special tokens and template."""
     if base == "scratch":
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        letters = [chr(b) if b in printable else chr(256 + b - sum(p < b for p in printable)) for b in range(256)]   # GPT-2's bytes
-        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-        tokenizer = transformers.Qwen2Tokenizer(vocab={letter: n for n, letter in enumerate(letters + special)}, merges=[],
-                                                eos_token="<|im_end|>", extra_special_tokens=special[1:], padding_side="right")
-        tokenizer.chat_template = KLEIN_CHAT
-        return tokenizer
+        return scratch_klein_tokenizer()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base, subfolder="tokenizer", local_files_only=klein_is_away(base))
-        tokenize_prompts(tokenizer, [""], 512)               # needs a template for chats, and padding
-        if tokenizer.decode(tokenizer("speech").input_ids) != "speech":      # without files, AutoTokenizer makes up an empty vocabulary
+        offline = klein_is_away(base)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            base, subfolder="tokenizer", local_files_only=offline
+        )
+        tokenize_prompts(tokenizer, [""], 512)  # needs a template for chats, and padding
+        ids = tokenizer("speech").input_ids
+        if tokenizer.decode(ids) != "speech":  # without files, AutoTokenizer makes up an empty vocabulary
             raise ValueError("it has no vocabulary")
     except Exception as e:
-        raise UserError(f"klein.base {base}: its tokenizer cannot be loaded ({brief(e)}); {KLEIN_REMEDY}") from e
+        raise UserError(
+            f"klein.base {base}: its tokenizer cannot be loaded ({brief(e)}); {KLEIN_REMEDY}"
+        ) from e
+    return tokenizer
+
+
+def scratch_klein_tokenizer() -> transformers.Qwen2Tokenizer:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # GPT-2's characters for bytes
+
+    characters = bytes_to_unicode()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    tokens = [characters[byte] for byte in range(256)] + special
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab={token: n for n, token in enumerate(tokens)},
+        merges=[],
+        eos_token="<|im_end|>",
+        extra_special_tokens=special[1:],
+        padding_side="right",
+    )
+    tokenizer.chat_template = KLEIN_CHAT
     return tokenizer
 
 
 def save_klein(config: Config, transformer: nn.Module, folder: Path) -> None:
-    """A whole pipeline around a tuned transformer, as diffusers' Flux2KleinPipeline.from_pretrained and `klein.base` load it."""
+    """A pipeline around a tuned transformer, for Flux2KleinPipeline.from_pretrained and `klein.base`."""
     import diffusers
-    k, parts = config.klein, {}
+
+    k = config.klein
     if k.base == "scratch":
-        parts = {"text_encoder": scratch_klein(config, "text_encoder"), "tokenizer": load_klein_tokenizer(k.base),
-                 "vae": scratch_klein(config, "vae") if k.vae == "own" else None}
-        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)      # without it mu is ignored
-        pipeline = diffusers.Flux2KleinPipeline(transformer=transformer, is_distilled=False, **parts)
+        vae = scratch_klein(config, "vae") if k.vae == "own" else None
+        # without dynamic shifting the scheduler ignores mu
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+        pipeline = diffusers.Flux2KleinPipeline(
+            transformer=transformer,
+            text_encoder=scratch_klein(config, "text_encoder"),
+            tokenizer=load_klein_tokenizer(k.base),
+            vae=vae,
+            scheduler=scheduler,
+            is_distilled=False,
+        )
     else:
-        pipeline = diffusers.Flux2KleinPipeline.from_pretrained(k.base, transformer=transformer, local_files_only=klein_is_away(k.base))
+        offline = klein_is_away(k.base)
+        pipeline = diffusers.Flux2KleinPipeline.from_pretrained(
+            k.base, transformer=transformer, local_files_only=offline
+        )
     pipeline.save_pretrained(folder)
 
 
 def klein_is_away(base: str) -> bool:
+    """Whether only local files can be had of a network of this name: it is no folder, and the hub is away."""
     return not Path(base).is_dir() and hub_is_away()
 
 
@@ -378,34 +553,49 @@ def tokenize_prompts(tokenizer, prompts: list[str], length: int) -> tuple[torch.
 
     raises UserError for a prompt that does not fit.
     """
-    chats = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
-                                           enable_thinking=False) for prompt in prompts]
-    found = tokenizer(chats).input_ids           # padded here, not by the tokenizer: that would change its state, under other threads' feet
-    for prompt, ids in zip(prompts, found):
+    chats = []
+    for prompt in prompts:
+        messages = [{"role": "user", "content": prompt}]
+        chat = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        chats.append(chat)
+    rows = []
+    lengths = []
+    # padded here: padding by the tokenizer is not thread-safe, it mutates the tokenizer
+    for prompt, ids in zip(prompts, tokenizer(chats).input_ids):
         if len(ids) > length:
-            raise UserError(f"prompt {prompt[:40]!r}... has {len(ids)} tokens, klein.text_tokens is {length}: shorten it")
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in found])
-    return ids, torch.arange(length) < torch.tensor([[len(row)] for row in found])
+            raise UserError(
+                f"prompt {prompt[:40]!r}... has {len(ids)} tokens, klein.text_tokens is {length}: shorten it"
+            )
+        padding = [tokenizer.pad_token_id] * (length - len(ids))
+        rows.append(ids + padding)
+        lengths.append(len(ids))
+    mask = torch.arange(length) < torch.tensor(lengths)[:, None]  # (B, length)
+    return torch.tensor(rows), mask
 
 
 class KleinText(nn.Module):
-    """Qwen3 up to the last layer that Klein reads: 27 of 36, bit for bit the same features for 32 % fewer operations."""
+    """Qwen3 up to the last layer that Klein reads, 27 of 36: the same features, 32 % fewer operations."""
 
     def __init__(self, qwen: nn.Module):
         super().__init__()
+        depth = KLEIN_TAPS[-1]
         self.model = qwen.model
-        self.model.layers = self.model.layers[:KLEIN_TAPS[-1]]
-        self.model.norm = nn.Identity()                      # or the last tap would be normalised
-        self.model.config.num_hidden_layers = KLEIN_TAPS[-1]
+        self.model.layers = self.model.layers[:depth]
+        self.model.norm = nn.Identity()  # or the last hidden state would be normalised
+        self.model.config.num_hidden_layers = depth
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """ids, mask (B, S) -> (B, S, 3 D)."""
-        states = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
-        return torch.cat([states[tap] for tap in KLEIN_TAPS], -1)
+        output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        states = output.hidden_states
+        features = [states[layer] for layer in KLEIN_TAPS]
+        return torch.cat(features, -1)
 
 
 class KleinVAE(nn.Module):
-    """Pictures (B, 3, H, W) in [0, 1] <-> normalised latents as the transformer's tokens (B, H / 16 * W / 16, 4 C)."""
+    """Pictures (B, 3, H, W) in [0, 1] <-> normalised latents, as tokens (B, H / 16 * W / 16, 4 C)."""
 
     def __init__(self, vae: nn.Module):
         super().__init__()
@@ -413,72 +603,123 @@ class KleinVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        latents = self.vae.encode((2 * pictures - 1).to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
+        pixels = 2 * pictures - 1
+        pixels = pixels.to(self.vae.device, self.vae.dtype)
+        posterior = self.vae.encode(pixels).latent_dist
+        latents = posterior.mode().float()  # (B, C, H / 8, W / 8)
         tokens = rearrange(latents, "b c (h i) (w j) -> b (h w) (c i j)", i=2, j=2)
-        return (tokens - self.vae.bn.running_mean.float()) / self.deviation()
+        return (tokens - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        tokens = tokens.float() * self.deviation() + self.vae.bn.running_mean.float()
-        latents = rearrange(tokens, "b (h w) (c i j) -> b c (h i) (w j)", h=height // 16, w=width // 16, i=2, j=2)
-        return (self.vae.decode(latents.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        tokens = tokens.float() * self.std + self.mean
+        rows = height // 16
+        columns = width // 16
+        latents = rearrange(tokens, "b (h w) (c i j) -> b c (h i) (w j)", h=rows, w=columns, i=2, j=2)
+        latents = latents.to(self.vae.dtype)
+        pixels = self.vae.decode(latents).sample.float()  # (B, 3, H, W)
+        return (pixels / 2 + 0.5).clamp(0, 1)
 
-    def deviation(self) -> torch.Tensor:
-        return (self.vae.bn.running_var.float() + self.vae.config.batch_norm_eps).sqrt()
+    @property
+    def mean(self) -> torch.Tensor:
+        """(4 C,), of the latents, which the VAE keeps in a batch norm."""
+        return self.vae.bn.running_mean.float()
+
+    @property
+    def std(self) -> torch.Tensor:
+        variance = self.vae.bn.running_var.float()
+        return (variance + self.vae.config.batch_norm_eps).sqrt()
 
 
 class Patches(nn.Module):
-    """In KleinVAE's place: 16 x 16 pixels in [-1, 1] are a token of 768 numbers as they are. Nothing is learned, nothing is lost."""
+    """Instead of KleinVAE: 16 x 16 pixels in [-1, 1] are a token of 768 numbers; nothing is lost."""
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        return rearrange(2 * pictures - 1, "b c (h i) (w j) -> b (h w) (c i j)", i=16, j=16)
+        pixels = 2 * pictures - 1
+        return rearrange(pixels, "b c (h i) (w j) -> b (h w) (c i j)", i=16, j=16)
 
     def decode(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        pictures = rearrange(tokens, "b (h w) (c i j) -> b c (h i) (w j)", h=height // 16, w=width // 16, i=16, j=16)
-        return (pictures / 2 + 0.5).clamp(0, 1)
+        rows = height // 16
+        columns = width // 16
+        pixels = rearrange(tokens, "b (h w) (c i j) -> b c (h i) (w j)", h=rows, w=columns, i=16, j=16)
+        pictures = pixels / 2 + 0.5
+        return pictures.clamp(0, 1)
 
 
 def scratch_klein(config: Config, part: str) -> nn.Module:
     """A small random Klein of the real classes, always the same for the same config: for demos and tests."""
     import diffusers
-    m, head, latents = config.model, config.model.width // config.model.heads, 4
-    rotated = head // 8 * 2                                  # numbers of a head for each of the four position axes, even
+
+    m = config.model
+    k = config.klein
+    text_width = 32
+    latent_channels = 4
+    head_dim = m.width // m.heads
+    axis_dim = head_dim // 8 * 2  # numbers of a head that RoPE gives to each of four position axes, even
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if part == "transformer":
-            return wake(diffusers.Flux2Transformer2DModel(
-                in_channels=768 if config.klein.vae == "patches" else 4 * latents, num_layers=config.klein.double_layers,
-                num_single_layers=m.layers - config.klein.double_layers, attention_head_dim=head, num_attention_heads=m.heads,
-                joint_attention_dim=3 * 32, axes_dims_rope=(head - 3 * rotated, rotated, rotated, rotated), guidance_embeds=False))
+            network = diffusers.Flux2Transformer2DModel(
+                in_channels=768 if k.vae == "patches" else 4 * latent_channels,
+                num_layers=k.double_layers,
+                num_single_layers=m.layers - k.double_layers,
+                attention_head_dim=head_dim,
+                num_attention_heads=m.heads,
+                joint_attention_dim=3 * text_width,
+                axes_dims_rope=(head_dim - 3 * axis_dim, axis_dim, axis_dim, axis_dim),
+                guidance_embeds=False,
+            )
+            return wake(network)
         if part == "text_encoder":
-            return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-                vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=1,
-                head_dim=16, tie_word_embeddings=True, max_position_embeddings=2048))
-        vae = diffusers.AutoencoderKLFlux2(block_out_channels=(4, 8, 8, 8), latent_channels=latents, norm_num_groups=4, layers_per_block=1)
-        vae.bn.running_mean.normal_()                        # not 0 and 1, which would hide a forgotten normalisation
+            qwen = transformers.Qwen3Config(
+                vocab_size=261,
+                hidden_size=text_width,
+                intermediate_size=64,
+                num_hidden_layers=28,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=16,
+                tie_word_embeddings=True,
+                max_position_embeddings=2048,
+            )
+            return transformers.Qwen3ForCausalLM(qwen)
+        vae = diffusers.AutoencoderKLFlux2(
+            block_out_channels=(4, 8, 8, 8),
+            latent_channels=latent_channels,
+            norm_num_groups=4,
+            layers_per_block=1,
+        )
+        vae.bn.running_mean.normal_()  # not 0 and 1, which would hide a forgotten normalisation
         vae.bn.running_var.uniform_(0.5, 2)
         return vae
 
 
 @torch.no_grad()
 def wake(transformer: nn.Module) -> nn.Module:
-    """Gates of deviation 1, where diffusers' start at 0.03: what a block does shows in what comes out, and a test on it can fail."""
+    """Initialise gates with std 1, not diffusers' 0.03: then every block visibly changes the output."""
     time = transformer.time_guidance_embed
-    time.timestep_embedder.linear_2.weight /= time(torch.linspace(0, 1000, 64), None).std()
-    both = transformer.double_stream_modulation_img, transformer.double_stream_modulation_txt
-    for modulation in (*both, transformer.single_stream_modulation):
-        vectors = modulation.linear.weight.unflatten(0, (-1, 3, transformer.inner_dim))        # shift, scale, gate of each branch
-        vectors.zero_()
-        vectors[:, 2].normal_(std=1 / (0.6 * transformer.inner_dim ** 0.5))                    # 0.6: what SiLU leaves of deviation 1
+    features = time(torch.linspace(0, 1000, 64), None)
+    time.timestep_embedder.linear_2.weight /= features.std()
+    for modulation in (
+        transformer.double_stream_modulation_img,
+        transformer.double_stream_modulation_txt,
+        transformer.single_stream_modulation,
+    ):
+        # (branches, 3, D, D): shift, scale and gate of each branch
+        weight = modulation.linear.weight.unflatten(0, (-1, 3, transformer.inner_dim))
+        weight.zero_()
+        std = 1 / (0.6 * transformer.inner_dim**0.5)  # 0.6: the RMS of SiLU of a standard normal
+        weight[:, 2].normal_(std=std)
     transformer.norm_out.linear.weight.zero_()
-    transformer.context_embedder.weight *= 20                  # a random Qwen3's features have deviation 0.05
+    transformer.context_embedder.weight *= 20  # a random Qwen3's features have std 0.05
     return transformer
 
 
 # Where the files are
 
+
 def find_file(name: str, filename: str) -> Path:
-    """`filename` in the folder `name`, or else in the hub repository of that name (from the local cache when the hub is away)."""
+    """`filename` in the folder `name`, or in the hub repository of that name, cached if the hub is away."""
     if Path(name).is_dir():
         path = Path(name, filename)
         if not path.is_file():
@@ -486,13 +727,18 @@ def find_file(name: str, filename: str) -> Path:
         return path
     try:
         return Path(huggingface_hub.hf_hub_download(name, filename, local_files_only=hub_is_away()))
-    except Exception as e:                                   # the hub's client changed its HTTP library, and its errors, before
-        raise UserError(f"{name}: neither a folder nor to be had from the hub ({brief(e)}); give a folder with {filename}") from e
+    except Exception as e:  # the hub's client changed its HTTP library, and its errors, before
+        raise UserError(
+            f"{name}: neither a folder nor to be had from the hub ({brief(e)}); give a folder with {filename}"
+        ) from e
 
 
 @functools.cache
 def hub_is_away() -> bool:
-    """Whether only cached files can be had: asked once, without the 25 s of retries that a download would make; heeds HF_HUB_OFFLINE."""
+    """Whether only cached files can be had; heeds HF_HUB_OFFLINE.
+
+    Asked once, without the 25 s of retries that a download would make.
+    """
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception:
@@ -502,4 +748,6 @@ def hub_is_away() -> bool:
 
 def brief(error: Exception) -> str:
     """The kind and the first sentence of a library's error, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:200]}".removesuffix(": ")
+    text = " ".join(str(error).split())
+    sentence = text.split(". ")[0][:200]
+    return f"{type(error).__name__}: {sentence}".removesuffix(": ")

@@ -1,7 +1,9 @@
-"""What training FLUX.2 Klein costs, counted without its weights; and our LoRA's step against peft's, measured.
+"""What training FLUX.2 Klein costs, counted without its weights; our LoRA's step against peft's, measured.
 
-python tests/bench_klein.py plan [--json]     operations and memory at the published sizes: nothing is allocated, no GPU is needed
-python tests/bench_klein.py lora [--width 512 --layers 6 --batch 2 --rank 64 --repeats 15 --dtype fp32]     both in one process, in turns
+python tests/bench_klein.py plan [--json]
+    operations and memory at the published sizes; nothing is allocated, no GPU is needed
+python tests/bench_klein.py lora [--width 512 --layers 6 --batch 2 --rank 64 --repeats 15 --dtype fp32]
+    both in one process, in turns
 """
 
 import argparse
@@ -9,7 +11,7 @@ import json
 import statistics
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,107 +27,172 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pretrained
 import spectrogram
 
-CANVASES = ((768, 768), (512, 320))      # height, width
+CANVASES = ((768, 768), (512, 320))  # height, width
 TEXT_TOKENS = (512, 128)
-BATCH, RANK, TEXT_RANK = 4, 256, 32
+BATCH = 4
+RANK = 256
+TEXT_RANK = 32
 
 
 def plan(options: argparse.Namespace) -> None:
-    """Operations of a sample and of a training step, and what the step keeps in memory, for every canvas and length of text."""
-    found = {"parameters": count_parameters(), "text encoder": {f"{s} text tokens": text_cost(s) for s in TEXT_TOKENS},
-             "vae": {f"{h} x {w}": vae_cost(h, w) for h, w in CANVASES}}
+    """Operations of a sample and of a training step, and its memory, for each canvas and length of text."""
+    result = {"parameters": count_parameters(), "text encoder": {}, "vae": {}, "transformer": {}}
+    for text_tokens in TEXT_TOKENS:
+        result["text encoder"][f"{text_tokens} text tokens"] = text_cost(text_tokens)
+    for height, width in CANVASES:
+        result["vae"][f"{height} x {width}"] = vae_cost(height, width)
     with flash_attention():
-        found["transformer"] = {f"{h} x {w}, {s} text tokens": transformer_cost(h // 16 * (w // 16), s)
-                                for h, w in CANVASES for s in TEXT_TOKENS}
+        for height, width in CANVASES:
+            tokens = height // 16 * (width // 16)
+            for text_tokens in TEXT_TOKENS:
+                name = f"{height} x {width}, {text_tokens} text tokens"
+                result["transformer"][name] = transformer_cost(tokens, text_tokens)
     if options.json:
-        print(json.dumps(found, indent=1))
-        return
-    for part, rows in found.items():
+        print(json.dumps(result, indent=1))
+    else:
+        print_plan(result)
+
+
+def print_plan(result: dict) -> None:
+    print("\nparameters")
+    for name, count in result.pop("parameters").items():
+        print(f"  {name:<36}{count:>16,}")
+    for part, rows in result.items():
         print(f"\n{part}")
-        for name, row in rows.items():
-            print(f"  {name:<36}" + (f"{row:>16,}" if part == "parameters" else ""))
-            if part != "parameters":
-                for key, value in row.items():
-                    print(f"    {key:<60}{value:>10.2f}")
+        for name, costs in rows.items():
+            print(f"  {name:<36}")
+            for key, value in costs.items():
+                print(f"    {key:<60}{value:>10.2f}")
 
 
 def count_parameters() -> dict[str, int]:
-    network, encoder, vae = transformer(), text_encoder(), autoencoder()
-    sizes = {"transformer": network, "text encoder, layers that are read": encoder, "VAE": vae}
-    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in sizes.items()}
-    for name, root, layers, rank in (("LoRA", network, spectrogram.attention_layers(network), RANK),
-                                     ("text LoRA", encoder, spectrogram.attention_layers(encoder), TEXT_RANK)):
-        spectrogram.add_lora(root, dict.fromkeys(layers, rank), rank)
-        counts[f"{name}, rank {rank}"] = sum(lora.A.numel() + lora.B.numel() for lora in spectrogram.loras(root).values())
+    network = transformer()
+    encoder = text_encoder()
+    counts = {
+        "transformer": parameters_of(network),
+        "text encoder, layers that are read": parameters_of(encoder),
+        "VAE": parameters_of(autoencoder()),
+    }
+    wrap(network)
+    wrap(encoder, TEXT_RANK)
+    counts[f"LoRA, rank {RANK}"] = lora_parameters_of(network)
+    counts[f"text LoRA, rank {TEXT_RANK}"] = lora_parameters_of(encoder)
     return counts
 
 
+def parameters_of(network: torch.nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def lora_parameters_of(network: torch.nn.Module) -> int:
+    layers = spectrogram.loras(network).values()
+    return sum(lora.A.numel() + lora.B.numel() for lora in layers)
+
+
 def text_cost(tokens: int) -> dict[str, float]:
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):     # tensors without data into whose mask transformers does not look; countable
-        encoder, ids = text_encoder("cpu").requires_grad_(False), torch.zeros(1, tokens, dtype=torch.long)
-        cost = {"TFLOP, forward, a sample": tera(lambda: encoder(ids, None))}
-        spectrogram.add_lora(encoder, dict.fromkeys(spectrogram.attention_layers(encoder), TEXT_RANK), TEXT_RANK)
-        cost[f"TFLOP, a training step of {BATCH}, with its own LoRA"] = BATCH * tera(lambda: encoder(ids, None).sum().backward())
-        return cost
+    # fake: transformers does not look into the mask of tensors without data; math: can be counted
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+        encoder = text_encoder("cpu").requires_grad_(False)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        forward = tera(lambda: encoder(ids, None))
+        wrap(encoder, TEXT_RANK)
+        step = tera(lambda: encoder(ids, None).sum().backward())
+        return {
+            "TFLOP, forward, a sample": forward,
+            f"TFLOP, a training step of {BATCH}, with its own LoRA": BATCH * step,
+        }
 
 
 def vae_cost(height: int, width: int) -> dict[str, float]:
     with torch.no_grad():
-        vae, picture = autoencoder(), torch.empty(1, 3, height, width, device="meta")
-        return {"TFLOP, encode, a picture": tera(lambda: vae.encode(picture)),
-                "TFLOP, decode, a picture": tera(lambda: vae.decode(torch.empty(1, 32, height // 8, width // 8, device="meta")))}
+        vae = autoencoder()
+        picture = torch.empty(1, 3, height, width, device="meta")
+        latents = torch.empty(1, 32, height // 8, width // 8, device="meta")
+        return {
+            "TFLOP, encode, a picture": tera(lambda: vae.encode(picture)),
+            "TFLOP, decode, a picture": tera(lambda: vae.decode(latents)),
+        }
 
 
 def transformer_cost(tokens: int, text_tokens: int) -> dict[str, float]:
+    operations = transformer_operations(tokens, text_tokens)
+    memory = transformer_memory(tokens, text_tokens)
+    return operations | {f"GB, batch {BATCH}: {name}": value for name, value in memory.items()}
+
+
+def transformer_operations(tokens: int, text_tokens: int) -> dict[str, float]:
+    """TFLOP without and with LoRA, and of a training step without and with checkpointing."""
     network = transformer().requires_grad_(False)
-    frozen = tera(lambda: call(network, 1, tokens, text_tokens, "meta"))
-    cost = {"TFLOP, forward, a sample": frozen}
+
+    def forward() -> torch.Tensor:
+        return call(network, 1, tokens, text_tokens, "meta")
+
+    def forward_backward() -> None:
+        loss = forward().float().square().mean()
+        loss.backward()
+
+    frozen = tera(forward)
     wrap(network)
-    cost[f"TFLOP, forward, of which LoRA of rank {RANK} adds"] = tera(lambda: call(network, 1, tokens, text_tokens, "meta")) - frozen
-    memory = {"weights, bf16": 2 * sum(p.numel() for p in transformer().parameters()) / 1e9,
-              "LoRA, fp32: weight, gradient, two moments": 16 * sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e9}
-    for checkpointing in (False, True):
-        with_it = "with" if checkpointing else "without"
-        if checkpointing:
-            network.enable_gradient_checkpointing()
-        step = tera(lambda: call(network, 1, tokens, text_tokens, "meta").float().square().mean().backward())
-        cost[f"TFLOP, a training step of {BATCH}, {with_it} checkpointing"] = BATCH * step
+    wrapped = tera(forward)
+    step = tera(forward_backward)
+    network.enable_gradient_checkpointing()
+    checkpointed_step = tera(forward_backward)
+    return {
+        "TFLOP, forward, a sample": frozen,
+        f"TFLOP, forward, of which LoRA of rank {RANK} adds": wrapped - frozen,
+        f"TFLOP, a training step of {BATCH}, without checkpointing": BATCH * step,
+        f"TFLOP, a training step of {BATCH}, with checkpointing": BATCH * checkpointed_step,
+    }
+
+
+def transformer_memory(tokens: int, text_tokens: int) -> dict[str, float]:
+    """GB of a training step of BATCH."""
+    network = transformer()
+    weights = 2 * parameters_of(network) / 1e9
+    adapter = 16 * lora_parameters_of(wrap(network)) / 1e9
     kept, block = activations(tokens, text_tokens, False)
-    memory["activations kept, without checkpointing"] = kept
-    memory["activations kept, with checkpointing"] = activations(tokens, text_tokens, True)[0]
-    memory["activations of the block being recomputed"] = block
-    base = memory["weights, bf16"] + memory["LoRA, fp32: weight, gradient, two moments"]
-    memory["sum, without checkpointing"] = base + kept
-    memory["sum, with checkpointing"] = base + memory["activations kept, with checkpointing"] + block
-    return cost | {f"GB, batch {BATCH}: {name}": value for name, value in memory.items()}
+    kept_checkpointed, _ = activations(tokens, text_tokens, True)
+    return {
+        "weights, bf16": weights,
+        "LoRA, fp32: weight, gradient, two moments": adapter,
+        "activations kept, without checkpointing": kept,
+        "activations kept, with checkpointing": kept_checkpointed,
+        "activations of the block being recomputed": block,
+        "sum, without checkpointing": weights + adapter + kept,
+        "sum, with checkpointing": weights + adapter + kept_checkpointed + block,
+    }
 
 
 def activations(tokens: int, text_tokens: int, checkpointing: bool) -> tuple[float, float]:
-    """GB that a forward pass on a GPU under bf16 autocast keeps for the backward pass, and of these the most that one block keeps.
+    """GB that a forward pass on a GPU under bf16 autocast keeps for backward, and the most by one block.
 
-    Tensors without data, as if they were on a GPU; counted by storage, as many views share one; parameters do not count. Gradients in
-    flight, the allocator's reserve and the CUDA context come on top.
+    Fake tensors, as if they were on a GPU; counted by storage, as many views share one; parameters do not
+    count. Gradients in flight, the allocator's reserve and the CUDA context come on top.
     """
     with FakeTensorMode(), gpu_autocast():
-        network = wrap(transformer("cuda", torch.bfloat16).requires_grad_(False))
+        network = transformer("cuda", torch.bfloat16).requires_grad_(False)
+        wrap(network)
         if checkpointing:
             network.enable_gradient_checkpointing()
         parameters = {p.untyped_storage()._cdata for p in network.parameters()}
-        kept, marks = {}, []
+        kept = {}
+        before_blocks = []  # GB kept when a block starts and when it ends
+        after_blocks = []
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in parameters:
-                kept[storage._cdata] = storage               # held, so that no other can come to lie at its address
+                kept[storage._cdata] = storage  # kept alive, so that its address is not used again
             return tensor
 
         for block in [*network.transformer_blocks, *network.single_transformer_blocks]:
-            for register in (block.register_forward_pre_hook, block.register_forward_hook):
-                register(lambda *_: marks.append(size(kept)))
+            block.register_forward_pre_hook(lambda *_: before_blocks.append(size(kept)))
+            block.register_forward_hook(lambda *_: after_blocks.append(size(kept)))
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             output = call(network, BATCH, tokens, text_tokens, "cuda")
             output.float().square().mean()
-        return size(kept), max(stop - start for start, stop in zip(marks[::2], marks[1::2]))
+        per_block = [after - before for before, after in zip(before_blocks, after_blocks)]
+        return size(kept), max(per_block)
 
 
 def size(storages: dict) -> float:
@@ -155,38 +222,73 @@ def tera(run) -> float:
 
 def call(network, batch: int, tokens: int, text_tokens: int, device: str) -> torch.Tensor:
     """The network, once, on pictures of `tokens` tokens."""
-    x, text, t, ids, text_ids = (torch.empty(*shape, device=device) for shape in (
-        (batch, tokens, 128), (batch, text_tokens, 7680), (batch,), (tokens, 4), (text_tokens, 4)))
-    return network(hidden_states=x, timestep=t, encoder_hidden_states=text, img_ids=ids, txt_ids=text_ids, return_dict=False)[0]
+    with torch.device(device):
+        x = torch.empty(batch, tokens, 128)
+        t = torch.empty(batch)
+        text = torch.empty(batch, text_tokens, 7680)
+        ids = torch.empty(tokens, 4)
+        text_ids = torch.empty(text_tokens, 4)
+    return network(
+        hidden_states=x,
+        timestep=t,
+        encoder_hidden_states=text,
+        img_ids=ids,
+        txt_ids=text_ids,
+        return_dict=False,
+    )[0]
 
 
 @contextmanager
 def flash_attention():
-    """Attention by the kernel that a GPU takes, also for tensors without data: no matrix of all pairs is kept."""
-    def flash(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        half = [part.to(torch.bfloat16) for part in (query, key, value)]
-        return torch.ops.aten._scaled_dot_product_flash_attention(*half, dropout_p, is_causal, scale=scale)[0].to(query.dtype)
+    """Attention by the kernel that a GPU takes, for fake tensors too: no (S, S) matrix is kept."""
+    original = F.scaled_dot_product_attention
 
-    torchs, F.scaled_dot_product_attention = F.scaled_dot_product_attention, flash
+    def flash(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
+        q = query.to(torch.bfloat16)
+        k = key.to(torch.bfloat16)
+        v = value.to(torch.bfloat16)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        output = kernel(q, k, v, dropout_p, is_causal, scale=scale)[0]
+        return output.to(query.dtype)
+
+    F.scaled_dot_product_attention = flash
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = torchs
+        F.scaled_dot_product_attention = original
 
 
 def transformer(device: str = "meta", dtype: torch.dtype = torch.float32) -> Flux2Transformer2DModel:
     """Of FLUX.2 Klein 4B, the published size."""
     with torch.device(device), default_dtype(dtype):
-        return Flux2Transformer2DModel(num_layers=5, num_single_layers=20, attention_head_dim=128, num_attention_heads=24,
-                                       joint_attention_dim=7680, in_channels=128, guidance_embeds=False)
+        return Flux2Transformer2DModel(
+            num_layers=5,
+            num_single_layers=20,
+            attention_head_dim=128,
+            num_attention_heads=24,
+            joint_attention_dim=7680,
+            in_channels=128,
+            guidance_embeds=False,
+        )
 
 
 def text_encoder(device: str = "meta") -> pretrained.KleinText:
     """Qwen3 4B up to the last layer that is read."""
+    config = transformers.Qwen3Config(
+        hidden_size=2560,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=9728,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    )
     with torch.device(device):
-        return pretrained.KleinText(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-            hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128, intermediate_size=9728,
-            vocab_size=151936, tie_word_embeddings=True)))
+        qwen = transformers.Qwen3ForCausalLM(config)
+        return pretrained.KleinText(qwen)
 
 
 def autoencoder() -> AutoencoderKLFlux2:
@@ -205,83 +307,127 @@ def default_dtype(dtype: torch.dtype):
 
 
 def wrap(network: torch.nn.Module, rank: int = RANK) -> torch.nn.Module:
-    spectrogram.add_lora(network, dict.fromkeys(spectrogram.attention_layers(network), rank), rank)
+    spectrogram.add_attention_lora(network, rank, rank)
     return network
 
 
 # Our LoRA against peft's
 
+
 def lora(options: argparse.Namespace) -> None:
     """Seconds and peak memory of a step, forward, backward and AdamW, of both, in turns."""
-    import peft
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    with default_dtype(dtype):
-        ours, theirs = small(options).to(device), small(options).to(device)
-    theirs.load_state_dict(ours.state_dict())
-    paths = spectrogram.attention_layers(ours)
-    theirs.add_adapter(peft.LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=paths))
-    spectrogram.add_lora(ours, dict.fromkeys(paths, options.rank), 2 * options.rank)
-    ours.requires_grad_(False)
-    for module in spectrogram.loras(ours).values():
-        module.A.requires_grad_(), module.B.requires_grad_()
-    with torch.no_grad():
-        modules = dict(theirs.named_modules())
-        for path, module in spectrogram.loras(ours).items():
-            for parameter, name in ((module.A, "lora_A"), (module.B, "lora_B")):
-                other = getattr(modules[path], name)["default"]
-                other.to(torch.float32)                      # fp32 as ours, or they would not be compared
-                other.weight.normal_(0, 0.02)
-                parameter.copy_(other.weight)
+    ours, theirs = wrapped_pair(options, device, dtype)
     inputs = example(options, device)
-    steps = {name: stepper(network, inputs, device, dtype) for name, network in (("ours", ours), ("peft", theirs))}
+    steps = {
+        "ours": stepper(ours, inputs, device, dtype),
+        "peft": stepper(theirs, inputs, device, dtype),
+    }
     losses = {name: step() for name, step in steps.items()}
     for step in steps.values():
         step()
-    times = {name: [] for name in steps}
+    seconds = {"ours": [], "peft": []}
     for n in range(options.repeats):
-        for name in list(steps)[::1 if n % 2 else -1]:
-            times[name].append(clock(steps[name], device))
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    result = {"device": machine, "dtype": options.dtype, "repeats": options.repeats, "loss of the first step": losses,
-              "median seconds": {name: statistics.median(found) for name, found in times.items()},
-              "peak MB above what stays": {name: peak(step, device) / 1e6 for name, step in steps.items()}}
-    for key in ("median seconds", "peak MB above what stays"):
-        result[f"{key}, ours / peft"] = result[key]["ours"] / result[key]["peft"]
-    result["median of the ratios of neighbours"] = statistics.median(a / b for a, b in zip(times["ours"], times["peft"]))
+        order = ("ours", "peft") if n % 2 else ("peft", "ours")
+        for name in order:
+            seconds[name].append(clock(steps[name], device))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    peaks = {name: peak(step, device) / 1e6 for name, step in steps.items()}
+    ratios = [a / b for a, b in zip(seconds["ours"], seconds["peft"])]
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = f"cpu, {torch.get_num_threads()} threads"
+    result = {
+        "device": machine,
+        "dtype": options.dtype,
+        "repeats": options.repeats,
+        "loss of the first step": losses,
+        "median seconds": medians,
+        "peak MB above what stays": peaks,
+        "median seconds, ours / peft": medians["ours"] / medians["peft"],
+        "peak MB above what stays, ours / peft": peaks["ours"] / peaks["peft"],
+        "median of the ratios of neighbours": statistics.median(ratios),
+    }
     print(json.dumps(result, indent=1))
+
+
+def wrapped_pair(options: argparse.Namespace, device: str, dtype: torch.dtype) -> tuple:
+    """The same network twice, with our LoRA and with peft's, on the same layers, with the same A and B."""
+    import peft
+
+    with default_dtype(dtype):
+        ours = small(options).to(device)
+        theirs = small(options).to(device)
+    theirs.load_state_dict(ours.state_dict())
+    rank = options.rank
+    paths = spectrogram.attention_layers(ours)
+    theirs.add_adapter(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=paths))
+    spectrogram.add_attention_lora(ours, rank, 2 * rank)
+    ours.requires_grad_(False)
+    with torch.no_grad():
+        for path, layer in spectrogram.loras(ours).items():
+            peft_layer = theirs.get_submodule(path)
+            copy_matrix(peft_layer.lora_A["default"], layer.A)
+            copy_matrix(peft_layer.lora_B["default"], layer.B)
+    return ours, theirs
+
+
+def copy_matrix(linear: torch.nn.Linear, parameter: torch.nn.Parameter) -> None:
+    """Set both to the same random values, in fp32 as ours are: else the comparison is not fair."""
+    linear.to(torch.float32)
+    linear.weight.normal_(0, 0.02)
+    parameter.copy_(linear.weight)
+    parameter.requires_grad_(True)
 
 
 def small(options: argparse.Namespace) -> Flux2Transformer2DModel:
     """A Klein of --width and --layers, two of them double."""
-    head = options.width // 8
-    network = Flux2Transformer2DModel(in_channels=128, num_layers=2, num_single_layers=options.layers - 2, attention_head_dim=head,
-                                      num_attention_heads=8, joint_attention_dim=768, axes_dims_rope=(head // 4,) * 4,
-                                      guidance_embeds=False)
+    head_dim = options.width // 8
+    network = Flux2Transformer2DModel(
+        in_channels=128,
+        num_layers=2,
+        num_single_layers=options.layers - 2,
+        attention_head_dim=head_dim,
+        num_attention_heads=8,
+        joint_attention_dim=768,
+        axes_dims_rope=(head_dim // 4,) * 4,
+        guidance_embeds=False,
+    )
     return network.requires_grad_(False)
 
 
-def example(options: argparse.Namespace, device: str) -> dict:
+def example(options: argparse.Namespace, device: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    shapes = {"hidden_states": (options.batch, options.tokens, 128), "encoder_hidden_states": (options.batch, options.text_tokens, 768),
-              "timestep": (options.batch,)}
-    inputs = {name: torch.rand(*shape, generator=generator) for name, shape in shapes.items()}
-    inputs |= {"img_ids": torch.zeros(options.tokens, 4), "txt_ids": torch.zeros(options.text_tokens, 4)}
-    return {name: value.to(device) for name, value in inputs.items()}
+    batch = options.batch
+    x = torch.rand(batch, options.tokens, 128, generator=generator)
+    text = torch.rand(batch, options.text_tokens, 768, generator=generator)
+    t = torch.rand(batch, generator=generator)
+    return {
+        "hidden_states": x.to(device),
+        "encoder_hidden_states": text.to(device),
+        "timestep": t.to(device),
+        "img_ids": torch.zeros(options.tokens, 4, device=device),
+        "txt_ids": torch.zeros(options.text_tokens, 4, device=device),
+    }
 
 
-def stepper(network, inputs: dict, device: str, dtype: torch.dtype):
+def stepper(network: torch.nn.Module, inputs: dict, device: str, dtype: torch.dtype):
     """A function that makes one training step and returns its loss."""
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    half = dtype == torch.bfloat16
 
     def step() -> float:
-        with torch.autocast(device, torch.bfloat16) if dtype == torch.bfloat16 else nullcontext():
-            loss = network(**inputs, return_dict=False)[0].float().square().mean()
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            output = network(**inputs, return_dict=False)[0]
+            loss = output.float().square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()                                   # waits for the GPU
+        return loss.item()  # waits for the GPU
 
     return step
 
@@ -304,9 +450,13 @@ def peak(step, device: str) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
-    events = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    events = sorted(
+        (e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"
+    )
     held = most = 0
     for _, change in events:
         held += change
@@ -315,13 +465,23 @@ def peak(step, device: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("plan")
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=plan)
     command = commands.add_parser("lora")
-    for name, default in (("width", 512), ("layers", 6), ("batch", 2), ("tokens", 128), ("text_tokens", 64), ("rank", 64), ("repeats", 15)):
+    for name, default in (
+        ("width", 512),
+        ("layers", 6),
+        ("batch", 2),
+        ("tokens", 128),
+        ("text_tokens", 64),
+        ("rank", 64),
+        ("repeats", 15),
+    ):
         command.add_argument(f"--{name}", type=int, default=default)
     command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     command.set_defaults(run=lora)
