@@ -58,7 +58,7 @@ def resample(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
 
 def log_mel(wave: torch.Tensor, mel: Mel) -> torch.Tensor:
     """wave (N,) -> log-mel (N // hop, M); a wave shorter than one hop is padded to one frame."""
-    frames = max(1, len(wave) // mel.hop)
+    length = max(1, len(wave) // mel.hop)
     overlap = mel.n_fft if mel.centred else mel.n_fft - mel.hop
     pad = overlap // 2
     missing = max(0, pad + 1 - len(wave))  # reflection needs more samples than it mirrors
@@ -66,16 +66,16 @@ def log_mel(wave: torch.Tensor, mel: Mel) -> torch.Tensor:
     wave = F.pad(wave[None], (pad, pad), mode="reflect")[0]
     hann = window(mel.n_fft)
     spectrum = torch.stft(wave, mel.n_fft, mel.hop, window=hann, center=False, return_complex=True)
-    spectrum = spectrum[:, :frames]
+    spectrum = spectrum[:, :length]
     parts = torch.view_as_real(spectrum)  # (n_fft / 2 + 1, T, 2)
     power = parts.square().sum(-1)
     if not mel.centred:  # as BigVGAN
         power = power + 1e-9
-    magnitude = power.sqrt()
+    magnitudes = power.sqrt()
     filters = mel_filters(mel)
-    mel_magnitude = filters @ magnitude  # (M, T)
-    log_magnitude = mel_magnitude.clamp_min(LOG_FLOOR).log()
-    return log_magnitude.T.contiguous()
+    mel_magnitudes = filters @ magnitudes  # (M, T)
+    log_mels = mel_magnitudes.clamp_min(LOG_FLOOR).log()
+    return log_mels.T.contiguous()
 
 
 def draw_crop(wave: torch.Tensor, samples: int, rng: np.random.Generator) -> torch.Tensor:
@@ -113,11 +113,11 @@ def denormalise(x: torch.Tensor, mean: float, std: float) -> torch.Tensor:
 
 def griffin_lim(x: torch.Tensor, mel: Mel, iterations: int = 32, momentum: float = 0.99) -> torch.Tensor:
     """log-mel (T, M) -> wave (T * hop,)."""
-    magnitude = invert_mel(x.float().cpu(), mel)  # (n_fft / 2 + 1, T)
-    frames = magnitude.shape[1]
-    if frames < 2:
-        return torch.zeros(frames * mel.hop)
-    wave = find_phase(magnitude, mel.n_fft, mel.hop, iterations, momentum)
+    magnitudes = invert_mel(x.float().cpu(), mel)  # (n_fft / 2 + 1, T)
+    length = magnitudes.shape[1]
+    if length < 2:
+        return torch.zeros(length * mel.hop)
+    wave = find_phase(magnitudes, mel.n_fft, mel.hop, iterations, momentum)
     if mel.centred:
         return F.pad(wave, (0, mel.hop))
     start = mel.hop // 2  # frame m of the log-mel is centred on (m + 1/2) hop, here it is on m hop
@@ -125,33 +125,33 @@ def griffin_lim(x: torch.Tensor, mel: Mel, iterations: int = 32, momentum: float
 
 
 def find_phase(
-    magnitude: torch.Tensor, n_fft: int, hop: int, iterations: int, momentum: float = 0.99
+    magnitudes: torch.Tensor, n_fft: int, hop: int, iterations: int, momentum: float = 0.99
 ) -> torch.Tensor:
-    """magnitude (n_fft / 2 + 1, T) -> wave ((T - 1) * hop,), frame m centred on sample m hop, T at least 2.
+    """magnitudes (n_fft / 2 + 1, T) -> wave ((T - 1) * hop,), frame m centred on sample m hop, T at least 2.
 
     Phase by fast Griffin-Lim (Perraudin, Balazs, Sondergaard 2013), from a fixed random start.
     """
-    device = magnitude.device
+    device = magnitudes.device
     hann = window(n_fft).to(device)
-    length = (magnitude.shape[1] - 1) * hop
+    length = (magnitudes.shape[1] - 1) * hop
     generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(magnitude.shape, generator=generator).to(device)
+    noise = torch.rand(magnitudes.shape, generator=generator).to(device)
     ones = torch.ones_like(noise)
     phase = torch.polar(ones, 2 * math.pi * noise)
     previous = torch.zeros((), device=device)
     for _ in range(iterations):
-        wave = torch.istft(magnitude * phase, n_fft, hop, window=hann, length=length)
+        wave = torch.istft(magnitudes * phase, n_fft, hop, window=hann, length=length)
         rebuilt = torch.stft(wave, n_fft, hop, window=hann, pad_mode="constant", return_complex=True)
         change = rebuilt - previous
         accelerated = rebuilt + momentum * change
         norm = accelerated.abs().clamp_min(1e-9)
         phase = accelerated / norm
         previous = rebuilt
-    return torch.istft(magnitude * phase, n_fft, hop, window=hann, length=length)
+    return torch.istft(magnitudes * phase, n_fft, hop, window=hann, length=length)
 
 
 def invert_mel(x: torch.Tensor, mel: Mel, iterations: int = 30) -> torch.Tensor:
-    """log-mel (T, M) -> magnitude (n_fft / 2 + 1, T), never negative.
+    """log-mel (T, M) -> magnitudes (n_fft / 2 + 1, T), never negative.
 
     Multiplicative updates (Lee, Seung 2001) sound and measure better than the pseudo-inverse, which rings
     into negative bins.
@@ -159,12 +159,12 @@ def invert_mel(x: torch.Tensor, mel: Mel, iterations: int = 30) -> torch.Tensor:
     filters = mel_filters(mel)  # (M, n_fft / 2 + 1)
     target = x.exp().T  # (M, T)
     areas = filters.sum(1, keepdim=True)
-    magnitude = filters.T @ (target / areas)
+    magnitudes = filters.T @ (target / areas)
     wanted = filters.T @ target
     for _ in range(iterations):
-        reached = filters.T @ (filters @ magnitude)
-        magnitude = magnitude * wanted / reached.clamp_min(1e-12)
-    return magnitude
+        reached = filters.T @ (filters @ magnitudes)
+        magnitudes = magnitudes * wanted / reached.clamp_min(1e-12)
+    return magnitudes
 
 
 @functools.cache
@@ -289,12 +289,12 @@ def magnitude(wave: torch.Tensor, p: Picture) -> torch.Tensor:
     return spectrum.abs()
 
 
-def zero_db(magnitude: torch.Tensor, p: Picture) -> torch.Tensor:
+def zero_db(magnitudes: torch.Tensor, p: Picture) -> torch.Tensor:
     """The magnitude (..., 1, 1) that is 0 dB: the clip's own peak, or that of a sine of full scale.
 
     A Hann window makes the latter n_fft / 4.
     """
-    peak = magnitude.amax((-2, -1), keepdim=True).clamp_min(1e-9)
+    peak = magnitudes.amax((-2, -1), keepdim=True).clamp_min(1e-9)
     if p.reference == "peak":
         return peak
     return torch.full_like(peak, p.n_fft / 4)
@@ -306,8 +306,8 @@ def levels(wave: torch.Tensor, p: Picture) -> torch.Tensor:
     return decibels(spectrogram, zero_db(spectrogram, p))
 
 
-def decibels(magnitude: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    ratio = (magnitude / reference).clamp_min(1e-9)
+def decibels(magnitudes: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    ratio = (magnitudes / reference).clamp_min(1e-9)
     return (20 * ratio.log10()).clamp(FLOOR_DB, 0)
 
 
@@ -338,20 +338,20 @@ def log_spectral_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return rms.mean().item()
 
 
-def listen(level: torch.Tensor, p: Picture, peak: float = 0.0, iterations: int = 60) -> torch.Tensor:
+def listen(db: torch.Tensor, p: Picture, peak: float = 0.0, iterations: int = 60) -> torch.Tensor:
     """dB (bins, T) -> wave ((T - 1) * hop,), phase by Griffin-Lim.
 
     A frame that is all black is silence, and so are the bins that a low canvas left out. Black among colours
     sounds as -80 dB: with silence there, PocketSphinx would miss 5 (peak) to 10 (fixed) more words of 100.
     peak: the magnitude of 0 dB; 0 where it is not known: with p.reference "peak" the wave then peaks at 0.9.
     """
-    is_audible = level.amax(0) > FLOOR_DB  # (T,)
-    spectrogram = 10 ** (level.float() / 20)
+    is_audible = db.amax(0) > FLOOR_DB  # (T,)
+    spectrogram = 10 ** (db.float() / 20)
     spectrogram = spectrogram * is_audible
     missing_bins = p.n_fft // 2 + 1 - len(spectrogram)
     spectrogram = F.pad(spectrogram, (0, 0, 0, missing_bins))
     if spectrogram.shape[1] < 2:
-        return level.new_zeros(0)
+        return db.new_zeros(0)
     if not peak and p.reference == "fixed":
         peak = p.n_fft / 4
     if peak:
@@ -464,7 +464,7 @@ def main() -> None:
         roundtrip(options.source, rebuilt, given, options.recogniser, options.text)
 
 
-def save_wave(path: str | Path, wave: torch.Tensor, p: Picture) -> None:
+def save_spectrogram_png(path: str | Path, wave: torch.Tensor, p: Picture) -> None:
     """Write the picture of a wave as PNG, and in it the magnitude that is 0 dB."""
     reference = zero_db(magnitude(wave, p), p)
     save_png(path, paint(wave, p), p, peak=reference.item())
@@ -472,7 +472,7 @@ def save_wave(path: str | Path, wave: torch.Tensor, p: Picture) -> None:
 
 def encode(source: str, target: Path, given: dict) -> None:
     wave, p = read(source, given)
-    save_wave(target, wave, p)
+    save_spectrogram_png(target, wave, p)
     bins = p.n_fft // 2 + 1
     kept = min(bins, p.canvas_height)
     print(f"{target}  {frames(p)} frames, {kept} of {bins} frequencies, on {canvas_size(p)}")
@@ -491,11 +491,10 @@ def decode(source: str, target: Path, given: dict) -> None:
         painted_frames = p.canvas_width // p.stretch
         samples = (painted_frames - 1) * p.hop
         longest = seconds(samples, p.sample_rate)
-        shorter = min(p.seconds, longest)
-        p = replace(p, seconds=shorter)
+        p = replace(p, seconds=min(p.seconds, longest))
     check(p)
-    level, distance = unpaint(picture, p)
-    wave = listen(level, p, facts.get("peak", 0.0))
+    db, distance = unpaint(picture, p)
+    wave = listen(db, p, facts.get("peak", 0.0))
     save_wav(target, wave, p.sample_rate)
     duration_sec = len(wave) / p.sample_rate
     print(f"{target}  {duration_sec:.2f} s, mean distance to the path {distance.mean():.4f}")
@@ -506,17 +505,17 @@ def roundtrip(source: str, target: Path | None, given: dict, recogniser: str, te
     wave, p = read(source, given)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/x.png"
-        save_wave(path, wave, p)
+        save_spectrogram_png(path, wave, p)
         picture, _, facts = load_png(path)
-    level, distance = unpaint(picture, p)
-    error = level - levels(wave, p)[: len(level)]
+    db, distance = unpaint(picture, p)
+    error = db - levels(wave, p)[: len(db)]
     rmse = error.square().mean().sqrt()
     largest = error.abs().max()
     print(
         f"picture      {rmse:.4f} dB RMSE, {largest:.4f} dB at most, "
         f"mean distance to the path {distance.mean():.4f}"
     )
-    rebuilt = listen(level, p, facts["peak"])
+    rebuilt = listen(db, p, facts["peak"])
     before = magnitude(wave, p)
     after = magnitude(rebuilt, p)
     convergence = (before - after).norm() / before.norm()

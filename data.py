@@ -126,28 +126,28 @@ class Waves(Packed):
         p = config.picture
         seconds = min(config.data.max_seconds, p.seconds)
         super().__init__(config, wave_form(p), longest=math.ceil(seconds * p.sample_rate / p.hop))
-        self.longest = int(seconds * self.rate)  # samples
+        self.max_samples = int(seconds * self.rate)
 
     def wave(self, clip: Clip) -> torch.Tensor:
-        return super().wave(clip)[: self.longest]
+        return super().wave(clip)[: self.max_samples]
 
 
-def schedule(lengths: np.ndarray, step: int, batch: int, seed: int) -> np.ndarray:
-    """The clips of the global batch of a step: indices (batch,), shortest first; a pure function.
+def schedule(lengths: np.ndarray, step: int, batch_size: int, seed: int) -> np.ndarray:
+    """The clips of the global batch of a step: indices (batch_size,), shortest first; a pure function.
 
     An epoch shows every clip once: sorted by length, with 2 % of jitter, so that neighbours need little
     padding and still differ from epoch to epoch, cut into batches, and these shuffled. The last batch is
     filled up with clips that are shown again.
     """
     count = len(lengths)
-    steps = math.ceil(count / batch)  # per epoch
+    steps = math.ceil(count / batch_size)  # per epoch
     epoch, position = divmod(step, steps)
     rng = np.random.default_rng((seed, ORDER, epoch))
     clips = rng.permutation(count)
-    clips = np.resize(clips, steps * batch)
+    clips = np.resize(clips, steps * batch_size)
     jitter = rng.uniform(0.98, 1.02, len(clips))
     order = np.argsort(lengths[clips] * jitter)
-    batches = clips[order].reshape(steps, batch)
+    batches = clips[order].reshape(steps, batch_size)
     batch_order = rng.permutation(steps)
     chosen = batches[batch_order[position]]
     by_length = np.argsort(lengths[chosen], kind="stable")
@@ -174,14 +174,16 @@ def golden(number: int) -> float:
 
 def pad(rows: list[torch.Tensor], multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tensors (N, ...) -> (B, N', ...) filled up with 0, N' a multiple; and the mask (B, N')."""
+    count = len(rows)
     longest = max(len(row) for row in rows)
     size = math.ceil(longest / multiple) * multiple
     width = rows[0].shape[1:]
-    padded = rows[0].new_zeros(len(rows), size, *width)  # (B, N', ...)
-    mask = torch.zeros(len(rows), size, dtype=torch.bool)  # (B, N')
+    padded = rows[0].new_zeros(count, size, *width)  # (B, N', ...)
+    mask = torch.zeros(count, size, dtype=torch.bool)  # (B, N')
     for n, row in enumerate(rows):
-        padded[n, : len(row)] = row
-        mask[n, : len(row)] = True
+        length = len(row)
+        padded[n, :length] = row
+        mask[n, :length] = True
     return padded, mask
 
 
@@ -190,7 +192,7 @@ def cache_rows(
     lengths: list[int],
     width: int | None,
     encode: Callable[[list[int]], Iterable[np.ndarray]],
-    batch: int,
+    batch_size: int,
     what: str,
 ) -> None:
     """Write the features that `encode` computes of items 0, 1, ... to `path`, unless that is done.
@@ -198,7 +200,7 @@ def cache_rows(
     What was interrupted is continued. Features are kept as float16.
     path: .npy, named by everything its content depends on. lengths: rows of each item. width: of a row; None:
     as `encode` makes them.
-    encode: the numbers of `batch` items of similar length -> their rows (length, width).
+    encode: the numbers of `batch_size` items of similar length -> their rows (length, width).
     what: for the progress bar and errors.
     """
     if path.exists():
@@ -212,8 +214,8 @@ def cache_rows(
     try:
         target = open_unfinished(unfinished, sum(lengths), width)
         done = int(progress.read_text()) if target is not None and progress.exists() else 0
-        for first in tqdm(range(done, len(order), batch), desc=what, disable=None):
-            items = order[first : first + batch]
+        for first in tqdm(range(done, len(order), batch_size), desc=what, disable=None):
+            items = order[first : first + batch_size]
             last = first + len(items) - 1
             features = list(encode(items))
             for n, rows in zip(items, features, strict=True):
@@ -390,18 +392,18 @@ def pack(
     """
     # what the clips are, not where their recordings lie
     contents = [[clip.id, clip.text, clip.split, clip.start, clip.stop] for clip in clips]
-    plan = digest([FORMAT, corpus, format, contents])
+    fingerprint = digest([FORMAT, corpus, format, contents])
     has_index = (out / "index.json").exists()
     if has_index:
         index = read_index(out, format)
-        if index["plan"] != plan:
+        if index["plan"] != fingerprint:
             raise UserError(
                 f"{out}: already holds another corpus ({index['corpus']}, or other clips); "
                 "delete it, or choose another folder"
             )
     size = SPOKEN_SHARD if corpus["name"] == "demo" else SHARD
     parts = [clips[start : start + size] for start in range(0, len(clips), size)]
-    missing = [n for n in range(share[0], len(parts), share[1]) if read_shard(out, n, plan) is None]
+    missing = [n for n in range(share[0], len(parts), share[1]) if read_shard(out, n, fingerprint) is None]
     if has_index and not missing and not strict:
         return
     missing_clips = sum(len(parts[n]) for n in missing)
@@ -409,8 +411,8 @@ def pack(
         print(f"skipped {line}")
     print(f"packing {missing_clips} clips into {out}/", flush=True)
     with replacing(out / "plan") as part:  # fails before any work where the folder cannot be written to
-        part.write_text(plan)
-    write = functools.partial(pack_shard, out, plan, read)
+        part.write_text(fingerprint)
+    write = functools.partial(pack_shard, out, fingerprint, read)
     processes = max(1, min(workers, len(missing)))
     with (
         ProcessPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool,
@@ -418,14 +420,14 @@ def pack(
     ):
         for count in pool.map(write, missing, [parts[n] for n in missing]):
             bar.update(count)
-    shards = [read_shard(out, n, plan) for n in range(len(parts))]
+    shards = [read_shard(out, n, fingerprint) for n in range(len(parts))]
     if None in shards:
         print(f"{out}: other shares are still to be made", flush=True)
     else:
-        write_index(out, corpus, plan, format, shards, skipped, strict)
+        write_index(out, corpus, fingerprint, format, shards, skipped, strict)
 
 
-def pack_shard(out: Path, plan: str, read: Callable, shard: int, clips: list[Clip]) -> int:
+def pack_shard(out: Path, fingerprint: str, read: Callable, shard: int, clips: list[Clip]) -> int:
     """Write one shard, its list of clips last; returns len(clips), those included that were skipped."""
     packed = []
     arrays = []
@@ -451,7 +453,7 @@ def pack_shard(out: Path, plan: str, read: Callable, shard: int, clips: list[Cli
         if clip.split == "train":
             squares = np.square(frames, dtype=np.float64)
             sums += frames.sum(dtype=np.float64), squares.sum(), frames.size
-    header = {"plan": plan, "clips": len(packed), "frames": offset, "sums": sums.tolist()}
+    header = {"plan": fingerprint, "clips": len(packed), "frames": offset, "sums": sums.tolist()}
     header |= {"skipped": skipped, "too_long": too_long}
     rows_file, clips_file = shard_files(out, shard)
     with replacing(rows_file) as part, open(part, "wb") as f:
@@ -470,7 +472,13 @@ def shard_files(folder: Path, shard: int) -> tuple[Path, Path]:
 
 
 def write_index(
-    out: Path, corpus: dict, plan: str, format: dict, shards: list[tuple], skipped: list[str], strict: bool
+    out: Path,
+    corpus: dict,
+    fingerprint: str,
+    format: dict,
+    shards: list[tuple],
+    skipped: list[str],
+    strict: bool,
 ) -> None:
     """Sum up all shards; raises UserError for too few clips, and, if `strict`, for any that was skipped."""
     headers = [header for header, _, _ in shards]
@@ -500,7 +508,7 @@ def write_index(
         "std": math.sqrt(total_squares / count - mean**2),
         "form": format,
         "shards": len(shards),
-        "plan": plan,
+        "plan": fingerprint,
         "skipped": skipped,
         "too_long": too_long,
     }
@@ -531,18 +539,21 @@ def read_index(folder: Path, format: dict) -> dict:
     return index
 
 
-def read_shard(folder: Path, shard: int, plan: str) -> tuple[dict, list[Clip], np.ndarray] | None:
-    """A shard's header, clips and frames (T, M), memory-mapped; None if incomplete or of another plan."""
+def read_shard(folder: Path, shard: int, fingerprint: str) -> tuple[dict, list[Clip], np.ndarray] | None:
+    """A shard's header, clips and frames (T, M), memory-mapped; None: incomplete, or other fingerprint."""
     rows_file, clips_file = shard_files(folder, shard)
     try:
-        lines = clips_file.read_text(encoding="utf-8").split("\n")[:-1]
-        header = json.loads(lines[0])
-        clips = [Clip(**json.loads(line)) for line in lines[1:]]
+        text = clips_file.read_text(encoding="utf-8")
+        lines = text.split("\n")[:-1]
+        entries = [json.loads(line) for line in lines]
+        header = entries[0]
+        clips = [Clip(**entry) for entry in entries[1:]]
         frames = np.load(rows_file, mmap_mode="r")
-        expected = header["plan"], header["clips"], header["frames"]
+        is_wanted = header["plan"] == fingerprint
+        is_complete = header["clips"] == len(clips) and header["frames"] == len(frames)
     except (OSError, ValueError, LookupError, TypeError, EOFError):
         return None
-    return (header, clips, frames) if expected == (plan, len(clips), len(frames)) else None
+    return (header, clips, frames) if is_wanted and is_complete else None
 
 
 @contextlib.contextmanager
