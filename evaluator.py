@@ -1,8 +1,8 @@
 """How good a system is: validation loss on fixed noise; samples, transcribed and scored.
 
-All ranks take their share of the clips and gather at the end. `python evaluator.py --ckpt out/demo --limit 64`
-does after training what the loop does during it; `--snr inf 20 10 5 0` repeats it under noise. All of it lands
-in <out_dir>/eval/step_*. Reference scores, the floors, are those of the recordings through all but the network.
+All ranks take their share of the clips and gather at the end. The same evaluation as in training:
+`python evaluator.py --ckpt out/demo --limit 64`; `--snr inf 20 10 5 0` repeats it under noise. It writes into
+<out_dir>/eval/step_*. Reference scores, the floors, are of recordings through all but the network.
 """
 
 import argparse
@@ -38,7 +38,7 @@ OF_MADE = re.compile(r"eval/(fad|kad|clap|fid|inception_score|recall_made)")  # 
 
 
 class Evaluator:
-    """The prompts and, for a system that speaks, the recogniser, in memory; `run` samples and scores a network."""
+    """Holds the prompts and, for a system that speaks, a recogniser; `run` samples and scores a network."""
 
     def __init__(self, config: Config, corpus, device: torch.device, rank: int = 0, world: int = 1):
         self.config = config
@@ -100,7 +100,8 @@ class Evaluator:
         rows = []
         features = []
         texts = self.prompts or [clip.text for clip in self.clips]
-        share = sorted(range(self.rank, len(texts), self.world), key=lambda number: -len(texts[number]))
+        share = list(range(self.rank, len(texts), self.world))
+        share.sort(key=lambda number: -len(texts[number]))
         silent = None if self.rank == 0 else True  # None: where there is no terminal
         bar = tqdm(total=len(share), desc="sampling", unit="prompt", disable=silent, leave=False)
         size = self.config.eval.sample_batch
@@ -110,7 +111,8 @@ class Evaluator:
             outputs = network.sample(prompts, self.config.sample)
             transcripts = self.transcribe(outputs)
             for number, output, transcript in zip(numbers, outputs, transcripts):
-                rows.append(self.row(network, number, texts[number], output, transcript, folder))
+                row = self.row(network, number, texts[number], output, transcript, folder)
+                rows.append(row)
                 if network.features and self.clips:
                     found = network.features(output, self.corpus, self.clips[number])
                     features.append({"number": number, **found})
@@ -137,7 +139,7 @@ class Evaluator:
         return add_noise(audio.resample(wave, rate, 16000), self.snr, seed=number)
 
     def row(self, network, number: int, text: str, output, transcript: str | None, folder: Path) -> dict:
-        """Write a sample, and for the first ones pictures and references; returns its line of samples.jsonl."""
+        """Write a sample, its pictures and its reference if shown; returns its line of samples.jsonl."""
         row = {"number": number, "id": f"prompt-{number}", "text": text}
         if self.clips:
             row["id"] = self.clips[number].id
@@ -147,11 +149,12 @@ class Evaluator:
         if self.clips:
             row["group"] = self.clips[number].group
             row |= self.scores(network, number, output)
-        row |= {"audio": f"{number:03d}.wav", "reference_audio": None}
+        stem = f"{number:03d}"
+        row |= {"audio": f"{stem}.wav", "reference_audio": None}
         row |= {"picture": None, "reference_picture": None}
         audio.save_wav(folder / row["audio"], output.wave, output.sample_rate)
         if number < SHOWN:
-            row |= output.draw(folder / f"{number:03d}")
+            row |= output.draw(folder / stem)
             if self.clips:
                 row |= self.write_reference(network, number, folder)
         return row
@@ -168,7 +171,7 @@ class Evaluator:
         return scores | {f"{key}_shuffled": shuffled[key] for key in shuffled if key in matches}
 
     def write_reference(self, network, number: int, folder: Path) -> dict[str, str]:
-        """Write a clip's reference: pictures, and the recording unless it is the prompt; returns names by kind."""
+        """Write a clip's pictures, and its recording unless that is the prompt; returns the names by kind."""
         pictures = self.reference(network, number).draw(folder / f"{number:03d}.ref")
         names = {f"reference_{kind}": name for kind, name in pictures.items()}
         if network.listens:
@@ -180,7 +183,7 @@ class Evaluator:
         return names
 
     def reference(self, network, number: int):
-        """A clip through all but the generative network, which training does not change; cached if it is shown."""
+        """A clip through all but the generative network; cached if shown: training does not change it."""
         if number in self.reference_outputs:
             return self.reference_outputs[number]
         output = network.reference(self.corpus, self.clips[number])
@@ -189,7 +192,7 @@ class Evaluator:
         return output
 
     def load_recogniser(self):
-        """The first rank of a machine downloads it, then the others find it; UserError where they do not agree."""
+        """The first rank of a machine downloads it for the others; raises UserError where names differ."""
         is_first = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
         name = self.config.eval.recogniser
         if not is_first:
@@ -206,7 +209,7 @@ class Evaluator:
         return loaded
 
     def find_floors(self, network) -> dict[str, float]:
-        """The reference scores; those of a recogniser are stored beside the corpus, by all that they depend on."""
+        """The reference scores; a recogniser's are stored beside the corpus, with all that they depend on."""
         if not self.recogniser or not self.clips:
             return self.measure_reference_scores(network)
         basis = self.basis_of_floors()
@@ -243,8 +246,8 @@ class Evaluator:
     def measure_reference_scores(self, network) -> dict[str, float]:
         """What nothing can be expected to be better than.
 
-        The recogniser's error rate on the recordings, and on what is left of them after all but the generative
-        network ("vocoded"); and the scores of the latter, where they are not 0 by their nature.
+        The recogniser's error rate on the recordings, and on what all but the generative network leaves of
+        them ("vocoded"); and the scores of the latter, where they are not 0 by their nature.
         """
         recordings = {}
         vocoded = {}
@@ -278,7 +281,10 @@ class Evaluator:
     def reference_error_rate(
         self, name: str, sounds: dict[int, tuple[torch.Tensor, int]]
     ) -> dict[str, float]:
-        """{"eval/wer_<name>": error rate on sounds}, by the clips' numbers: waves (N,) and rates; {} without any."""
+        """eval/wer_<name>, the error rate on sounds; {} where there are none.
+
+        sounds: waves (N,) and rates in Hz by the clips' numbers.
+        """
         counts = []
         if sounds:
             waves, rates = zip(*sounds.values())
@@ -348,8 +354,9 @@ def mean_scores(rows: list[dict]) -> dict[str, float]:
 
 
 def by_group(rows: list[dict]) -> dict[str, float]:
-    """How often all was as asked for, by the words of the clips' groups, if there are several: eval/all_match/en.
+    """How often all was as asked for, by the words of the clips' groups, if there are several.
 
+    eval/all_match/en is that of the clips with the word en in their group.
     The same by rule where there is one: eval/all_rule/en.
     """
     words = set()
@@ -387,12 +394,15 @@ def figures(features: list[dict], folder: Path | None = None) -> dict[str, float
         for k in (1, 5, 10):
             scores[f"recall_made_{k}"] = of_generated[f"recall_{k}"]
     if "image" in f and folder:
-        draw_space(f.get("made", f["speech"]), f["image"], folder / "summary.png")
+        queries = f.get("made", f["speech"])
+        draw_space(queries, f["image"], folder / "summary.png")
     if "real" in f:
         made = f["made"]
-        scores["fad"] = metric.frechet_distance(made, f["real"])
-        scores["kad"] = metric.kernel_distance(made, f["real"])
-        scores["clap"] = float((made * f["text"]).sum(1).mean())
+        real = f["real"]
+        scores["fad"] = metric.frechet_distance(made, real)
+        scores["kad"] = metric.kernel_distance(made, real)
+        cosines = (made * f["text"]).sum(1)
+        scores["clap"] = float(cosines.mean())
     if "seen" in f:
         scores["fid"] = metric.frechet_distance(f["seen"], f["seen_real"])
         if f["shares"].size:
@@ -410,7 +420,7 @@ def retrieval(f: dict[str, np.ndarray], kind: str) -> dict[str, float]:
     query = f[kind]
     image = f["image"]
     label = f["label"]
-    _, first = np.unique(f["picture"], return_index=True)  # (m,)
+    _, first = np.unique(f["picture"], return_index=True)
     gallery = image[first]  # (m, D)
     similarity = query @ gallery.T  # (n, m)
     right = np.equal.outer(label, label[first])
@@ -419,32 +429,37 @@ def retrieval(f: dict[str, np.ndarray], kind: str) -> dict[str, float]:
         scores[f"recall_{k}"] = metric.recall_at(similarity, right, k)
         scores[f"recall_back_{k}"] = metric.recall_at(similarity.T, right.T, k)
     matched = (query * image).sum(1)
-    scores["cos_matched"] = float(matched.mean())
+    unmatched = similarity[~right]
     gap = query.mean(0) - gallery.mean(0)
-    scores["modality_gap"] = float(np.linalg.norm(gap))
-    if not right.all():
-        unmatched = similarity[~right]
+    scores["cos_matched"] = float(matched.mean())
+    if unmatched.size:
         scores["cos_unmatched"] = float(unmatched.mean())
-    return scores | recall_by_group(similarity, right, f["group"].tolist())
+    scores["modality_gap"] = float(np.linalg.norm(gap))
+    scores |= recall_by_group(similarity, right, f["group"])
+    return scores
 
 
-def recall_by_group(similarity: np.ndarray, right: np.ndarray, groups: list[str]) -> dict[str, float]:
-    """R@1 by each word of the queries' groups that not all of them have, and the gap between the languages."""
+def recall_by_group(similarity: np.ndarray, right: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """R@1 by each word that some, not all, of the queries' groups have; the gap between languages."""
     queries_of = {}
     languages = set()
-    for query, group in enumerate(groups):
+    for query, group in enumerate(groups.tolist()):
         words = group.split()
-        languages |= set(words[:1])
+        languages.update(words[:1])
         for word in words:
             queries_of.setdefault(word, []).append(query)
     recalls = {}
-    for word, queries in sorted(queries_of.items()):
+    for word in sorted(queries_of):
+        queries = queries_of[word]
         if len(queries) < len(groups):
             recalls[word] = metric.recall_at(similarity[queries], right[queries], 1)
     scores = {f"recall_1/{word}": recall for word, recall in recalls.items()}
-    of_languages = [recalls[word] for word in languages if word in recalls]
-    if len(of_languages) > 1 and max(of_languages) > 0:
-        scores["language_gap"] = 1 - min(of_languages) / max(of_languages)
+    compared = languages & recalls.keys()
+    if len(compared) > 1:
+        best = max(recalls[language] for language in compared)
+        worst = min(recalls[language] for language in compared)
+        if best > 0:
+            scores["language_gap"] = 1 - worst / best
     return scores
 
 
@@ -453,17 +468,17 @@ def draw_space(queries: np.ndarray, pictures: np.ndarray, path: Path) -> None:
 
     A line joins each pair.
     """
-    both = np.concatenate([queries, pictures]).astype(float)
+    both = np.concatenate([queries, pictures])
+    both = both.astype(float)
     centred = both - both.mean(0)
-    _, _, directions = np.linalg.svd(centred, full_matrices=False)  # (D, D)
-    points = centred @ directions[:2].T  # (2 n, 2)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    x, y = directions[:2] @ centred.T  # (2 n,) each
     n = len(queries)
-    pairs = points.reshape(2, n, 2)
     axes = metric.picture_axes(4.6, 4.2, "", "")
-    x, y = pairs.transpose(2, 0, 1)  # (2, n) each
-    axes.plot(x, y, color=metric.GREY, alpha=0.25, linewidth=0.5)
-    axes.scatter(x[1], y[1], s=9, color=metric.BLUE, label="recorded pictures")
-    axes.scatter(x[0], y[0], s=9, color=metric.ORANGE, label="speech, or what was made of it")
+    pairs = {"color": metric.GREY, "alpha": 0.25, "linewidth": 0.5}
+    axes.plot(x.reshape(2, n), y.reshape(2, n), **pairs)
+    axes.scatter(x[n:], y[n:], s=9, color=metric.BLUE, label="recorded pictures")
+    axes.scatter(x[:n], y[:n], s=9, color=metric.ORANGE, label="speech, or what was generated from it")
     axes.legend(frameon=False, labelcolor=metric.GREY, fontsize=8)
     axes.figure.savefig(path, transparent=True)
 
@@ -472,7 +487,7 @@ def draw_space(queries: np.ndarray, pictures: np.ndarray, path: Path) -> None:
 def validate(network, batches, config: Config, device: torch.device, world: int) -> dict[str, float]:
     """The losses on the validation clips at fixed noise and stratified t: smooth, comparable between steps.
 
-    returns: the mean of every scalar but `loss`; where each clip's loss is known, also the mean in each bin of t.
+    returns: the mean of every scalar but `loss`; where each clip's loss is known, also its mean in bins of t.
     """
     is_bf16 = config.train.dtype == "bf16"
     sums = {}
@@ -480,20 +495,25 @@ def validate(network, batches, config: Config, device: torch.device, world: int)
         batch = {name: value.to(device) for name, value in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
             losses = network(batch)
-        t = batch["t"]
-        per_clip = losses.pop("flow_loss_per_clip", torch.zeros(0))
-        for name, value in losses.items():
-            if value.dim() == 0 and name != "loss":
-                add_to(sums, name, value.item() * len(t), len(t))
-        bins = (t * BINS).long().clamp(max=BINS - 1)
-        for i, value in zip(bins.tolist(), per_clip.tolist()):
-            add_to(sums, f"flow_loss_t{i}", value, 1)
+        add_losses(sums, losses, batch["t"])
     merged = {}
     for name, (total, count) in gather(list(sums.items()), world):
         add_to(merged, name, total, count)
     means = {f"val/{name}": total / count for name, (total, count) in merged.items()}
     bins_last = sorted(means, key=lambda name: name if IN_BIN.search(name) else "")
     return {name: means[name] for name in bins_last}
+
+
+def add_losses(sums: dict, losses: dict[str, torch.Tensor], t: torch.Tensor) -> None:
+    """Add the losses of a batch to the sums: each scalar, and each clip's flow loss to its bin of t (B,)."""
+    per_clip = losses.pop("flow_loss_per_clip", torch.zeros(0))
+    n_clips = len(t)
+    for name, loss in losses.items():
+        if loss.dim() == 0 and name != "loss":
+            add_to(sums, name, loss.item() * n_clips, n_clips)
+    bins = (t * BINS).long().clamp(max=BINS - 1)
+    for i, loss in zip(bins.tolist(), per_clip.tolist()):
+        add_to(sums, f"flow_loss_t{i}", loss, 1)
 
 
 def add_to(sums: dict[str, tuple[float, int]], name: str, value: float, count: int) -> None:
@@ -530,9 +550,11 @@ def show_error_rate(found: dict) -> None:
     name = found["eval/recogniser"]
     floors = []
     if "eval/wer_ground_truth" in found:
-        floors.append(f"recordings {metric.percent(found['eval/wer_ground_truth'])}")
+        recordings = metric.percent(found["eval/wer_ground_truth"])
+        floors.append(f"recordings {recordings}")
     if "eval/wer_vocoded" in found:
-        floors.append(f"vocoded {metric.percent(found['eval/wer_vocoded'])}")
+        vocoded = metric.percent(found["eval/wer_vocoded"])
+        floors.append(f"vocoded {vocoded}")
     listed = ", ".join(floors) or "none"
     print(f"  word error rate {rate} [{low:.1f}, {high:.1f}]  by {name}  floors: {listed}", flush=True)
 
@@ -593,7 +615,7 @@ def read_command_line() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         allow_abbrev=False,
-        epilog="--key value for any option of config.py changes what the checkpoint says, as --klein.base DIR",
+        epilog="--key value for any option of config.py changes what the checkpoint says: --klein.base DIR",
     )
     add = parser.add_argument
     add("--ckpt", required=True, help="a checkpoint, or the folder of a run")

@@ -89,8 +89,8 @@ SCORES = {
 def compare_expected(expected: dict[str, str], metrics: list[dict]) -> tuple[list[str], bool]:
     """A recipe's `expect`, {"eval/wer": "at most 0.1"}, beside the newest values.
 
-    returns: a line for each, and whether none was missed. What was not measured, for want of a recogniser say,
-    is neither met nor missed; its line says so.
+    returns: a line for each, and whether none was missed. What was not measured, for want of a recogniser
+    say, is neither met nor missed; its line says so.
     """
     newest = newest_values(metrics)
     lines = []
@@ -98,15 +98,17 @@ def compare_expected(expected: dict[str, str], metrics: list[dict]) -> tuple[lis
     for name, wanted in expected.items():
         side, number = BOUND.fullmatch(wanted).groups()
         bound = float(number)
+        line = f"expected {name} {side} {as_shown(name, bound)}:"
         value = newest.get(name)
-        verdict = "not measured"
-        if value is not None:
-            met = value <= bound if side == "at most" else value >= bound
-            none_missed = none_missed and met
-            verdict = "met" if met else "missed"
-            margin = as_shown(name, abs(value - bound))
-            verdict += f", {as_shown(name, value)}, by {margin}"
-        lines.append(f"expected {name} {side} {as_shown(name, bound)}: {verdict}")
+        if value is None:
+            lines.append(f"{line} not measured")
+            continue
+        distance = as_shown(name, abs(value - bound))
+        met = value <= bound if side == "at most" else value >= bound
+        if not met:
+            none_missed = False
+        verdict = "met" if met else "missed"
+        lines.append(f"{line} {verdict}, {as_shown(name, value)}, by {distance}")
     return lines, none_missed
 
 
@@ -441,17 +443,26 @@ def spectrogram_png(log_mel: np.ndarray, path: str, mel: Mel) -> None:
     n_frames, n_mels = log_mel.shape
     seconds = n_frames * mel.hop / mel.sample_rate
     axes = picture_axes(4.6, 1.9, "s", "kHz")
-    show_matrix(axes, log_mel.T, (0, seconds, 0, n_mels), "magma", math.log(1e-5), 2)
+    extent = (0, seconds, 0, n_mels)
+    quietest = math.log(1e-5)
+    show_matrix(axes, log_mel.T, extent, "magma", quietest, 2)
+    rows = rows_of_khz(mel, n_mels)
+    axes.set_yticks(list(rows.values()), list(rows))
+    axes.figure.savefig(path, transparent=True)
+
+
+def rows_of_khz(mel: Mel, n_mels: int) -> dict[str, float]:
+    """At which rows of a picture with n_mels rows round frequencies are."""
     lowest = slaney_mel(mel.fmin)
     highest = slaney_mel(mel.fmax)
-    ticks = {}
+    rows = {}
     for khz in ("0.5", "1", "2", "4", "6", "10", "16"):
-        height = slaney_mel(1000 * float(khz)) - lowest
-        row = height / (highest - lowest) * (n_mels + 1) - 0.5
+        hz = 1000 * float(khz)
+        height = (slaney_mel(hz) - lowest) / (highest - lowest)
+        row = height * (n_mels + 1) - 0.5
         if 0 <= row <= n_mels:
-            ticks[khz] = row
-    axes.set_yticks(list(ticks.values()), list(ticks))
-    axes.figure.savefig(path, transparent=True)
+            rows[khz] = row
+    return rows
 
 
 def attention_png(weights: np.ndarray, text: str, path: str, seconds: float = 0) -> None:
@@ -462,14 +473,17 @@ def attention_png(weights: np.ndarray, text: str, path: str, seconds: float = 0)
     from matplotlib.colors import LinearSegmentedColormap
 
     n_frames, n_bytes = weights.shape
+    left = -0.5
+    right = n_bytes - 0.5
+    top = seconds or n_frames
     ink = LinearSegmentedColormap.from_list("ink", [BLUE + "00", BLUE + "ff"])
     strongest = np.median(weights.max(1))
-    extent = (-0.5, n_bytes - 0.5, 0, seconds or n_frames)
     axes = picture_axes(9.2, 1.9, "", "s" if seconds else "frames")
-    show_matrix(axes, weights, extent, ink, 0, strongest)
+    show_matrix(axes, weights, (left, right, 0, top), ink, 0, strongest)
     labels = byte_labels(text) + [""] * n_bytes  # an end token has no letter
+    labels = labels[:n_bytes]
     font_size = min(8, 880 / n_bytes)
-    axes.set_xticks(range(n_bytes), labels[:n_bytes], fontsize=font_size, parse_math=False)
+    axes.set_xticks(range(n_bytes), labels, fontsize=font_size, parse_math=False)
     axes.tick_params(axis="x", length=0)
     axes.figure.savefig(path, transparent=True)
 
@@ -676,15 +690,18 @@ def newest_evaluation(out: Path, shown: int) -> dict:
 
 def headline(metrics: list[dict], run: dict) -> list[str]:
     """Length, size, hardware and start of a run: what is known of them."""
-    facts = []
-    if metrics:
-        facts.append(f"{metrics[-1]['step']:,} steps")
+    steps = metrics[-1]["step"] if metrics else None
     minutes = newest_values(metrics).get("perf/train_minutes")
-    if minutes:
-        facts.append(f"{minutes:,.1f} minutes of training")
     size = run.get("parameters")
-    facts.append(f"{size / 1e6:,.1f} M parameters" if isinstance(size, int) else size)
-    facts += [run.get("hardware"), run.get("started")]
+    if isinstance(size, int):
+        size = f"{size / 1e6:,.1f} M parameters"
+    facts = [
+        f"{steps:,} steps" if metrics else "",
+        f"{minutes:,.1f} minutes of training" if minutes else "",
+        size,
+        run.get("hardware"),
+        run.get("started"),
+    ]
     return [str(fact) for fact in facts if fact]
 
 
@@ -816,30 +833,33 @@ def word_error_chart(metrics: list[dict], newest: dict) -> Chart | None:
 
 def loss_by_t_chart(metrics: list[dict]) -> Chart | None:
     """The validation loss in each of ten bins of t, as first and as last measured."""
-    keys = [f"val/flow_loss_t{i}" for i in range(10)]
     centres = np.arange(10) / 10 + 0.05
     lines = []
     for row in metrics:
-        losses = [row.get(key) for key in keys]
-        if any(loss is not None for loss in losses):
-            points = np.stack([centres, np.array(losses, float)])  # None becomes NaN
-            colour = BLUE if lines else GREY
-            line = Line(f"step {row['step']:,}", colour, points)
-            lines = [*lines[:1], line]
+        losses = [row.get(f"val/flow_loss_t{i}") for i in range(10)]
+        losses = np.array(losses, float)  # None becomes NaN
+        if np.isnan(losses).all():
+            continue
+        colour = BLUE if lines else GREY
+        points = np.stack([centres, losses])
+        line = Line(f"step {row['step']:,}", colour, points)
+        lines = [*lines[:1], line]
     return chart("Validation loss by t", "0 is data, 1 is noise", lines, zero=True, x_label="t")
 
 
 def score_chart(metrics: list[dict], newest: dict, key: str) -> Chart | None:
     """A score beside the first two that it is to be compared with."""
     score = SCORES[key]
-    scale = 100 if score.unit == "%" else 1
-    values = series(metrics, f"eval/{key}", scale)
-    lines = [Line("generated", BLUE, values)]
-    for colour, (name, value) in zip((ORANGE, GREY), compared_with(newest, key)):
-        lines.append(level(name, colour, values, value, scale))
     title = score.title.capitalize()
     if score.unit:
         title += f", {score.unit}"
+    scale = 100 if score.unit == "%" else 1
+    values = series(metrics, f"eval/{key}", scale)
+    lines = [Line("generated", BLUE, values)]
+    colours = (ORANGE, GREY)
+    for colour, (name, value) in zip(colours, compared_with(newest, key)):
+        line = level(name, colour, values, value, scale)
+        lines.append(line)
     return chart(title, "", lines, zero=True)
 
 
@@ -851,7 +871,7 @@ def throughput_chart(metrics: list[dict]) -> Chart | None:
 
 
 def level(name: str, colour: str, over: np.ndarray, value: float | None, scale: float) -> Line:
-    """A line at `scale` times `value`, at the steps of the line `over` (2, n); without points if it is None."""
+    """A line at `scale` times a value, at the steps of the line `over` (2, n); empty if there is no value."""
     if value is None:
         return Line(name, colour, np.zeros((2, 0)))
     steps = over[0]

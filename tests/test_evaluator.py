@@ -320,6 +320,11 @@ def test_pictures_that_were_made_are_found_again_and_sounds_are_compared_as_sets
     rows = [row | {"made": row["image"], "chance": np.array(1 / 120)} for row in spoken()]
     found = evaluator.figures(rows)
     assert found["eval/recall_made_1"] == 1 and found["eval/chance"] == pytest.approx(1 / 120)
+    arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    of_speech, of_made = evaluator.retrieval(arrays, "speech"), evaluator.retrieval(arrays, "made")
+    assert of_speech != of_made
+    assert found == ({f"eval/{key}": value for key, value in of_speech.items()} | {"eval/chance": found["eval/chance"]}
+                     | {f"eval/recall_made_{k}": of_made[f"recall_{k}"] for k in (1, 5, 10)})
     rng = np.random.default_rng(0)
     rows = [{"number": n, "made": x, "real": x, "text": x / (x @ x)} for n, x in enumerate(rng.normal(size=(16, 4)))]
     found = evaluator.figures(rows)
