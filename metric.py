@@ -616,7 +616,10 @@ def inline_svg(axes, label: str) -> str:
 
 
 def write_report(out_dir: str, shown: int = 8) -> Path:
-    """Write <out_dir>/report.html: one page, with sounds and pictures of `shown` samples in it."""
+    """Write <out_dir>/report.html: one page, with sounds and pictures of `shown` samples in it.
+
+    The template says how it looks; it calls the functions that are put into `content` under their names there.
+    """
     out = Path(out_dir)
     if not out.is_dir():
         raise UserError(f"{out}: no such folder; give the out_dir of a run")
@@ -637,8 +640,9 @@ def write_report(out_dir: str, shown: int = 8) -> Path:
         "config": config,
         **newest_evaluation(out, shown),
     }
-    functions = [percent, with_unit, wer_notes, score_notes, compared, remarks, data_uri]
-    content |= {"SCORES": SCORES} | {function.__name__: function for function in functions}
+    content |= {"SCORES": SCORES, "percent": percent, "with_unit": with_unit}
+    content |= {"wer_notes": wer_notes, "score_notes": score_notes, "remarks": remarks}
+    content |= {"compared": compared, "data_uri": data_uri}
     template = PAGE.read_text(encoding="utf-8")
     template = jinja2.Template(template, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     write_atomically(out / "report.html", template.render(content))
