@@ -472,13 +472,15 @@ def draw_space(queries: np.ndarray, pictures: np.ndarray, path: Path) -> None:
     both = both.astype(float)
     centred = both - both.mean(0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    x, y = directions[:2] @ centred.T  # (2 n,) each
+    points = directions[:2] @ centred.T  # (2, 2 n)
     n = len(queries)
+    asked = points[:, :n]
+    shown = points[:, n:]
     axes = metric.picture_axes(4.6, 4.2, "", "")
-    pairs = {"color": metric.GREY, "alpha": 0.25, "linewidth": 0.5}
-    axes.plot(x.reshape(2, n), y.reshape(2, n), **pairs)
-    axes.scatter(x[n:], y[n:], s=9, color=metric.BLUE, label="recorded pictures")
-    axes.scatter(x[:n], y[:n], s=9, color=metric.ORANGE, label="speech, or what was generated from it")
+    x, y = np.stack([asked, shown], 1)  # (2, n) each
+    axes.plot(x, y, color=metric.GREY, alpha=0.25, linewidth=0.5)
+    axes.scatter(*shown, s=9, color=metric.BLUE, label="recorded pictures")
+    axes.scatter(*asked, s=9, color=metric.ORANGE, label="speech, or what was generated from it")
     axes.legend(frameon=False, labelcolor=metric.GREY, fontsize=8)
     axes.figure.savefig(path, transparent=True)
 
@@ -496,12 +498,15 @@ def validate(network, batches, config: Config, device: torch.device, world: int)
         with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
             losses = network(batch)
         add_losses(sums, losses, batch["t"])
+    of_ranks = gather(list(sums.items()), world)
     merged = {}
-    for name, (total, count) in gather(list(sums.items()), world):
+    for name, (total, count) in of_ranks:
         add_to(merged, name, total, count)
-    means = {f"val/{name}": total / count for name, (total, count) in merged.items()}
-    bins_last = sorted(means, key=lambda name: name if IN_BIN.search(name) else "")
-    return {name: means[name] for name in bins_last}
+    means = {}
+    for name in sorted(merged, key=lambda name: name if IN_BIN.search(name) else ""):  # the bins come last
+        total, count = merged[name]
+        means[f"val/{name}"] = total / count
+    return means
 
 
 def add_losses(sums: dict, losses: dict[str, torch.Tensor], t: torch.Tensor) -> None:
@@ -510,8 +515,10 @@ def add_losses(sums: dict, losses: dict[str, torch.Tensor], t: torch.Tensor) -> 
     n_clips = len(t)
     for name, loss in losses.items():
         if loss.dim() == 0 and name != "loss":
-            add_to(sums, name, loss.item() * n_clips, n_clips)
-    bins = (t * BINS).long().clamp(max=BINS - 1)
+            total = loss.item() * n_clips
+            add_to(sums, name, total, n_clips)
+    bins = t * BINS
+    bins = bins.long().clamp(max=BINS - 1)
     for i, loss in zip(bins.tolist(), per_clip.tolist()):
         add_to(sums, f"flow_loss_t{i}", loss, 1)
 

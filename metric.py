@@ -618,7 +618,7 @@ def inline_svg(axes, label: str) -> str:
 def write_report(out_dir: str, shown: int = 8) -> Path:
     """Write <out_dir>/report.html: one page, with sounds and pictures of `shown` samples in it.
 
-    The template says how it looks; it calls the functions that are put into `content` under their names there.
+    The template says how it looks; the functions that it calls are put into `content`.
     """
     out = Path(out_dir)
     if not out.is_dir():
