@@ -298,15 +298,36 @@ def recall_at(similarity: np.ndarray, right: np.ndarray, k: int) -> float:
 def warped_mean(distance: np.ndarray) -> float:
     """Mean of distance (T, S) along the cheapest monotonic path between its corners; NaN if a side is empty.
 
-    The path is of Whisper's dynamic time warping, which numba compiles at the first call: some 5 seconds.
+    Anti-diagonal by anti-diagonal, for the cells of one depend only on those of the two before it.
     """
-    if distance.size == 0:
+    rows, columns = distance.shape
+    if rows == 0 or columns == 0:
         return math.nan
-    import torch
-    from whisper.timing import dtw
-
-    rows, columns = dtw(torch.from_numpy(distance))
-    return float(distance[rows, columns].mean())
+    flipped = distance[:, ::-1]  # its diagonals are the anti-diagonals
+    # At index row + 1, for the last anti-diagonal and the one before: cost and cells of the cheapest path
+    cost = np.full(rows + 1, np.inf)
+    cost_before = np.full(rows + 1, np.inf)
+    length = np.zeros(rows + 1)
+    length_before = np.zeros(rows + 1)
+    cost_before[0] = 0
+    for d in range(rows + columns - 1):
+        low = max(0, d - columns + 1)
+        high = min(rows, d + 1)
+        here = slice(low + 1, high + 1)
+        above = slice(low, high)
+        from_both = cost_before[above]
+        from_above = cost[above]
+        from_left = cost[here]
+        cheapest = np.minimum(from_both, np.minimum(from_above, from_left))
+        steps = np.where(cheapest == from_above, length[above], length[here])
+        steps = np.where(cheapest == from_both, length_before[above], steps)
+        cost_before = cost
+        length_before = length
+        cost = np.full(rows + 1, np.inf)
+        cost[here] = cheapest + flipped.diagonal(columns - 1 - d)
+        length = np.zeros(rows + 1)
+        length[here] = steps + 1
+    return float(cost[rows] / length[rows])
 
 
 # The log
