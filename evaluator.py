@@ -1,7 +1,8 @@
-"""How good a system is: validation loss on fixed noise, and samples: heard by a recogniser, looked at by the system's own judges.
+"""How good a system is: validation loss on fixed noise; samples, transcribed and scored.
 
-All ranks take their share of the clips and gather at the end. `python evaluator.py --ckpt out/demo --limit 64` does after
-training what the loop does in it; `--snr inf 20 10 5 0` repeats it under noise. All of it lands in <out_dir>/eval/step_*.
+All ranks take their share of the clips and gather at the end. The same evaluation as in training:
+`python evaluator.py --ckpt out/demo --limit 64`; `--snr inf 20 10 5 0` repeats it under noise. It writes into
+<out_dir>/eval/step_*. Reference scores, the floors, are of recordings through all but the network.
 """
 
 import argparse
@@ -29,141 +30,204 @@ from device import pick_device
 from model import Prompt
 from text import normalize
 
-SHOWN = 8                            # samples that get pictures and a place in W&B and the report
-BINS = 10                            # of t, for the validation loss
-FLOORS = 1                           # how floors are measured: raised, those that are kept are measured again
-OF_MADE = re.compile(r"eval/(fad|kad|clap|fid|inception_score|recall_made)")      # figures that depend on what was made
-IN_BIN = re.compile(r"_t\d$")        # a loss in one of them
+SHOWN = 8  # samples that get pictures and a place in W&B and the report
+BINS = 10  # of t, for the validation loss
+IN_BIN = re.compile(r"_t\d$")  # a loss in one of them
+FLOORS = 1  # how reference scores are measured: raise it, and those that are stored are measured again
+OF_MADE = re.compile(r"eval/(fad|kad|clap|fid|inception_score|recall_made)")  # depend on what was generated
 
 
 class Evaluator:
-    """Prompts, references and, for a system that speaks, the recogniser, resident; `run` samples and scores a network."""
+    """Holds the prompts and, for a system that speaks, a recogniser; `run` samples and scores a network."""
 
     def __init__(self, config: Config, corpus, device: torch.device, rank: int = 0, world: int = 1):
-        self.config, self.corpus, self.device, self.rank, self.world = config, corpus, device, rank, world
-        parts = system.SYSTEMS[config.system].network
-        self.prompts = read_prompts(config.eval.prompts)[:config.eval.limit] if config.eval.prompts else []
-        if parts.speaks:
+        self.config = config
+        self.corpus = corpus
+        self.device = device
+        self.rank = rank
+        self.world = world
+        self.snr = math.inf  # dB: of the speech that a system is prompted with
+        self.prompts = []
+        self.clips = []
+        network_class = system.SYSTEMS[config.system].network
+        options = config.eval
+        if options.prompts:
+            self.prompts = read_prompts(options.prompts)[: options.limit]
+        else:
+            self.clips = corpus.clips(options.split)[: options.limit]
+        if network_class.speaks:
             self.prompts = [normalize(prompt) for prompt in self.prompts]
-        self.clips = [] if self.prompts else corpus.clips(config.eval.split)[:config.eval.limit]
-        if parts.listens and self.prompts:
-            raise UserError(f"eval.prompts {config.eval.prompts}: system {config.system} listens; it is evaluated on its corpus's speech")
-        self.recogniser = self.load_recogniser() if parts.speaks else None
-        self.floors, self.references, self.snr = {}, {}, math.inf
+        if network_class.listens and self.prompts:
+            raise UserError(
+                f"eval.prompts {options.prompts}: system {config.system} listens; "
+                "it is evaluated on its corpus's speech"
+            )
+        self.recogniser = self.load_recogniser() if network_class.speaks else None
+        self.reference_scores = {}
+        self.reference_outputs = {}  # of the clips that are shown, by their numbers
 
     def run(self, network, step: int) -> dict[str, float | str]:
-        """Sample every prompt with `network`, score, and let the recogniser hear them; returns metrics on rank 0, {} on the others."""
-        self.floors = self.floors or self.find_floors(network)
+        """Sample every prompt, transcribe and score; returns metrics on rank 0, {} on the others."""
+        if not self.reference_scores:
+            self.reference_scores = self.find_floors(network)
         folder = Path(self.config.out_dir, "eval", f"step_{step:07d}")
         folder.mkdir(parents=True, exist_ok=True)
         rows, features = self.sample_share(network, folder)
-        rows, features = (sorted(gather(part, self.world), key=lambda item: item["number"]) for part in (rows, features))
+        rows = gather_numbered(rows, self.world)
+        features = gather_numbered(features, self.world)
         if self.rank != 0:
             return {}
-        keys = dict.fromkeys(key for row in rows for key in row)
-        rows = [dict.fromkeys(keys) | row for row in rows]     # every line has the same keys
-        with open(folder / "samples.jsonl", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        rows = write_rows(folder / "samples.jsonl", rows)
         for ending, kind in (("wav", "audio"), ("png", "picture")):
             if ending in network.makes:
                 shutil.copy(folder / rows[0][kind], Path(self.config.out_dir, f"sample.{ending}"))
-        found = error_rate(rows) | {"eval/recogniser": self.recogniser.name} if self.recogniser else {}
-        found |= {**self.floors, **{f"eval/{key}": value for key, value in mean_scores(rows).items()}, **by_group(rows)}
-        return found | (figures(features, folder) if features else {})
+        metrics = {}
+        if self.recogniser:
+            metrics |= error_rate(rows)
+            metrics["eval/recogniser"] = self.recogniser.name
+        metrics |= self.reference_scores
+        metrics |= {f"eval/{key}": value for key, value in mean_scores(rows).items()}
+        metrics |= by_group(rows)
+        if features:
+            metrics |= figures(features, folder)
+        return metrics
 
     def sample_share(self, network, folder: Path) -> tuple[list[dict], list[dict]]:
-        """This rank's prompts, longest first in batches of sample_batch: sampled, written, heard; a row each, and its features, if any."""
-        e, rows, features = self.config.eval, [], []
+        """Sample, transcribe and write this rank's prompts, longest first in batches of sample_batch.
+
+        returns: a row for each, and its features, if it has any.
+        """
+        rows = []
+        features = []
         texts = self.prompts or [clip.text for clip in self.clips]
-        mine = sorted(range(self.rank, len(texts), self.world), key=lambda n: -len(texts[n]))
-        bar = tqdm(total=len(mine), desc="sampling", unit="prompt", disable=None if self.rank == 0 else True, leave=False)
-        for start in range(0, len(mine), e.sample_batch):
-            numbers = mine[start:start + e.sample_batch]
-            made = network.sample([self.prompt(network, n, texts[n]) for n in numbers], self.config.sample)
-            heard = self.recogniser.transcribe([a.wave for a in made], made[0].sample_rate) if self.recogniser else [None] * len(made)
-            rows += [self.row(network, n, texts[n], a, h, folder) for n, a, h in zip(numbers, made, heard)]
-            if network.features and self.clips:
-                features += [{"number": n, **network.features(a, self.corpus, self.clips[n])} for n, a in zip(numbers, made)]
+        share = list(range(self.rank, len(texts), self.world))
+        share.sort(key=lambda number: -len(texts[number]))
+        silent = None if self.rank == 0 else True  # None: where there is no terminal
+        bar = tqdm(total=len(share), desc="sampling", unit="prompt", disable=silent, leave=False)
+        size = self.config.eval.sample_batch
+        for start in range(0, len(share), size):
+            numbers = share[start : start + size]
+            prompts = [self.prompt(network, number, texts[number]) for number in numbers]
+            outputs = network.sample(prompts, self.config.sample)
+            transcripts = self.transcribe(outputs)
+            for number, output, transcript in zip(numbers, outputs, transcripts):
+                row = self.row(network, number, texts[number], output, transcript, folder)
+                rows.append(row)
+                if network.features and self.clips:
+                    found = network.features(output, self.corpus, self.clips[number])
+                    features.append({"number": number, **found})
             bar.update(len(numbers))
         bar.close()
         return rows, features
 
+    def transcribe(self, outputs: list) -> list[str | None]:
+        if self.recogniser is None:
+            return [None] * len(outputs)
+        waves = [output.wave for output in outputs]
+        return self.recogniser.transcribe(waves, outputs[0].sample_rate)
+
     def prompt(self, network, number: int, text: str) -> Prompt:
-        true_length = self.config.eval.true_durations and self.clips
-        seconds = self.clips[number].frames / network.frame_rate if true_length else 0.0
-        return Prompt(text, seconds, seed=number, speech=self.speech(number) if network.listens else None)
+        seconds = 0.0
+        if self.config.eval.true_durations and self.clips:
+            seconds = self.clips[number].frames / network.frame_rate
+        speech = self.speech(number) if network.listens else None
+        return Prompt(text, seconds, seed=number, speech=speech)
 
     def speech(self, number: int) -> torch.Tensor:
-        """What a clip says, (N,) at 16 kHz, with white noise `snr` dB below it, if any."""
+        """The speech of a clip, (N,) at 16 kHz, `snr` dB above white noise."""
         wave, rate = self.corpus.recording(self.clips[number])
         return add_noise(audio.resample(wave, rate, 16000), self.snr, seed=number)
 
-    def row(self, network, number: int, text: str, made, heard: str | None, folder: Path) -> dict:
-        """Write one sample, and for the first ones the pictures and the reference; returns its line of samples.jsonl."""
-        row = {"number": number, "id": self.clips[number].id if self.clips else f"prompt-{number}", "text": text}
-        if heard is not None:
-            errors, words = metric.word_errors(recogniser.normalise(text), recogniser.normalise(heard))
-            row |= {"hypothesis": heard, "errors": errors, "words": words}
+    def row(self, network, number: int, text: str, output, transcript: str | None, folder: Path) -> dict:
+        """Write a sample, its pictures and its reference if shown; returns its line of samples.jsonl."""
+        row = {"number": number, "id": f"prompt-{number}", "text": text}
         if self.clips:
-            row |= {"group": self.clips[number].group, **network.score(made, self.corpus, self.clips[number])}
-        if any(score.match for key, score in metric.SCORES.items() if key in row):
-            other = self.clips[(number + max(1, len(self.clips) // 2)) % len(self.clips)]
-            row |= {f"{key}_shuffled": value for key, value in network.score(made, self.corpus, other).items() if metric.SCORES[key].match}
-        row |= {"audio": f"{number:03d}.wav", "reference_audio": None, "picture": None, "reference_picture": None}
-        audio.save_wav(folder / row["audio"], made.wave, made.sample_rate)
+            row["id"] = self.clips[number].id
+        if transcript is not None:
+            errors, words = count_word_errors(text, transcript)
+            row |= {"hypothesis": transcript, "errors": errors, "words": words}
+        if self.clips:
+            row["group"] = self.clips[number].group
+            row |= self.scores(network, number, output)
+        stem = f"{number:03d}"
+        row |= {"audio": f"{stem}.wav", "reference_audio": None}
+        row |= {"picture": None, "reference_picture": None}
+        audio.save_wav(folder / row["audio"], output.wave, output.sample_rate)
         if number < SHOWN:
-            row |= made.draw(folder / f"{number:03d}")
-        if number < SHOWN and self.clips:
-            drawn = self.reference(network, number).draw(folder / f"{number:03d}.ref")
-            row |= {f"reference_{kind}": name for kind, name in drawn.items()}
-            recording = None if network.listens else self.corpus.recording(self.clips[number])     # else it is the prompt
-            if recording is not None:
-                row["reference_audio"] = f"{number:03d}.ref.wav"
-                audio.save_wav(folder / row["reference_audio"], *recording)
+            row |= output.draw(folder / stem)
+            if self.clips:
+                row |= self.write_reference(network, number, folder)
         return row
 
+    def scores(self, network, number: int, output) -> dict[str, float]:
+        """Of an output beside its clip; matches also beside another clip, as a control."""
+        scores = network.score(output, self.corpus, self.clips[number])
+        matches = {key for key, score in metric.SCORES.items() if score.match}
+        if not matches & scores.keys():
+            return scores
+        n_clips = len(self.clips)
+        other = (number + max(1, n_clips // 2)) % n_clips
+        shuffled = network.score(output, self.corpus, self.clips[other])
+        return scores | {f"{key}_shuffled": shuffled[key] for key in shuffled if key in matches}
+
+    def write_reference(self, network, number: int, folder: Path) -> dict[str, str]:
+        """Write a clip's pictures, and its recording unless that is the prompt; returns the names by kind."""
+        pictures = self.reference(network, number).draw(folder / f"{number:03d}.ref")
+        names = {f"reference_{kind}": name for kind, name in pictures.items()}
+        if network.listens:
+            return names
+        recording = self.corpus.recording(self.clips[number])
+        if recording is not None:
+            names["reference_audio"] = f"{number:03d}.ref.wav"
+            audio.save_wav(folder / names["reference_audio"], *recording)
+        return names
+
     def reference(self, network, number: int):
-        """A clip through all but the generative network, which training does not change: those that are shown are kept."""
-        if number not in self.references:
-            made = network.reference(self.corpus, self.clips[number])
-            if number >= SHOWN:
-                return made
-            self.references[number] = made
-        return self.references[number]
+        """A clip through all but the generative network; cached if shown: training does not change it."""
+        if number in self.reference_outputs:
+            return self.reference_outputs[number]
+        output = network.reference(self.corpus, self.clips[number])
+        if number < SHOWN:
+            self.reference_outputs[number] = output
+        return output
 
     def load_recogniser(self):
-        """The first rank of a machine downloads it, the others find it; UserError where they do not agree."""
-        first = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
-        if not first:
+        """The first rank of a machine downloads it for the others; raises UserError where names differ."""
+        is_first = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
+        name = self.config.eval.recogniser
+        if not is_first:
             dist.barrier()
-        found = recogniser.load(self.config.eval.recogniser, self.device, quiet=self.rank != 0)
-        if first and self.world > 1:
+        loaded = recogniser.load(name, self.device, quiet=self.rank != 0)
+        if is_first and self.world > 1:
             dist.barrier()
-        names = set(gather([found.name if found else "nobody"], self.world))
+        names = set(gather([loaded.name if loaded else "nobody"], self.world))
         if len(names) > 1:
-            raise UserError(f"eval.recogniser {self.config.eval.recogniser} cannot be had on every machine: "
-                            f"there listens {' or '.join(sorted(names))}")
-        return found
+            listeners = " or ".join(sorted(names))
+            raise UserError(
+                f"eval.recogniser {name} cannot be had on every machine: there listens {listeners}"
+            )
+        return loaded
 
     def find_floors(self, network) -> dict[str, float]:
-        """`measure_floors`; those of a recogniser are kept beside the corpus, by all that they depend on."""
+        """The reference scores; a recogniser's are stored beside the corpus, with all that they depend on."""
         if not self.recogniser or not self.clips:
-            return self.measure_floors(network)
+            return self.measure_reference_scores(network)
         basis = self.basis_of_floors()
         path = self.corpus.folder / f"floors_{data.digest(basis)[:8]}.json"
-        kept, = gather([read_floors(path, basis)] if self.rank == 0 else [], self.world)
-        if kept is not None:
-            return kept
-        floors = self.measure_floors(network)
+        stored = read_floors(path, basis) if self.rank == 0 else None
+        stored = gather([stored], self.world)[0]
+        if stored is not None:
+            return stored
+        scores = self.measure_reference_scores(network)
         if self.rank == 0:
-            # a folder that cannot be written to: measured again next time
-            content = json.dumps({"basis": basis, "floors": floors}, indent=1)
+            content = json.dumps({"basis": basis, "floors": scores}, indent=1)
+            # Where the folder cannot be written to, they are measured again next time
             with contextlib.suppress(UserError, OSError), data.replacing(path) as part:
                 part.write_text(content, encoding="utf-8")
-        return floors
+        return scores
 
     def basis_of_floors(self) -> dict:
-        """All that floors depend on: who listens, to which clips, and what a reference is made by."""
+        """All that reference scores depend on: the recogniser, the clips, and what a reference is made by."""
         c = self.config
         clips = [[clip.id, clip.text, clip.frames] for clip in self.clips]
         return {
@@ -179,122 +243,244 @@ class Evaluator:
             "recordings": sum(bool(clip.wav) and Path(clip.wav).exists() for clip in self.clips),
         }
 
-    def measure_floors(self, network) -> dict[str, float]:
-        """What nothing can be expected to be better than: the recogniser's error rate on the recordings, and on what is left of them
-        after all but the generative network ("vocoded"), and the scores of the latter, where they are not 0 by their nature."""
-        mine = range(self.rank, len(self.clips), self.world)
-        recordings = {n: found for n in mine if (found := self.corpus.recording(self.clips[n])) is not None}
-        vocoded, scores, features, floors = {}, [], [], {}
-        for n in recordings:
-            made = self.reference(network, n)
-            vocoded[n] = made.wave, made.sample_rate
-            scores.append(network.score(made, self.corpus, self.clips[n]))
-            features += [{"number": n, **network.features(made, self.corpus, self.clips[n])}] if network.features else []
-        for name, sounds in (("ground_truth", recordings), ("vocoded", vocoded)) if self.recogniser else ():
-            heard = self.recogniser.transcribe([wave for wave, _ in sounds.values()], next(iter(sounds.values()))[1]) if sounds else []
-            counts = gather([metric.word_errors(recogniser.normalise(self.clips[n].text), recogniser.normalise(h))
-                             for n, h in zip(sounds, heard)], self.world)
-            if counts:
-                floors[f"eval/wer_{name}"] = sum(e for e, _ in counts) / max(1, sum(w for _, w in counts))
-        floors |= {f"eval/{key}_vocoded": value for key, value in mean_scores(gather(scores, self.world)).items() if value > 1e-3}
-        features = sorted(gather(features, self.world), key=lambda item: item["number"])
-        of_sets = figures(features) if features else {}        # those that tell of what was made, not of how it was asked for
-        return floors | {f"{key}_vocoded": value for key, value in of_sets.items() if OF_MADE.match(key)}
+    def measure_reference_scores(self, network) -> dict[str, float]:
+        """What nothing can be expected to be better than.
+
+        The recogniser's error rate on the recordings, and on what all but the generative network leaves of
+        them ("vocoded"); and the scores of the latter, where they are not 0 by their nature.
+        """
+        recordings = {}
+        vocoded = {}
+        rows = []
+        features = []
+        for number in range(self.rank, len(self.clips), self.world):
+            clip = self.clips[number]
+            recording = self.corpus.recording(clip)
+            if recording is None:
+                continue
+            output = self.reference(network, number)
+            recordings[number] = recording
+            vocoded[number] = (output.wave, output.sample_rate)
+            rows.append(network.score(output, self.corpus, clip))
+            if network.features:
+                found = network.features(output, self.corpus, clip)
+                features.append({"number": number, **found})
+        scores = {}
+        if self.recogniser:
+            scores |= self.reference_error_rate("ground_truth", recordings)
+            scores |= self.reference_error_rate("vocoded", vocoded)
+        for key, value in mean_scores(gather(rows, self.world)).items():
+            if value > 1e-3:
+                scores[f"eval/{key}_vocoded"] = value
+        features = gather_numbered(features, self.world)
+        if features:
+            of_set = figures(features)
+            scores |= {f"{key}_vocoded": of_set[key] for key in of_set if OF_MADE.match(key)}
+        return scores
+
+    def reference_error_rate(
+        self, name: str, sounds: dict[int, tuple[torch.Tensor, int]]
+    ) -> dict[str, float]:
+        """eval/wer_<name>, the error rate on sounds; {} where there are none.
+
+        sounds: waves (N,) and rates in Hz by the clips' numbers.
+        """
+        counts = []
+        if sounds:
+            waves, rates = zip(*sounds.values())
+            transcripts = self.recogniser.transcribe(list(waves), rates[0])
+            texts = [self.clips[number].text for number in sounds]
+            counts = list(map(count_word_errors, texts, transcripts))
+        counts = gather(counts, self.world)
+        if not counts:
+            return {}
+        errors, words = zip(*counts)
+        return {f"eval/wer_{name}": sum(errors) / max(1, sum(words))}
+
+
+def count_word_errors(text: str, transcript: str) -> tuple[int, int]:
+    """Word errors of a transcript and words of the text, both normalised first."""
+    return metric.word_errors(recogniser.normalise(text), recogniser.normalise(transcript))
+
+
+def write_rows(path: Path, rows: list[dict]) -> list[dict]:
+    """Write a JSON object a line, all with the same keys, null where a row has none; returns these rows."""
+    keys = {}
+    for row in rows:
+        keys |= dict.fromkeys(row)
+    rows = [keys | row for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    return rows
 
 
 def read_floors(path: Path, basis: dict) -> dict[str, float] | None:
-    """Floors that were kept; None where there are none, or none of this basis."""
+    """Stored reference scores; None where there are none, or none of this basis."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return kept["floors"] if kept["basis"] == basis else None
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return stored["floors"] if stored["basis"] == basis else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
 def files_of(folder: str) -> list[list]:
-    """Names, sizes and times of a folder's files: none changes unnoticed; [] for a hub id."""
-    found = [(path.name, path.stat()) for path in sorted(Path(folder).rglob("*")) if path.is_file()]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+    """Names, sizes and times of a folder's files, so that none changes unnoticed; [] for a hub id."""
+    found = []
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            stat = path.stat()
+            found.append([path.name, stat.st_size, stat.st_mtime_ns])
+    return found
 
 
 def error_rate(rows: list[dict]) -> dict[str, float]:
-    errors, words = [row["errors"] for row in rows], [row["words"] for row in rows]
+    """The word error rate of rows of samples.jsonl and its 95 % interval."""
+    errors = [row["errors"] for row in rows]
+    words = [row["words"] for row in rows]
     low, high = metric.bootstrap_interval(errors, words)
-    return {"eval/wer": sum(errors) / max(1, sum(words)), "eval/wer_low": low, "eval/wer_high": high}
+    rate = sum(errors) / max(1, sum(words))
+    return {"eval/wer": rate, "eval/wer_low": low, "eval/wer_high": high}
 
 
 def mean_scores(rows: list[dict]) -> dict[str, float]:
     """The mean of each of metric.SCORES, and of its shuffled control, over the rows that have it."""
-    names = [name for key in metric.SCORES for name in (key, f"{key}_shuffled")]
-    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
-    return {name: sum(found) / len(found) for name, found in values.items() if found}
+    means = {}
+    for score in metric.SCORES:
+        for key in (score, f"{score}_shuffled"):
+            values = [row[key] for row in rows if row.get(key) is not None]
+            if values:
+                means[key] = sum(values) / len(values)
+    return means
 
 
 def by_group(rows: list[dict]) -> dict[str, float]:
-    """How often all was as asked for, by the words of the clips' groups, if there are several: eval/all_match/en.
+    """How often all was as asked for, by the words of the clips' groups, if there are several.
 
+    eval/all_match/en is that of the clips with the word en in their group.
     The same by rule where there is one: eval/all_rule/en.
     """
-    rows = [row for row in rows if row.get("group")]
-    words = sorted({word for row in rows for word in row["group"].split()})
+    words = set()
+    for row in rows:
+        words |= set((row.get("group") or "").split())
+    if len(words) < 2:
+        return {}
     found = {}
-    for word in words if len(words) > 1 else []:
-        scores = mean_scores([row for row in rows if word in row["group"].split()])
-        found |= {f"eval/{key}/{word}": scores[key] for key in ("all_match", "all_rule") if key in scores}
+    for word in sorted(words):
+        scores = mean_scores([row for row in rows if word in (row.get("group") or "").split()])
+        for key in ("all_match", "all_rule"):
+            if key in scores:
+                found[f"eval/{key}/{word}"] = scores[key]
     return found
 
 
 def figures(features: list[dict], folder: Path | None = None) -> dict[str, float]:
-    """Figures of a whole set from what `System.features` gave for each sample. folder: where pictures of them go, if there are to be any.
+    """Scores of a whole set, from what `System.features` gave for each sample.
 
-    speech, image, picture, label, group: retrieval, with image in the space of speech. made in that space: the same for pictures made.
-    made, real, text: distances of sounds as CLAP has them. seen, seen_real, shares: those of pictures as Inception has them.
+    folder: where pictures of the set go, if there are to be any. The features, by key:
+    speech, image, picture, label, group: for retrieval, with image in the space of speech.
+    made: of what was generated; with image, in that space, for the same retrieval.
+    made, real, text: of sounds by CLAP. seen, seen_real, shares: of pictures by Inception.
     """
-    f = {key: np.stack([item[key] for item in features]) for key in features[0] if key != "number"}
-    found = {"chance": float(f["chance"].mean())} if "chance" in f else {}
+    f = {}
+    for key in features[0].keys() - {"number"}:
+        f[key] = np.stack([sample[key] for sample in features])
+    scores = {}
+    if "chance" in f:
+        scores["chance"] = float(f["chance"].mean())
     if "image" in f:
-        found |= retrieval(f, "speech")
-        found |= {f"recall_made_{k}": value for k in (1, 5, 10) if "made" in f for value in [retrieval(f, "made")[f"recall_{k}"]]}
+        scores |= retrieval(f, "speech")
+    if "image" in f and "made" in f:
+        of_generated = retrieval(f, "made")
+        for k in (1, 5, 10):
+            scores[f"recall_made_{k}"] = of_generated[f"recall_{k}"]
+    if "image" in f and folder:
+        queries = f.get("made", f["speech"])
+        draw_space(queries, f["image"], folder / "summary.png")
     if "real" in f:
-        found |= {"fad": metric.frechet_distance(f["made"], f["real"]), "kad": metric.kernel_distance(f["made"], f["real"]),
-                  "clap": float((f["made"] * f["text"]).sum(1).mean())}
+        made = f["made"]
+        real = f["real"]
+        scores["fad"] = metric.frechet_distance(made, real)
+        scores["kad"] = metric.kernel_distance(made, real)
+        cosines = (made * f["text"]).sum(1)
+        scores["clap"] = float(cosines.mean())
     if "seen" in f:
-        found["fid"] = metric.frechet_distance(f["seen"], f["seen_real"])
-        found |= {"inception_score": metric.inception_score(f["shares"])} if f["shares"].size else {}
-    if folder and "image" in f:
-        draw_space(f["made" if "made" in f else "speech"], f["image"], folder / "summary.png")
-    return {f"eval/{key}": value for key, value in found.items()}
+        scores["fid"] = metric.frechet_distance(f["seen"], f["seen_real"])
+        if f["shares"].size:
+            scores["inception_score"] = metric.inception_score(f["shares"])
+    return {f"eval/{key}": value for key, value in scores.items()}
 
 
 def retrieval(f: dict[str, np.ndarray], kind: str) -> dict[str, float]:
-    """Figures of f[kind] (n, D) among the pictures f["image"] (n, D), by keys of metric.SCORES; f["picture"] (n,) is in the gallery once.
+    """Scores of the queries f[kind] (n, D) among the pictures f["image"] (n, D), by keys of metric.SCORES.
 
-    A picture is right where it has the query's f["label"] (n,). f["group"] (n,): words by which R@1 is also told, the language first.
+    f["picture"] (n,): the picture's number; each is in the gallery once.
+    f["label"] (n,): a picture is right for a query that has its label.
+    f["group"] (n,): words by which R@1 is also told, the language first.
     """
-    query, image, label, group = f[kind], f["image"], f["label"], f["group"]
-    first = np.unique(f["picture"], return_index=True)[1]
-    similarity, right = query @ image[first].T, label[:, None] == label[first]
-    found = {f"recall_{k}": metric.recall_at(similarity, right, k) for k in (1, 5, 10)}
-    found |= {f"recall_back_{k}": metric.recall_at(similarity.T, right.T, k) for k in (1, 5, 10)}
-    gap = query.mean(0) - image[first].mean(0)
-    found |= {"cos_matched": float((query * image).sum(1).mean()), "modality_gap": float(np.linalg.norm(gap))}
-    found |= {"cos_unmatched": float(similarity[~right].mean())} if not right.all() else {}
-    words = [words.split() for words in group.tolist()]
-    rows = {word: np.array([word in own for own in words]) for word in sorted(set(sum(words, [])))}
-    found |= {f"recall_1/{word}": metric.recall_at(similarity[own], right[own], 1) for word, own in rows.items() if not own.all()}
-    languages = [found[f"recall_1/{word}"] for word in {own[0] for own in words if own} if f"recall_1/{word}" in found]
-    return found | ({"language_gap": 1 - min(languages) / max(languages)} if len(languages) > 1 and max(languages) > 0 else {})
+    query = f[kind]
+    image = f["image"]
+    label = f["label"]
+    _, first = np.unique(f["picture"], return_index=True)
+    gallery = image[first]  # (m, D)
+    similarity = query @ gallery.T  # (n, m)
+    right = np.equal.outer(label, label[first])
+    scores = {}
+    for k in (1, 5, 10):
+        scores[f"recall_{k}"] = metric.recall_at(similarity, right, k)
+        scores[f"recall_back_{k}"] = metric.recall_at(similarity.T, right.T, k)
+    matched = (query * image).sum(1)
+    unmatched = similarity[~right]
+    gap = query.mean(0) - gallery.mean(0)
+    scores["cos_matched"] = float(matched.mean())
+    if unmatched.size:
+        scores["cos_unmatched"] = float(unmatched.mean())
+    scores["modality_gap"] = float(np.linalg.norm(gap))
+    scores |= recall_by_group(similarity, right, f["group"])
+    return scores
+
+
+def recall_by_group(similarity: np.ndarray, right: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """R@1 by each word that some, not all, of the queries' groups have; the gap between languages."""
+    queries_of = {}
+    languages = set()
+    for query, group in enumerate(groups.tolist()):
+        words = group.split()
+        languages.update(words[:1])
+        for word in words:
+            queries_of.setdefault(word, []).append(query)
+    recalls = {}
+    for word in sorted(queries_of):
+        queries = queries_of[word]
+        if len(queries) < len(groups):
+            recalls[word] = metric.recall_at(similarity[queries], right[queries], 1)
+    scores = {f"recall_1/{word}": recall for word, recall in recalls.items()}
+    compared = languages & recalls.keys()
+    if len(compared) > 1:
+        best = max(recalls[language] for language in compared)
+        worst = min(recalls[language] for language in compared)
+        if best > 0:
+            scores["language_gap"] = 1 - worst / best
+    return scores
 
 
 def draw_space(queries: np.ndarray, pictures: np.ndarray, path: Path) -> None:
-    """What is asked with and the pictures, (n, D) each, along the two directions in which they differ most, pairs joined by a line."""
-    both = np.concatenate([queries, pictures]).astype(np.float64)
-    flat = (both - both.mean(0)) @ np.linalg.svd(both - both.mean(0), full_matrices=False)[2][:2].T
-    asked, seen = np.split(flat, 2)
+    """Draw queries and pictures, (n, D) each, along the two directions in which they differ most.
+
+    A line joins each pair.
+    """
+    both = np.concatenate([queries, pictures])
+    both = both.astype(float)
+    centred = both - both.mean(0)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    points = directions[:2] @ centred.T  # (2, 2 n)
+    n = len(queries)
+    asked = points[:, :n]
+    shown = points[:, n:]
     axes = metric.picture_axes(4.6, 4.2, "", "")
-    axes.plot(*np.stack([asked, seen], 1).transpose(2, 1, 0), color=metric.GREY, alpha=0.25, linewidth=0.5)
-    for points, colour, name in ((seen, metric.BLUE, "recorded pictures"), (asked, metric.ORANGE, "speech, or what was made of it")):
-        axes.scatter(*points.T, s=9, color=colour, label=name)
+    x, y = np.stack([asked, shown], 1)  # (2, n) each
+    axes.plot(x, y, color=metric.GREY, alpha=0.25, linewidth=0.5)
+    axes.scatter(*shown, s=9, color=metric.BLUE, label="recorded pictures")
+    axes.scatter(*asked, s=9, color=metric.ORANGE, label="speech, or what was generated from it")
     axes.legend(frameon=False, labelcolor=metric.GREY, fontsize=8)
     axes.figure.savefig(path, transparent=True)
 
@@ -303,59 +489,105 @@ def draw_space(queries: np.ndarray, pictures: np.ndarray, path: Path) -> None:
 def validate(network, batches, config: Config, device: torch.device, world: int) -> dict[str, float]:
     """The losses on the validation clips at fixed noise and stratified t: smooth, comparable between steps.
 
-    returns: the mean of every scalar but `loss`; where the loss of each clip is known, also its mean in each bin of t.
+    returns: the mean of every scalar but `loss`; where each clip's loss is known, also its mean in bins of t.
     """
-    sums = {}                                                  # name: summed values, and of how many clips
+    is_bf16 = config.train.dtype == "bf16"
+    sums = {}
     for batch in batches.validation():
         batch = {name: value.to(device) for name, value in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.dtype == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
             losses = network(batch)
-        per_clip, clips = losses.pop("flow_loss_per_clip", torch.zeros(0)), len(batch["t"])
-        bins = (batch["t"] * BINS).long().clamp(max=BINS - 1).tolist()
-        found = [(name, value.item() * clips, clips) for name, value in losses.items() if value.dim() == 0 and name != "loss"]
-        found += [(f"flow_loss_t{b}", value, 1) for b, value in zip(bins, per_clip.tolist())]
-        for name, value, count in found:
-            total, counted = sums.get(name, (0, 0))
-            sums[name] = total + value, counted + count
+        add_losses(sums, losses, batch["t"])
+    of_ranks = gather(list(sums.items()), world)
     merged = {}
-    for name, (value, count) in gather(list(sums.items()), world):
-        total, counted = merged.get(name, (0, 0))
-        merged[name] = total + value, counted + count
-    in_order = sorted(merged.items(), key=lambda item: item[0] if IN_BIN.search(item[0]) else "")      # the bins come last
-    return {f"val/{name}": total / count for name, (total, count) in in_order}
+    for name, (total, count) in of_ranks:
+        add_to(merged, name, total, count)
+    means = {}
+    for name in sorted(merged, key=lambda name: name if IN_BIN.search(name) else ""):  # the bins come last
+        total, count = merged[name]
+        means[f"val/{name}"] = total / count
+    return means
+
+
+def add_losses(sums: dict, losses: dict[str, torch.Tensor], t: torch.Tensor) -> None:
+    """Add the losses of a batch to the sums: each scalar, and each clip's flow loss to its bin of t (B,)."""
+    per_clip = losses.pop("flow_loss_per_clip", torch.zeros(0))
+    n_clips = len(t)
+    for name, loss in losses.items():
+        if loss.dim() == 0 and name != "loss":
+            total = loss.item() * n_clips
+            add_to(sums, name, total, n_clips)
+    bins = t * BINS
+    bins = bins.long().clamp(max=BINS - 1)
+    for i, loss in zip(bins.tolist(), per_clip.tolist()):
+        add_to(sums, f"flow_loss_t{i}", loss, 1)
+
+
+def add_to(sums: dict[str, tuple[float, int]], name: str, value: float, count: int) -> None:
+    """Add to the sum under a name, and to the number of clips in it."""
+    total, n_clips = sums.get(name, (0, 0))
+    sums[name] = (total + value, n_clips + count)
 
 
 def show(found: dict) -> None:
     """Print what was found."""
-    losses = [f"{key[4:].replace('_', ' ')} {value:.4f}" for key, value in found.items()
-              if key.startswith("val/") and not IN_BIN.search(key)]
+    losses = []
+    for key, value in found.items():
+        if key.startswith("val/") and not IN_BIN.search(key):
+            name = key.removeprefix("val/").replace("_", " ")
+            losses.append(f"{name} {value:.4f}")
     if losses:
         print(f"  validation: {'  '.join(losses)}", flush=True)
     if "eval/wer" in found:
-        floors = [f"{what} {100 * found[key]:.1f} %" for what, key in
-                  (("recordings", "eval/wer_ground_truth"), ("vocoded", "eval/wer_vocoded")) if key in found]
-        print(f"  word error rate {100 * found['eval/wer']:.1f} % [{100 * found['eval/wer_low']:.1f}, {100 * found['eval/wer_high']:.1f}]"
-              f"  by {found['eval/recogniser']}  floors: {', '.join(floors) or 'none'}", flush=True)
-    for key in metric.SCORES:
-        if f"eval/{key}" in found:
-            beside = "".join(f"  {name} {metric.with_unit(key, value)}" for name, value in metric.compared_with([found], key))
-            print(f"  {metric.SCORES[key].title} {metric.with_unit(key, found[f'eval/{key}'])}{beside}", flush=True)
+        show_error_rate(found)
+    for key, score in metric.SCORES.items():
+        value = found.get(f"eval/{key}")
+        if value is None:
+            continue
+        values = [f"{score.title} {metric.with_unit(key, value)}"]
+        for name, other in metric.compared_with(found, key):
+            values.append(f"{name} {metric.with_unit(key, other)}")
+        print(f"  {'  '.join(values)}", flush=True)
+
+
+def show_error_rate(found: dict) -> None:
+    rate = metric.percent(found["eval/wer"])
+    low = 100 * found["eval/wer_low"]
+    high = 100 * found["eval/wer_high"]
+    name = found["eval/recogniser"]
+    floors = []
+    if "eval/wer_ground_truth" in found:
+        recordings = metric.percent(found["eval/wer_ground_truth"])
+        floors.append(f"recordings {recordings}")
+    if "eval/wer_vocoded" in found:
+        vocoded = metric.percent(found["eval/wer_vocoded"])
+        floors.append(f"vocoded {vocoded}")
+    listed = ", ".join(floors) or "none"
+    print(f"  word error rate {rate} [{low:.1f}, {high:.1f}]  by {name}  floors: {listed}", flush=True)
 
 
 def log_media(writer: metric.Writer, out_dir: str, step: int) -> None:
-    """Hand the first samples to W&B, to hear and to look at."""
+    """Hand the first samples to W&B, to listen to and to look at."""
     folder = Path(out_dir, "eval", f"step_{step:07d}")
-    for name, ending in (("audio", "wav"), ("picture", "png"), ("attention", "attention.png"), ("confidence", "confidence.png"),
-                         ("nearest", "nearest.png")):
-        if paths := sorted(folder.glob(f"00[0-{SHOWN - 1}].{ending}")):
+    shown = f"00[0-{SHOWN - 1}]"
+    patterns = {
+        "audio": f"{shown}.wav",
+        "picture": f"{shown}.png",
+        "attention": f"{shown}.attention.png",
+        "confidence": f"{shown}.confidence.png",
+        "nearest": f"{shown}.nearest.png",
+        "summary": "summary*.png",
+    }
+    for name, pattern in patterns.items():
+        paths = sorted(folder.glob(pattern))
+        if paths:
             writer.media(step, f"eval/{name}", paths)
-    if paths := sorted(folder.glob("summary*.png")):
-        writer.media(step, "eval/summary", paths)
 
 
 def add_noise(wave: torch.Tensor, snr: float, seed: int) -> torch.Tensor:
     """A wave (N,) and white noise `snr` dB below its mean power."""
-    noise = torch.randn(wave.shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(wave.shape, generator=generator)
     return wave + noise * wave.square().mean().sqrt() * 10 ** (-snr / 20)
 
 
@@ -365,53 +597,83 @@ def gather(share: list, world: int) -> list:
         return share
     shares = [None] * world
     dist.all_gather_object(shares, share)
-    return [item for part in shares for item in part]
+    return sum(shares, [])
+
+
+def gather_numbered(share: list[dict], world: int) -> list[dict]:
+    """The rows of all ranks in the order of their numbers, on every rank."""
+    return sorted(gather(share, world), key=lambda row: row["number"])
 
 
 def read_prompts(path: str) -> list[str]:
     """The lines of a text file that are not empty; raises UserError when it is missing or has none."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not a readable text file of prompts, one a line") from e
-    if not any(lines):
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
         raise UserError(f"{path}: has no prompt")
-    return [line for line in lines if line]
+    return prompts
+
+
+def read_command_line() -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the rest: options of config.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        epilog="--key value for any option of config.py changes what the checkpoint says: --klein.base DIR",
+    )
+    add = parser.add_argument
+    add("--ckpt", required=True, help="a checkpoint, or the folder of a run")
+    add("--prompts", default="", help="a text file, a sentence a line; default: the validation clips")
+    add("--split", default="val", choices=("val", "test"))
+    add("--limit", type=int, default=64)
+    add("--recogniser", default="", help="Whisper, .pt file, pocketsphinx; default: as trained")
+    add("--true_durations", action="store_true", help="sample at the references' lengths")
+    add("--data_dir", default="", help="where the corpus is now, if it moved")
+    add("--steps", type=int, default=0, help="Euler steps; default: as trained")
+    add("--cfg_scale", type=float, default=-1.0, help="guidance; default: as trained")
+    add("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
+    snr_help = "dB, inf for none: systems that listen, under white noise at each"
+    add("--snr", type=float, nargs="+", default=[], help=snr_help)
+    add("--out_dir", default="", help="default: the run's")
+    add("--device", default="auto", choices=CHOICES["device"])
+    return parser.parse_known_args()
+
+
+def changes_to_config(options: argparse.Namespace) -> dict[str, dict]:
+    """What the options change of a checkpoint's config, by section."""
+    sections = {"eval": {}, "sample": {}, "data": {}}
+    for name in ("prompts", "split", "limit", "true_durations"):
+        sections["eval"][name] = getattr(options, name)
+    if options.recogniser:
+        sections["eval"]["recogniser"] = options.recogniser
+    if options.steps > 0:
+        sections["sample"]["euler_steps"] = options.steps
+    if options.vocoder:
+        sections["sample"]["vocoder"] = options.vocoder
+    if options.cfg_scale >= 0:
+        sections["sample"]["cfg_scale"] = options.cfg_scale
+    if options.data_dir:
+        sections["data"]["data_dir"] = options.data_dir
+    return sections
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     epilog="--key value for any knob of config.py changes what the checkpoint says, as --klein.base DIR")
-    parser.add_argument("--ckpt", required=True, help="a checkpoint, or the folder of a run")
-    parser.add_argument("--prompts", default="", help="a text file, a sentence a line; default: the validation clips")
-    parser.add_argument("--split", default="val", choices=("val", "test"))
-    parser.add_argument("--limit", type=int, default=64)
-    parser.add_argument("--recogniser", default="", help="Whisper, .pt file, pocketsphinx; default: as trained")
-    parser.add_argument("--true_durations", action="store_true", help="sample at the references' lengths")
-    parser.add_argument("--data_dir", default="", help="where the corpus is now, if it moved")
-    parser.add_argument("--steps", type=int, default=0, help="Euler steps; default: as trained")
-    parser.add_argument("--cfg_scale", type=float, default=-1.0, help="guidance; default: as trained")
-    parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
-    parser.add_argument("--snr", type=float, nargs="+", default=[], help="dB, inf for none: systems that listen, under white noise at each")
-    parser.add_argument("--out_dir", default="", help="default: the run's")
-    parser.add_argument("--device", default="auto", choices=CHOICES["device"])
-    o, knobs = parser.parse_known_args()
-    listener = {"recogniser": o.recogniser} if o.recogniser else {}
-    changes = {"eval": {"prompts": o.prompts, "split": o.split, "limit": o.limit,
-                        "true_durations": o.true_durations} | listener,
-               "sample": {name: value for name, value, given in (("euler_steps", o.steps, o.steps > 0), ("vocoder", o.vocoder, o.vocoder),
-                                                                 ("cfg_scale", o.cfg_scale, o.cfg_scale >= 0)) if given}}
-    if o.data_dir:
-        changes["data"] = {"data_dir": o.data_dir}
-    device = pick_device(o.device)
-    config, network, step = system.load(o.ckpt, device, changes, o.out_dir, knobs)
-    if o.snr and not network.listens:
+    options, words = read_command_line()
+    device = pick_device(options.device)
+    changes = changes_to_config(options)
+    config, network, step = system.load(options.ckpt, device, changes, options.out_dir, words)
+    if options.snr and not network.listens:
         raise UserError(f"--snr is for systems that listen; {config.system} does not")
-    judge = Evaluator(config, None if o.prompts else system.open_corpus(config), device)
-    for judge.snr in o.snr or [math.inf]:
-        if o.snr:
-            print(f"speech at {judge.snr:g} dB over white noise")
-        found = judge.run(network, step)
+    corpus = None if options.prompts else system.open_corpus(config)
+    evaluator = Evaluator(config, corpus, device)
+    for snr in options.snr or [math.inf]:
+        evaluator.snr = snr
+        if options.snr:
+            print(f"speech at {snr:g} dB over white noise")
+        found = evaluator.run(network, step)
         show(found)
         print(json.dumps(found))
 

@@ -266,7 +266,7 @@ def test_without_a_recogniser_there_are_samples_and_scores_and_no_error_rate(
     writer.close()
     page = metric.write_report(tmp_path).read_text()
     assert rows[0]["text"] in page and "mel-cepstral" in page
-    assert not re.search("word error rate|every word right|<b>heard", page, re.IGNORECASE)
+    assert not re.search("word error rate|every word right|<b>transcript", page, re.IGNORECASE)
 
 
 TWO_RANKS = """
@@ -320,6 +320,11 @@ def test_pictures_that_were_made_are_found_again_and_sounds_are_compared_as_sets
     rows = [row | {"made": row["image"], "chance": np.array(1 / 120)} for row in spoken()]
     found = evaluator.figures(rows)
     assert found["eval/recall_made_1"] == 1 and found["eval/chance"] == pytest.approx(1 / 120)
+    arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    of_speech, of_made = evaluator.retrieval(arrays, "speech"), evaluator.retrieval(arrays, "made")
+    assert of_speech != of_made
+    assert found == ({f"eval/{key}": value for key, value in of_speech.items()} | {"eval/chance": found["eval/chance"]}
+                     | {f"eval/recall_made_{k}": of_made[f"recall_{k}"] for k in (1, 5, 10)})
     rng = np.random.default_rng(0)
     rows = [{"number": n, "made": x, "real": x, "text": x / (x @ x)} for n, x in enumerate(rng.normal(size=(16, 4)))]
     found = evaluator.figures(rows)
