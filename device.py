@@ -53,7 +53,9 @@ def pick_dtype(device: torch.device) -> str:
     """bf16 on a GPU that has it, and on a CPU that has instructions for it and is a quarter faster with them; else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type != "cpu" or not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if device.type != "cpu" or not (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
         return "fp32"
     return "bf16" if 1.25 * product_seconds(torch.bfloat16) < product_seconds(torch.float32) else "fp32"
 
@@ -70,7 +72,11 @@ def product_seconds(dtype: torch.dtype) -> float:
 
 
 def hardware(device: torch.device, world: int) -> str:
-    return f"{world} x {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    return (
+        f"{world} x {torch.cuda.get_device_name(device)}"
+        if device.type == "cuda"
+        else f"{platform.machine()}, {os.cpu_count()} cores"
+    )
 
 
 def move(network: nn.Module, device: torch.device) -> nn.Module:
@@ -101,7 +107,7 @@ def cuda_error(device: torch.device) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.ones(1, device=device).add(1).item()
-    except (RuntimeError, AssertionError) as e:                # AssertionError: a build without CUDA
+    except (RuntimeError, AssertionError) as e:  # AssertionError: a build without CUDA
         return str(e).split("\n")[0]
     return ""
 
@@ -136,8 +142,10 @@ def install_command(build: str) -> str:
     """What replaces torch by another build of its version; without `uninstall` pip would keep this one."""
     pip = f"{sys.executable} -m pip"
     version = torch.__version__.split("+")[0]
-    return (f"`{pip} uninstall -y torch torchaudio && {pip} install torch=={version} torchaudio=={version} "
-            f"--index-url https://download.pytorch.org/whl/{build}`")
+    return (
+        f"`{pip} uninstall -y torch torchaudio && {pip} install torch=={version} torchaudio=={version} "
+        f"--index-url https://download.pytorch.org/whl/{build}`"
+    )
 
 
 def nvidia_smi(*words: str) -> str:

@@ -12,15 +12,21 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)         # of the quintic: steep at 0, singular values end in about [0.7, 1.2]
+COEFFICIENTS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # of the quintic: steep at 0, singular values end in about [0.7, 1.2]
 ITERATIONS = 5
-EPS = 1e-7                                       # below this norm a matrix stays as it is: zeros remain zeros
+EPS = 1e-7  # below this norm a matrix stays as it is: zeros remain zeros
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum with Nesterov's look-ahead, orthogonalised: torch.optim.Muon's update, but for what that loses in bf16."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+    ):
         """params: matrices, all on one device. raises ValueError for one that is none."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         for p in self.param_groups[0]["params"]:
@@ -63,9 +69,9 @@ def orthogonalize_all(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
 
     shares = []
     for shape, numbers in batches.items():
-        size = math.ceil(len(numbers) / world)   # of every rank's share; the last one is filled up with zeros
+        size = math.ceil(len(numbers) / world)  # of every rank's share; the last one is filled up with zeros
         start = rank * size
-        mine = [wide(matrices[number]) for number in numbers[start:start + size]]
+        mine = [wide(matrices[number]) for number in numbers[start : start + size]]
         missing = size - len(mine)
         mine += [matrices[0].new_zeros(shape)] * missing
         shares.append(orthogonalize(torch.stack(mine)))
@@ -110,9 +116,9 @@ def orthogonalize(batch: torch.Tensor) -> torch.Tensor:
     x = batch.to(torch.bfloat16 if batch.is_cuda else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(EPS)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT                                                                  # (n, R, R)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)                    # b G + c G^2
-        x = torch.baddbmm(x, polynomial, x, beta=a)                                      # a X + (b G + c G^2) X
+        gram = x @ x.mT  # (n, R, R)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a X + (b G + c G^2) X
     return x
 
 

