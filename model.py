@@ -1,10 +1,10 @@
 """Text to speech: text encoder, alignment, mel flow Transformer. System `tts`.
 
-text (B, S, D) has one vector a byte; x (B, T, M) is a normalised log-mel; `patch_size` frames are a token,
-of N. When each byte is spoken is learned without an aligner: every byte has a predicted duration, and its
-place in time is the sum of the durations before it. The flow loss trains the durations, because each token is given the
-text blurred around its own time by a Gaussian, which is differentiable (as in EATS, arXiv 2006.03575, and
-Non-Attentive Tacotron). The sum of the durations predicts the length of the speech.
+Shapes: text (B, S, D), one vector a byte; x (B, T, M), a normalised log-mel, whose frames are N tokens of
+`patch_size`. When each byte is spoken is learned without an aligner: every byte has a predicted duration, and its
+place in time is the sum of the durations before it. The flow loss trains the durations, because each token is
+given the text blurred around its own time by a Gaussian, which is differentiable (as in EATS, arXiv 2006.03575,
+and Non-Attentive Tacotron). The sum of the durations predicts the length of the speech.
 """
 
 import functools
@@ -700,7 +700,7 @@ class Batches:
         return self.collate(rows)
 
     def validation(self) -> list[dict[str, Tensor]]:
-        """This rank's share of the validation split: whole clips, t evenly spread, all the same every time."""
+        """This rank's share of the validation split: whole clips, t evenly spread, the same every time."""
         seed = self.config.seed
         shift = self.config.flow.timestep_shift
         clips = self.corpus.clips(self.config.eval.split)
@@ -828,15 +828,14 @@ def features_file(config: Config, corpus: Corpus) -> tuple[Path, list[str]]:
 def prepare(config: Config) -> None:
     """Make what a config's training needs and does not find: the packed corpus, the features of its texts."""
     form = asdict(config.mel)
-    data.prepare_speech(config, form, lambda _, clips, __: clips)  # clips that are too long are not cut
+    data.prepare_speech(config, form, cut=lambda _, clips, __: clips)  # clips that are too long stay whole
     corpus = Corpus(config)
     path, texts = features_file(config, corpus)
     name = config.model.text_encoder
     if name == "scratch" or path.exists():
         return
-    device = "cpu"
-    if torch.cuda.is_available() and config.device != "cpu":
-        device = "cuda"
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    device = "cuda" if on_gpu else "cpu"
     encoder, tokenizer, width = pretrained.load_text_encoder(name)
     encoder = encoder.to(device)
     ids = pretrained.tokenize(tokenizer, texts)
@@ -845,10 +844,12 @@ def prepare(config: Config) -> None:
 
     def encode(numbers: list[int]) -> list[np.ndarray]:
         """The features (S, E) of these texts."""
-        batch = [ids[n] for n in numbers]
-        padded, mask = data.pad(batch, 8)
+        padded, mask = data.pad([ids[n] for n in numbers], 8)
         features = encoder(padded.to(device), mask.to(device))
         features = features.float().cpu().numpy()
-        return [rows[: len(row)] for rows, row in zip(features, batch)]
+        found = []
+        for row, n in zip(features, numbers):
+            found.append(row[: lengths[n]])
+        return found
 
     data.cache_rows(path, lengths, width, encode, 32, f"features of {name}")
