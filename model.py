@@ -1,10 +1,10 @@
 """Text to speech: text encoder, alignment, mel flow Transformer. System `tts`.
 
-Shapes: text (B, S, D), one vector a byte; x (B, T, M), a normalised log-mel, whose frames are N tokens of
-`patch_size`. When each byte is spoken is learned without an aligner: every byte has a predicted duration, and its
-place in time is the sum of the durations before it. The flow loss trains the durations, because each token is
-given the text blurred around its own time by a Gaussian, which is differentiable (as in EATS, arXiv 2006.03575,
-and Non-Attentive Tacotron). The sum of the durations predicts the length of the speech.
+text (B, S, D) has one vector a byte; x (B, T, M) is a normalised log-mel; N tokens, `patch_size` frames each.
+When each byte is spoken is learned without an aligner: every byte has a predicted duration, and its place in
+time is the sum of those before it. The flow loss trains the durations, because each token is given the text
+blurred around its own time by a Gaussian, which is differentiable (as in EATS, arXiv 2006.03575, and
+Non-Attentive Tacotron). The sum of the durations predicts the length of the speech.
 """
 
 import functools
@@ -571,7 +571,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
-        return self.down(F.relu(h).square())
+        h = F.relu(h).square()
+        return self.down(h)
 
 
 def upsample(
@@ -663,6 +664,9 @@ class Corpus(data.Packed):
         return wave, self.rate
 
 
+Batch = dict[str, Tensor]
+
+
 class Batches:
     """The clips of a corpus as batches, dicts of CPU tensors.
 
@@ -683,7 +687,7 @@ class Batches:
         lengths = [clip.frames for clip in corpus.clips("train")]
         self.lengths = np.array(lengths)
 
-    def train(self, step: int, micro: int = 0) -> dict[str, Tensor]:
+    def train(self, step: int, micro: int = 0) -> Batch:
         """This rank's part of a micro-batch; those of all ranks and micro-batches are the global batch."""
         size = self.config.train.batch_size
         seed = self.config.seed
@@ -699,7 +703,7 @@ class Batches:
             rows.append(row)
         return self.collate(rows)
 
-    def validation(self) -> list[dict[str, Tensor]]:
+    def validation(self) -> list[Batch]:
         """This rank's share of the validation split: whole clips, t evenly spread, the same every time."""
         seed = self.config.seed
         shift = self.config.flow.timestep_shift
@@ -782,16 +786,18 @@ class SpeechBatches(Batches):
         silence = torch.full((frames, mel.n_mels), floor)
         return torch.cat([x, silence])
 
-    def collate(self, rows: list[dict]) -> dict[str, Tensor]:
+    def collate(self, rows: list[dict]) -> Batch:
         batch = {}
         for key in ("t", "frames", "number", "text_dropped"):
             values = [row[key] for row in rows]
             batch[key] = torch.tensor(values)
+
         multiple = self.config.data.pad_multiple
         x = [row["x"] for row in rows]
         noise = [row["noise"] for row in rows]
         batch["x"], batch["x_mask"] = data.pad(x, multiple)
         batch["noise"], _ = data.pad(noise, multiple)
+
         texts = [row["text"] for row in rows]
         ids = pretrained.tokenize(self.tokenizer, texts)
         ids = [torch.tensor(row) for row in ids]

