@@ -1,5 +1,6 @@
-"""The device: CPU, CUDA, or the GPU of a Mac (mps), and the precision that it is fastest in. GPUs that cannot be used are an error.
+"""The device: CPU, CUDA, or the GPU of a Mac (mps); and the precision that it is fastest in.
 
+GPUs that are there and cannot be used are an error.
 A CUDA build of torch needs a driver that supports its major version of CUDA or a newer one:
 525 and newer for CUDA 12, 580 and newer for CUDA 13 (source: docs.nvidia.com/deploy/cuda-compatibility).
 """
@@ -50,27 +51,33 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def pick_dtype(device: torch.device) -> str:
-    """bf16 on a GPU that has it, and on a CPU that has instructions for it and is a quarter faster with them; else fp32."""
+    """bf16 on a GPU that has it, and on a CPU whose instructions make it a quarter faster; else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type != "cpu" or not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if device.type != "cpu":
+        return "fp32"
+    if not torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
         return "fp32"
     return "bf16" if 1.25 * product_seconds(torch.bfloat16) < product_seconds(torch.float32) else "fp32"
 
 
 def product_seconds(dtype: torch.dtype) -> float:
     """The fastest of five matrix products, of the size of a small Transformer's."""
-    a, b = torch.ones(1024, 192, dtype=dtype), torch.ones(192, 768, dtype=dtype)
-    found = []
+    a = torch.ones(1024, 192, dtype=dtype)
+    b = torch.ones(192, 768, dtype=dtype)
+    times = []
     for _ in range(5):
         start = time.perf_counter()
         a @ b
-        found.append(time.perf_counter() - start)
-    return min(found)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def hardware(device: torch.device, world: int) -> str:
-    return f"{world} x {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    """How runs name what they ran on."""
+    if device.type == "cuda":
+        return f"{world} x {torch.cuda.get_device_name(device)}"
+    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def move(network: nn.Module, device: torch.device) -> nn.Module:
@@ -101,7 +108,7 @@ def cuda_error(device: torch.device) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.ones(1, device=device).add(1).item()
-    except (RuntimeError, AssertionError) as e:                # AssertionError: a build without CUDA
+    except (RuntimeError, AssertionError) as e:  # AssertionError: a build without CUDA
         return str(e).split("\n")[0]
     return ""
 
@@ -116,17 +123,19 @@ def explain(error: str) -> str:
     report = nvidia_smi()
     if "version mismatch" in report:
         return f"nvidia-smi says: {report.splitlines()[0]}: its driver was replaced; restart the machine"
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
+    toolkit = torch.version.cuda  # "12.8", or None
+    build = f"CUDA {toolkit}" if toolkit else "the CPU only"
     ours = f"torch {torch.__version__} is built for {build}"
     driver = re.search(r"(?:Driver|KMD) Version: *([\d.]+)", report)
     cuda = re.search(r"CUDA (?:UMD )?Version: *(\d+)\.(\d+)", report)
     if not driver or not cuda:
         return f"{ours} and says: {error}"
-    supported = (int(cuda[1]), int(cuda[2]))
-    facts = f"{ours}, driver {driver[1]} supports CUDA up to {cuda[1]}.{cuda[2]}"
-    if torch.version.cuda and supported[0] >= int(torch.version.cuda.split(".")[0]):
+    major = int(cuda[1])
+    minor = int(cuda[2])
+    facts = f"{ours}, driver {driver[1]} supports CUDA up to {major}.{minor}"
+    if toolkit and major >= int(toolkit.split(".")[0]):
         return f"{facts}, and yet torch says: {error}"
-    builds = [name for least, name in BUILDS if supported >= least]
+    builds = [name for least, name in BUILDS if (major, minor) >= least]
     if not builds:
         return f"{facts}: install driver 580 or newer"
     return f"{facts}: install the matching build by {install_command(builds[0])}"
@@ -136,8 +145,10 @@ def install_command(build: str) -> str:
     """What replaces torch by another build of its version; without `uninstall` pip would keep this one."""
     pip = f"{sys.executable} -m pip"
     version = torch.__version__.split("+")[0]
-    return (f"`{pip} uninstall -y torch torchaudio && {pip} install torch=={version} torchaudio=={version} "
-            f"--index-url https://download.pytorch.org/whl/{build}`")
+    return (
+        f"`{pip} uninstall -y torch torchaudio && {pip} install torch=={version} torchaudio=={version} "
+        f"--index-url https://download.pytorch.org/whl/{build}`"
+    )
 
 
 def nvidia_smi(*words: str) -> str:

