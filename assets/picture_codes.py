@@ -208,7 +208,7 @@ def attribute_targets(corpus: Corpus, attributes: list[list[str]], numbers: list
 
 
 def augment_picture(x: Tensor, blur: bool, rng: np.random.Generator) -> Tensor:
-    """Pictures (B, 3, H, W), all moved alike by up to a pixel, with noise; blur: by a mean of 3 x 3 pixels."""
+    """Pictures (B, 3, H, W), all moved alike by up to a pixel, with noise. blur: by a mean of 3 x 3."""
     move = rng.integers(-1, 2, 2)
     move = tuple(move.tolist())
     x = x.roll(move, (2, 3))
