@@ -157,10 +157,10 @@ def expand(t: Tensor, like: Tensor) -> Tensor:
 
 
 class MaskReplace(nn.Module):
-    """Mask-and-replace diffusion: at each step a code stays, becomes any code, or becomes MASK for good.
+    """Mask-and-replace diffusion: at each step a code stays, is replaced by a random one, or by MASK.
 
-    The network predicts p0 = p(x_0 | x_t), (B, N, K). All else is in closed form, without the process's
-    (K + 1)^2 matrices.
+    What is MASK stays MASK. The network predicts p0 = p(x_0 | x_t), (B, N, K); all else is in closed form,
+    without the process's (K + 1)^2 matrices.
     """
 
     def __init__(self, codes: int, steps: int, mask_share: float):
@@ -209,7 +209,7 @@ class MaskReplace(nn.Module):
         """
         alpha_bar_t, gamma_bar_t, k_beta_bar_t = self.schedule(t)
         alpha_bar_s, gamma_bar_s, k_beta_bar_s = self.schedule(s)
-        # The step from s to t. K beta is 1 - alpha - gamma, in a form that is exact in float32 too.
+        # The step from s to t. K beta is 1 - alpha - gamma, in a form without cancellation, for float32.
         alpha = alpha_bar_t / alpha_bar_s
         gamma = (gamma_bar_t - gamma_bar_s) / (1 - gamma_bar_s)
         numerator = alpha_bar_s * k_beta_bar_t - alpha_bar_t * k_beta_bar_s
