@@ -25,7 +25,8 @@ import torch.nn.functional as F
 import torchaudio.functional
 from PIL import Image, PngImagePlugin
 
-from config import Mel, Picture, UserError, from_dict, run_main
+from config import Mel, UserError, from_dict, run_main
+from klein_config import Picture
 
 LOG_FLOOR = 1e-5                     # magnitudes below are clamped: silence is ln 1e-5 = -11.51
 
@@ -278,7 +279,8 @@ def load_png(path: str) -> tuple[torch.Tensor, Picture | None, dict]:
         return picture, None, {}
     try:
         facts = json.loads(chunk)
-        p = from_dict({"picture": facts.pop("picture")}, where=CHUNK).picture
+        p = from_dict(Picture, facts.pop("picture"), CHUNK)
+        p.check()
         facts["peak"] = float(facts.get("peak", 0.0))
     except (UserError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as e:
         raise UserError(f"{path}: the parameters in it are damaged ({e})") from e
@@ -296,7 +298,7 @@ def main() -> None:
     parser.add_argument("target", nargs="?", default="", help="default: beside the source; roundtrip: the rebuilt wav, written where given")
     for f in fields(Picture):
         default = "that of the sound" if f.name == "seconds" else f.default
-        parser.add_argument(f"--{f.name}", type=f.type, help=f"default: {default}; decode: as painted")
+        parser.add_argument(f"--{f.name}", type=type(f.default), help=f"default: {default}; decode: as painted")
     parser.add_argument("--recogniser", default="", help="roundtrip: Whisper name or .pt file that listens before and after")
     parser.add_argument("--text", default="", help="roundtrip: what is said; default: what the recogniser hears in the source")
     options = parser.parse_args()
@@ -322,13 +324,13 @@ def encode(source: str, target: Path, given: dict) -> None:
 
 def decode(source: str, target: Path, given: dict) -> None:
     picture, found, facts = load_png(source)
-    p = replace(found or Picture(), **given)
+    p = from_dict(Picture, asdict(found or Picture()) | given, "options")
     picture = F.pad(picture, (0, -picture.shape[2] % 16, 0, -picture.shape[1] % 16))
     p = replace(p, canvas_height=picture.shape[1], canvas_width=picture.shape[2])
     if not (found or "seconds" in given):
-        check(replace(p, seconds=1e-9))                # before it is divided by: seconds come from the width
-        p = replace(p, seconds=min(p.seconds, seconds((p.canvas_width // p.stretch - 1) * p.hop, p.sample_rate)))
-    check(p)
+        longest = seconds((p.canvas_width // p.stretch - 1) * p.hop, p.sample_rate)
+        p = from_dict(Picture, asdict(p) | {"seconds": min(p.seconds, longest)}, "options")
+    p.check()
     level, distance = unpaint(picture, p)
     wave = listen(level, p, facts.get("peak", 0.0))
     save_wav(target, wave, p.sample_rate)
@@ -377,8 +379,8 @@ def compare_hearing(wave: torch.Tensor, rebuilt: torch.Tensor, sample_rate: int,
 
 def read(source: str, given: dict) -> tuple[torch.Tensor, Picture]:
     """The wave, cut to --seconds, and a Picture as long as it, on a canvas as wide as it needs."""
-    p = replace(Picture(), **given)
-    check(replace(p, canvas_width=2 ** 40))            # before anything is divided by: the width follows from the rest
+    p = from_dict(Picture, given, "options")
+    replace(p, canvas_width=2 ** 40).check()           # before anything is divided by: the width follows from the rest
     wave = load_wav(source, p.sample_rate)
     if "seconds" in given:
         wave = wave[:int(p.seconds * p.sample_rate)]
@@ -386,7 +388,7 @@ def read(source: str, given: dict) -> tuple[torch.Tensor, Picture]:
         raise UserError(f"{source}: {len(wave)} samples are less than a frame of {p.hop}")
     p = replace(p, seconds=seconds(len(wave), p.sample_rate))
     p = replace(p, canvas_width=max(p.canvas_width, math.ceil(frames(p) * p.stretch / 16) * 16))
-    check(p)
+    p.check()
     if p.canvas_height * p.canvas_width > Image.MAX_IMAGE_PIXELS:
         raise UserError(f"{source}: {p.canvas_width} x {p.canvas_height} pixels are more than programs open; give less --seconds")
     return wave, p
@@ -395,11 +397,6 @@ def read(source: str, given: dict) -> tuple[torch.Tensor, Picture]:
 def seconds(samples: int, sample_rate: int) -> float:
     """The duration that int(seconds * sample_rate) makes `samples` again."""
     return math.nextafter(samples / sample_rate, math.inf)
-
-
-def check(p: Picture) -> None:
-    """raises UserError as config.check."""
-    from_dict({"picture": asdict(p)}, where="options")
 
 
 if __name__ == "__main__":

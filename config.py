@@ -3,8 +3,8 @@
 A config is a frozen pydantic dataclass of sections; a further system subclasses what stands here. Bounds and
 choices stand at the field, what must fit together in a `check_...` method of the smallest class that has it.
 The comment above or beside a field is its help: `python train.py --config FILE --help`. A YAML holds only
-what differs from the defaults; unknown keys and wrong types are errors that name the nearest key. A knob costs
-two edits, the field and its use; a test fails on one that nothing reads.
+what differs from the defaults; unknown keys and wrong types are errors that name the nearest key.
+A knob costs two edits, the field and its use; a test fails on one that nothing reads.
 """
 
 import dataclasses
@@ -53,6 +53,7 @@ Share = Annotated[float, Field(ge=0, le=1)]  # a share of something, or a probab
 Count = Annotated[int, Field(gt=0)]
 Whole = Annotated[int, Field(ge=0)]  # where 0 means something: off, none, all
 Device = Literal["auto", "cpu", "cuda", "mps"]
+DEVICES = get_args(Device)
 
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 MOVABLE = "movable"  # marks a field that may change when a run goes on: a place, or what changes no result
@@ -83,7 +84,7 @@ Bounds = Annotated[dict[str, str], BeforeValidator(check_bounds)]
 
 @section
 class Mel:
-    """Log-mels as BigVGAN's `22khz_80band_fmax8k_256x` models read them; every packed corpus must have the same."""
+    """Log-mels as BigVGAN's `22khz_80band_fmax8k_256x` reads them; every packed corpus must have the same."""
 
     sample_rate: Count = 22050  # Hz
     n_fft: Count = 1024  # samples
@@ -243,7 +244,7 @@ class Config:
     fixed: ClassVar[tuple[str, ...]] = ("model",)
 
     def reference_settings(self) -> dict:
-        """What recordings that pass through all but the generative network depend on; folders and hub ids as str."""
+        """What a recording depends on that passes through all but the generative network; folders as str."""
         return {}
 
 
@@ -406,9 +407,8 @@ def without_former(cls: type[Config], values: dict) -> dict:
     for section, value in values.items():
         if section not in sections and section in FORMER_SECTIONS:
             continue
-        if section in sections and isinstance(value, dict):
-            former = FORMER_KEYS.get(section, set())
-            gone = former - set(fields_of(sections[section]))
+        if section in FORMER_KEYS and isinstance(value, dict):
+            gone = FORMER_KEYS[section] - fields_of(sections[section]).keys()
             value = {key: entry for key, entry in value.items() if key not in gone}
         kept[section] = value
     return kept
@@ -554,12 +554,10 @@ def build(cls: type, values: dict, where: Callable[[str], str], prefix: str = ""
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            known = keys(cls, prefix) + [prefix + section for section in hints]
-            raise UnknownKey(where(name), name, nearest(name, known))
+            raise UnknownKey(where(name), name, nearest(name, keys(cls, prefix) + list(hints)))
         if dataclasses.is_dataclass(hints[key]):
             value = {} if value is None else value
-            if not isinstance(value, dict):
-                raise UserError(f"{where(name)}: {name} is a section, got {value!r}")
+            require(isinstance(value, dict), f"{where(name)}: {name} is a section, got {value!r}")
             value = build(hints[key], value, where, f"{name}.")
         built[key] = value
     try:

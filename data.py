@@ -30,7 +30,9 @@ import torch
 from tqdm import tqdm
 
 import audio
-from config import Config, Mel, Picture, UserError, load, run_main
+from config import Config, Mel, TTSConfig, UserError, load, run_main
+from klein_config import Picture
+from music_config import MusicConfig
 from corpora import demo, voice
 from text import normalize
 
@@ -500,8 +502,9 @@ def main() -> None:
     o, rest = parser.parse_known_args()
     if not (share := re.fullmatch(r"(\d+)/(\d+)", o.shard)) or int(share[1]) >= int(share[2]):
         raise UserError(f"--shard {o.shard}: expected i/n with i below n, as 0/4")
-    usual = ["--mel.sample_rate=16000", "--mel.hop=160"] if o.corpus == "music" else []
-    config = load("", [f"--corpus={o.corpus}", f"--data_dir={o.root or o.out}", f"--download={o.download}", *usual, *rest])
+    usual = o.corpus == "music"
+    words = [f"--corpus={o.corpus}", f"--data_dir={o.root or o.out}", *(["--download=true"] if o.download else []), *rest]
+    config = load(MusicConfig if usual else TTSConfig, "", words)
     (corpus, clips, skipped), out, mel = read_corpus(config), Path(o.out), asdict(config.mel)
     form, corpus = {key: mel[key] for key in ("sample_rate", "hop")} if usual else mel, corpus | ({"resample": True} if o.resample else {})
     read = functools.partial(read_speech, out, corpus, form)

@@ -11,7 +11,6 @@ import math
 import os
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ import data
 import metric
 import recogniser
 import system
-from config import CHOICES, Config, UserError, run_main
+from config import DEVICES, Config, UserError, run_main
 from device import pick_device
 from model import Prompt
 from text import normalize
@@ -165,15 +164,14 @@ class Evaluator:
     def basis_of_floors(self) -> dict:
         """All that floors depend on: who listens, to which clips, and what a reference is made by."""
         c = self.config
+        settings = c.reference_settings()
         clips = [[clip.id, clip.text, clip.frames] for clip in self.clips]
         return {
             "version": FLOORS,
             "recogniser": self.recogniser.identity,
             "system": c.system,
-            "mel": asdict(c.mel),
-            "picture": asdict(c.picture),
-            "vocoder": [c.sample.vocoder, files_of(c.sample.vocoder)],
-            "vae": [c.klein.vae, c.klein.base, files_of(c.klein.base)],
+            "settings": settings,
+            "files": [files_of(value) for value in settings.values() if isinstance(value, str)],
             "corpus": self.corpus.plan,
             "clips": data.digest(clips),
             "recordings": sum(bool(clip.wav) and Path(clip.wav).exists() for clip in self.clips),
@@ -394,11 +392,12 @@ def main() -> None:
     parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
     parser.add_argument("--snr", type=float, nargs="+", default=[], help="dB, inf for none: systems that listen, under white noise at each")
     parser.add_argument("--out_dir", default="", help="default: the run's")
-    parser.add_argument("--device", default="auto", choices=CHOICES["device"])
+    parser.add_argument("--device", default="auto", choices=DEVICES)
     o, knobs = parser.parse_known_args()
     listener = {"recogniser": o.recogniser} if o.recogniser else {}
-    changes = {"eval": {"prompts": o.prompts, "split": o.split, "limit": o.limit,
-                        "true_durations": o.true_durations} | listener,
+    if o.true_durations:
+        listener["true_durations"] = True
+    changes = {"eval": {"prompts": o.prompts, "split": o.split, "limit": o.limit} | listener,
                "sample": {name: value for name, value, given in (("euler_steps", o.steps, o.steps > 0), ("vocoder", o.vocoder, o.vocoder),
                                                                  ("cfg_scale", o.cfg_scale, o.cfg_scale >= 0)) if given}}
     if o.data_dir:

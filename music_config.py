@@ -1,6 +1,6 @@
 """The config of system `music`: FluxMusic on AudioLDM2's latents.
 
-Source of the sizes, and of the defaults: FluxMusic's published checkpoints and programs, AudioLDM2's vae/ and vocoder/.
+Source of sizes and defaults: FluxMusic's published checkpoints and programs, AudioLDM2's vae/ and vocoder/.
 """
 
 import dataclasses
@@ -30,8 +30,9 @@ from config import (
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """FluxMusic's network. double, single: blocks of two streams and of one; axes: how many of a head's numbers
-    turn by nothing, time, frequency.
+    """FluxMusic's network.
+
+    double, single: blocks of two streams, of one; axes: numbers of a head that turn by nothing, time, frequency.
     """
 
     width: int

@@ -15,10 +15,9 @@ import torch
 from tqdm import tqdm
 
 import audio
-import config as configs
 import evaluator
 import system
-from config import Config, UserError, run_main
+from config import DEVICES, Config, UserError, run_main
 from device import move, pick_device
 from model import Prompt
 from text import normalize
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
     parser.add_argument("--png", action="store_true", help="write pictures beside each wav")
-    parser.add_argument("--device", default="auto", choices=configs.CHOICES["device"])
+    parser.add_argument("--device", default="auto", choices=DEVICES)
     options, knobs = parser.parse_known_args()
     texts = options.text + (evaluator.read_prompts(options.prompt_file) if options.prompt_file else [])
     if bool(texts) == bool(options.speech):
@@ -60,16 +59,13 @@ def main() -> None:
         raise UserError(f"--out {out}: its name must end in .{network.makes[0]}")
     if not 0 <= options.seconds <= config.data.max_seconds or not 0 <= options.seed < 2 ** 63 or not 1 <= options.seeds <= 1000:
         raise UserError(f"--seconds goes from 0 to {config.data.max_seconds}, --seed from 0 to 2^63 - 1, --seeds from 1 to 1000")
-    given = {"euler_steps": options.steps, "cfg_scale": options.cfg_scale}
-    settings = replace(config.sample, **{name: value for name, value in given.items() if value is not None})
-    configs.check(replace(config, sample=settings))
     wanted = [[Prompt(sentence, options.seconds * len(sentence) / sum(map(len, parts))) for sentence in parts]
               for parts in (split_text(normalize(text), network.longest) if network.speaks else [text] for text in texts)]
     wanted += [[Prompt(Path(path).stem, speech=read_speech(path, config.data.max_seconds))] for path in options.speech]
     wanted = [[replace(prompt, seed=options.seed + n) for prompt in parts] for parts in wanted for n in range(options.seeds)]
     prompts, made = sum(wanted, []), []
     for start in tqdm(range(0, len(prompts), config.eval.sample_batch), unit="batch", disable=None, leave=False):
-        made += network.sample(prompts[start:start + config.eval.sample_batch], settings)
+        made += network.sample(prompts[start:start + config.eval.sample_batch], config.sample)
     for number, parts in enumerate(wanted):
         pieces, made = made[:len(parts)], made[len(parts):]
         write(out if len(wanted) == 1 else out.with_stem(f"{out.stem}-{number}"), pieces, network.makes, options.png)
@@ -79,11 +75,13 @@ def open_network(options: argparse.Namespace, knobs: list[str]) -> tuple[Config,
     """The network of --ckpt or --config, with `knobs` on top, ready to sample, with the adapter of --lora."""
     if bool(options.ckpt) == bool(options.config):
         raise UserError("give --ckpt, a checkpoint or the folder of a run, or --config, a recipe: one of the two")
-    device, changes = pick_device(options.device), {"vocoder": options.vocoder} if options.vocoder else {}
+    device = pick_device(options.device)
+    given = {"euler_steps": options.steps, "cfg_scale": options.cfg_scale, "vocoder": options.vocoder or None}
+    knobs = [f"--sample.{name}={value}" for name, value in given.items() if value is not None] + knobs
     if options.ckpt:
-        config, network, _ = system.load(options.ckpt, device, {"sample": changes}, words=knobs)
+        config, network, _ = system.load(options.ckpt, device, {}, words=knobs)
     else:
-        config = configs.load(options.config, [f"--sample.{name}={value}" for name, value in changes.items()] + knobs)
+        config = system.load_config(options.config, knobs)
         network = move(system.build(config), device).eval()
     if options.lora:
         network.load_adapter(options.lora)

@@ -26,7 +26,8 @@ import metric
 import pretrained
 import recogniser
 import shapes
-from config import Config, Sample, UserError, from_dict
+from config import Config, Sample, UserError, from_checkpoint
+from speech2image_config import SpeechAlignConfig
 from model import Batches, Prompt, zero
 
 RATE, HOP = recogniser.RATE, recogniser.HOP                    # Hz; samples a frame, 50 a second
@@ -136,7 +137,7 @@ def load_align(path: str, device: torch.device) -> SpeechAlign:
     """A trained stage 1, frozen, with its averaged weights; path: a checkpoint, or the folder of a run, whose newest is taken."""
     try:
         state = torch.load(newest(Path(path)), map_location="cpu", weights_only=True)
-        network = SpeechAlign(from_dict(state["config"], where=path))
+        network = SpeechAlign(from_checkpoint(SpeechAlignConfig, state["config"], path))
         network.load_state_dict({**state["model"], **state["ema"]})
     except UserError:
         raise

@@ -19,7 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import recogniser
-from config import from_command_line, run_main
+from config import run_main
+from system import config_from_command_line
 from recogniser import KEYS, RATE, ROOTS, TEMPI, TIMBRES
 
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}              # semitones above the root
@@ -133,7 +134,7 @@ def main() -> None:
     if sys.argv[1:] == ["learn"]:
         learn()
         return
-    config = from_command_line(sys.argv[1:])
+    config = config_from_command_line(sys.argv[1:])
     d, mel, seconds = config.data, config.mel, config.music.crop_seconds
     read = functools.partial(play_piece, seconds, mel.sample_rate, mel.hop)
     data.pack(Path(d.data_dir), {"name": "pieces", "seconds": seconds}, pieces(d.sentences), [], recogniser.piece_form(mel), read, d.workers)

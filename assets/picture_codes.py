@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-from config import UserError, from_command_line, run_main
+from config import UserError, run_main
 from flow import Judge, SmallVQ, label_parts, nearest
 from speech2image import Corpus, check_stage1, codes_file, judge_file, load_align, load_autoencoder, speech_file, vq_file
+from system import config_from_command_line
 
 
 def main() -> None:
-    config = from_command_line(sys.argv[1:])
+    config = config_from_command_line(sys.argv[1:])
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     c, corpus = config.codes, Corpus(config)
     if not speech_file(corpus).exists():

@@ -29,7 +29,8 @@ import flow
 import pretrained
 import recogniser
 import speech2image
-from config import Config, UserError, from_command_line, run_main
+from config import Config, UserError, run_main
+from system import config_from_command_line
 from corpora.voice import espeak
 from shapes import COMBINATIONS, KINDS, NEW, SHAPES, describe, draw
 from speech2image import HOP, RATE
@@ -168,7 +169,7 @@ def train_tower(corpus: speech2image.Corpus, steps: int = 300) -> flow.SmallTowe
 
 
 def main() -> None:
-    config = from_command_line(sys.argv[1:])
+    config = config_from_command_line(sys.argv[1:])
     pack(config)
     corpus, device = speech2image.Corpus(config), "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
     if config.align.image == "scratch" and not (path := speech2image.tower_file(corpus)).exists():

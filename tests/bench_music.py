@@ -141,7 +141,7 @@ REFERENCE_STEPS, REFERENCE_TOKENS = 50, 256
 
 def bench_sampling(options: argparse.Namespace, device: str) -> dict:
     """A step of both procedures in turns at a published size; and with --ckpt both in full, how long they take and what they make."""
-    ours = configs.load(str(ROOT / "configs" / f"music_{options.size}.yaml")).sample
+    ours = system.load_config(str(ROOT / "configs" / f"music_{options.size}.yaml")).sample
     steps, size = options.steps or ours.euler_steps, music.SIZES[options.size]
     network = music.MMDiT(size).to(device)
     x_t, t, text, vector = (part.to(device) for part in example(2 * options.batch, options.tokens, REFERENCE_TOKENS, size))
