@@ -408,7 +408,8 @@ def without_former(cls: type[Config], values: dict) -> dict:
         if section not in sections and section in FORMER_SECTIONS:
             continue
         if section in FORMER_KEYS and isinstance(value, dict):
-            gone = FORMER_KEYS[section] - fields_of(sections[section]).keys()
+            present = fields_of(sections[section])
+            gone = FORMER_KEYS[section] - present.keys()
             value = {key: entry for key, entry in value.items() if key not in gone}
         kept[section] = value
     return kept
@@ -553,23 +554,34 @@ def build(cls: type, values: dict, where: Callable[[str], str], prefix: str = ""
     built = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if key not in hints:
-            raise UnknownKey(where(name), name, nearest(name, keys(cls, prefix) + list(hints)))
-        if dataclasses.is_dataclass(hints[key]):
-            value = {} if value is None else value
-            require(isinstance(value, dict), f"{where(name)}: {name} is a section, got {value!r}")
-            value = build(hints[key], value, where, f"{name}.")
+        hint = hints.get(key)
+        if hint is None:
+            known = keys(cls, prefix) + list(hints)
+            raise UnknownKey(where(name), name, nearest(name, known))
+        if dataclasses.is_dataclass(hint):
+            entries = {} if value is None else value
+            if not isinstance(entries, dict):
+                raise UserError(f"{where(name)}: {name} is a section, got {value!r}")
+            value = build(hint, entries, where, f"{name}.")
         built[key] = value
+    return construct(cls, built, where, prefix)
+
+
+def construct(cls: type, values: dict, where: Callable[[str], str], prefix: str):
+    """As `build`, its sections built already."""
     try:
-        return cls(**built)
+        return cls(**values)
     except ValidationError as e:
         error = e.errors()[0]
         key = error["loc"][0]
+        hint = fields_of(cls)[key]
         name = f"{prefix}{key}"
-        raise UserError(f"{where(name)}: {name} {complaint(error, hints[key], built[key])}") from e
+        fault = describe_fault(error, hint, values[key])
+        message = f"{where(name)}: {name} {fault}"
+        raise UserError(message) from e
 
 
-def complaint(error: dict, hint, value) -> str:
+def describe_fault(error: dict, hint, value) -> str:
     """What is wrong with a value, of which pydantic says `error`."""
     rule = describe_rule(error["type"], error.get("ctx", {}), hint)
     close = ""

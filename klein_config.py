@@ -42,7 +42,7 @@ class Picture:
     reference: Literal["peak", "fixed"] = "peak"
 
     def check(self) -> None:
-        """raises UserError for what does not fit together; not a validator, as the codec finds the width last."""
+        """raises UserError for what does not fit; no validator, since the codec finds the width last."""
         columns = (int(self.seconds * self.sample_rate) // self.hop + 1) * self.stretch
         height = self.canvas_height
         width = self.canvas_width

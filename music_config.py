@@ -32,7 +32,8 @@ from config import (
 class Size:
     """FluxMusic's network.
 
-    double, single: blocks of two streams, of one; axes: numbers of a head that turn by nothing, time, frequency.
+    double, single: blocks of two streams, of one.
+    axes: how many numbers of a head turn by nothing, by time, by frequency.
     """
 
     width: int

@@ -1,4 +1,4 @@
-"""The configs of `speech_align` and `speech_image`: speech and pictures in one space, then pictures from that.
+"""The configs of `speech_align` and `speech_image`: speech and pictures in one space, pictures from that.
 
 Source of defaults: Speak the Art (arXiv 2601.00827), SpeechCLIP (arXiv 2210.00705), VQ-Diffusion for ImageNet
 (arXiv 2111.14822).

@@ -1,9 +1,9 @@
 """The table of systems, and how one is built, saved and loaded.
 
-`python system.py prepare --config FILE [--key value ...]` makes what a config's training needs: a packed corpus,
-caches; `export` writes what other software loads. A checkpoint holds plain tensors and values: model (what is
-frozen left out), EMA, optimizers, step, config. It is written to a temporary file and renamed, so there is never
-half of one, and read with `weights_only`, so it can run no code.
+`python system.py prepare --config FILE [--key value ...]` makes what a config's training needs: a packed
+corpus, caches; `export` writes what other software loads. A checkpoint holds plain tensors and values: model
+(what is frozen left out), EMA, optimizers, step, config. It is written to a temporary file and renamed, so
+there is never half of one, and read with `weights_only`, so it can run no code.
 """
 
 import argparse
@@ -47,9 +47,10 @@ class Artifact(Protocol):
     sample_rate: int
 
     def draw(self, stem: Path) -> dict[str, str]:
-        """Write its pictures beside `stem`; returns what they are and their names: {"picture": "000.png", "attention": ...}.
+        """Write its pictures beside `stem`.
 
-        picture is always one of them; the report also shows attention and confidence.
+        returns: their names by kind, {"picture": "000.png", "attention": ...}; there is always a picture, and
+        the report also shows attention and confidence.
         """
 
 
@@ -64,11 +65,11 @@ class Corpus(Protocol):
         """Those of train | val | test, always in the same order."""
 
     def recording(self, clip: data.Clip) -> tuple[torch.Tensor, int] | None:
-        """The sound as it was recorded, a wave (N,), and its rate in Hz, the same for all clips; None where there is none."""
+        """The sound as recorded, a wave (N,), and its rate in Hz, equal for all clips; None without one."""
 
 
 class Batches(Protocol):
-    """Batches as dicts of CPU tensors, in which everything random is drawn; t (B,) and frames (B,) are always among them."""
+    """Dicts of CPU tensors, in which all that is random is drawn; t (B,) and frames (B,) are in each."""
 
     def train(self, step: int, micro: int = 0) -> dict[str, torch.Tensor]:
         """This rank's part of a micro-batch: a function of (config.seed, step, micro, rank)."""
@@ -78,7 +79,7 @@ class Batches(Protocol):
 
 
 class System(Protocol):
-    """What the loop, the evaluator and the sampler ask of a network (an nn.Module), and all that they know about it.
+    """What the loop, the evaluator and the sampler ask of a network (an nn.Module), and all they know of it.
 
     A parameter that is not to be trained has requires_grad False from the start; it is in no checkpoint.
     """
@@ -93,8 +94,8 @@ class System(Protocol):
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A deterministic function of the batch and the weights.
 
-        returns: loss and other scalars, each a mean over the batch, to log; flow_loss_per_clip (B,), if given, is
-        binned by t.
+        returns: loss and other scalars to log, each a mean over the batch; flow_loss_per_clip (B,), if given,
+        is binned by t.
         """
 
     def sample(self, prompts: Sequence[model.Prompt], settings: Sample) -> list[Artifact]:
@@ -110,16 +111,19 @@ class System(Protocol):
         """
 
     def features(self, made: Artifact, corpus: Corpus, clip: data.Clip) -> dict[str, np.ndarray]:
-        """Arrays from which evaluator.figures computes figures of a whole set; None in a system without any."""
+        """Arrays from which evaluator.figures computes figures of a whole set; None in a system without."""
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The parameters that Muon trains; AdamW has the others. Either may have none."""
 
     def load_adapter(self, name: str) -> None:
-        """Put a published LoRA, a hub id or a folder, on top of the weights; raises UserError if that cannot be."""
+        """Put a published LoRA, a hub id or folder, on top of the weights.
+
+        raises UserError if that cannot be.
+        """
 
     def export(self, folder: Path, facts: dict[str, str]) -> None:
-        """Write what other software loads, with the facts about it; raises UserError where nobody else does."""
+        """Write what other software loads, with facts about it; raises UserError where there is none such."""
 
 
 @dataclass(frozen=True)
@@ -160,15 +164,20 @@ SYSTEMS = {
 }
 
 
-# Configs: what is said of a system's is said by its class, and only here is it known which class that is
+# Configs: only here is it known which class a system's is
 
 
 def load_config(path: str = "", overrides: Sequence[str] = ()) -> Config:
-    """As config.load, by the class of the system that the YAML file or an override names; else text-to-speech."""
+    """As config.load, by the class of the system that the file or an override names; tts where none does."""
+    values = named_values(path, configs.parse_overrides(overrides))
+    return from_values(values, path, overrides)
+
+
+def named_values(path: str, overrides: dict[str, str]) -> dict:
+    """What a YAML file says, and always its system: that of the overrides comes first."""
     values = configs.read_yaml(path) if path else {}
-    words = configs.parse_overrides(overrides)
-    name = words.get("system") or values.get("system") or "tts"
-    return from_values({**values, "system": name}, path, overrides)
+    name = overrides.get("system") or values.get("system") or "tts"
+    return {**values, "system": name}
 
 
 def config_from_command_line(words: Sequence[str]) -> Config:
@@ -180,54 +189,62 @@ def config_from_command_line(words: Sequence[str]) -> Config:
 
 def from_values(values: dict, where: str, overrides: Sequence[str] = ()) -> Config:
     """The config of the system that plain values name, with overrides on top."""
-    cls = config_class(values["system"])
+    name = values["system"]
+    cls = config_class(name, where)
     try:
         config = configs.from_dict(cls, values, where)
         return configs.overridden(config, overrides)
     except UnknownKey as e:
-        owners = [name for name, parts in SYSTEMS.items() if has_key(parts.config, e.name)]
+        owners = owners_of(e.name)
         if not owners:
             raise
         asked = f"{e.where}: {e.name}" if e.where else f"--{e.name}"
         have = "has" if len(owners) == 1 else "have"
-        message = f"{asked}: system {values['system']} has no such key; {', '.join(owners)} {have}"
-        raise UserError(message) from e
+        fault = f"{asked}: system {name} has no such key"
+        raise UserError(f"{fault}; {', '.join(owners)} {have}") from e
 
 
-def config_class(name: object) -> type[Config]:
+def config_class(name: object, where: str = "") -> type[Config]:
     """raises UserError for a system that there is not."""
     if not isinstance(name, str) or name not in SYSTEMS:
         close = configs.nearest(str(name), list(SYSTEMS))
-        raise UserError(f"system must be one of {', '.join(SYSTEMS)}, got {name!r}{close}")
+        fault = f"system must be one of {', '.join(SYSTEMS)}, got {name!r}{close}"
+        raise UserError(f"{where}: {fault}" if where else fault)
     return SYSTEMS[name].config
 
 
-def has_key(cls: type[Config], name: str) -> bool:
-    """Whether a config has a section or a knob of this name, full or bare."""
+def owners_of(name: str) -> list[str]:
+    """The systems that have a section or a knob of this name, full or bare."""
     wanted = name.replace("-", "_")
-    keys = configs.keys(cls)
-    return any(key == wanted or key.endswith(f".{wanted}") or key.startswith(f"{wanted}.") for key in keys)
+    owners = []
+    for system, parts in SYSTEMS.items():
+        names = set()
+        for key in configs.keys(parts.config):
+            names |= {key, *key.split(".")}
+        if wanted in names:
+            owners.append(system)
+    return owners
 
 
 def describe_knobs(words: Sequence[str]) -> str:
     """The knobs of the system of a command line: the text of `--help`."""
-    given = configs.parse_overrides([word for word in words if word not in ("-h", "--help")])
-    values = configs.read_yaml(given["config"]) if "config" in given else {}
-    name = given.get("system") or values.get("system") or "tts"
-    return configs.describe(config_class(name))
+    asked = [word for word in words if word not in ("-h", "--help")]
+    given = configs.parse_overrides(asked)
+    values = named_values(given.get("config", ""), given)
+    return configs.describe(config_class(values["system"]))
 
 
 # Building
 
 
 def build(config: Config, *statistics: float) -> nn.Module:
-    """The network of `config.system` with fresh weights drawn from `config.seed`; statistics: its corpus's."""
+    """The network of `config.system`, its weights drawn from `config.seed`; statistics: its corpus's."""
     torch.manual_seed(config.seed)
     return SYSTEMS[config.system].network(config, *statistics)
 
 
 def open_corpus(config: Config):
-    """The packed corpus of `config.data.data_dir`; raises UserError where it is missing or does not fit the config."""
+    """The packed corpus of `config.data.data_dir`; raises UserError where it is missing or does not fit."""
     return SYSTEMS[config.system].corpus(config)
 
 
@@ -305,7 +322,7 @@ def load_checkpoint(path: Path) -> dict:
 def resume(
     config: Config, network: nn.Module, average: Average, optimizers: list[torch.optim.Optimizer]
 ) -> tuple[int, float]:
-    """Load the newest checkpoint of config.out_dir, if there is one; returns its step and the seconds trained."""
+    """Load the newest checkpoint of config.out_dir, if any; returns its step and the seconds trained."""
     path = newest_checkpoint(config.out_dir)
     if path is None:
         return 0, 0.0
@@ -337,27 +354,31 @@ def check_unchanged(config: Config, saved: dict, where: str) -> None:
 
     saved: the config that they were trained with; what it does not have, an older tree's, is as it is now.
     """
-    values = configs.to_dict(config)
     for key in configs.fixed_keys(type(config)):
         section, knob = key.split(".")
-        now = values[section][knob]
-        then = saved.get(section, {}).get(knob, now)
-        if now != then:
-            was = f"{where}: was trained with {key} {then!r}, not {now!r}"
-            raise UserError(f"{was}; choose another out_dir")
+        values = getattr(config, section)
+        saved_values = saved.get(section, {})
+        now = getattr(values, knob)
+        then = saved_values.get(knob, now)
+        if then != now:
+            fault = f"{where}: was trained with {key} {then!r}"
+            raise UserError(f"{fault}, not {now!r}; choose another out_dir")
 
 
 def load_weights(network: nn.Module, found: dict[str, torch.Tensor], where: str) -> None:
     """Load `weights`, with exact key and shape equality; raises UserError naming the first difference."""
     own = weights(network)
-    for name in sorted(own.keys() ^ found.keys()):
+    differing = sorted(own.keys() ^ found.keys())
+    if differing:
+        name = differing[0]
         fault = "missing" if name in own else "not part of this model"
         raise UserError(f"{where}: {name} is {fault}; was it trained with another config?")
     for name, value in own.items():
-        shape = tuple(found[name].shape)
         expected = tuple(value.shape)
+        shape = tuple(found[name].shape)
+        message = f"{where}: {name} has shape {shape}, this model has {expected}"
         if shape != expected:
-            raise UserError(f"{where}: {name} has shape {shape}, this model has {expected}")
+            raise UserError(message)
     network.load_state_dict(found, strict=False)  # what is frozen stays as it was built
 
 
@@ -368,8 +389,9 @@ def load(
     out_dir: str = "",
     words: Sequence[str] = (),
 ) -> tuple[Config, nn.Module, int]:
-    """A trained system, ready to sample, with its averaged weights; returns its config, the network and its step.
+    """A trained system, ready to sample, with its averaged weights.
 
+    returns: its config, the network, its step.
     path: a checkpoint, or the folder of a run, of which the newest is taken.
     overrides, out_dir: sections of the config to change, {"sample": {"vocoder": ...}}, and its out_dir.
     words: of a command line, ["--klein.base", "elsewhere"], on top.
@@ -380,12 +402,13 @@ def load(
             raise UserError(f"{path}: holds no checkpoints/step_*.pt")
         path = newest
     state = load_checkpoint(Path(path))
-    name = state["config"].get("system", "tts")
-    values = configs.without_former(config_class(name), {**state["config"], "system": name})
+    cls = config_class(state["config"].get("system"), str(path))
+    values = configs.without_former(cls, state["config"])
     if out_dir:
         values["out_dir"] = out_dir
     for section, changes in overrides.items():
-        values[section] = {**values.get(section, {}), **changes}
+        if changes:
+            values[section] = {**values.get(section, {}), **changes}
     config = from_values(values, str(path), words)
     config = settle_precision(config, device, world=1)
     network = build(config)
@@ -397,7 +420,7 @@ def load(
 
 
 def record_run(config: Config, dtype: str, network: nn.Module, device: torch.device, world: int) -> None:
-    """Print what is about to run, and keep what it takes to run it again: config.yaml, run.json and the source."""
+    """Print what is about to run, and keep what repeating it takes: config.yaml, run.json and the source."""
     out = Path(config.out_dir)
     here = Path(__file__).parent
     make_folder(out / "source" / "corpora")
@@ -413,12 +436,11 @@ def record_run(config: Config, dtype: str, network: nn.Module, device: torch.dev
         "hardware": hardware(device, world),
         "dtype": dtype,
         "parameters": parameters,
-        "frozen_parameters": frozen,
         "started": datetime.datetime.now().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()},
     }
-    if not frozen:
-        del run["frozen_parameters"]
+    if frozen:
+        run["frozen_parameters"] = frozen
     for name in ("torch", "transformers", "openai-whisper", "numpy"):
         run["versions"][name] = version(name)
     (out / "run.json").write_text(json.dumps(run, indent=1))
@@ -459,7 +481,7 @@ def settle_precision(config: Config, device: torch.device, world: int) -> Config
 
 
 def recorded_dtype(out_dir: str, here: str) -> str:
-    """What a run that has a checkpoint was computed in, if on the hardware that is `here`; "" where there is none."""
+    """What a run that has a checkpoint was computed in, if on the hardware that is `here`; else ""."""
     try:
         run = json.loads(Path(out_dir, "run.json").read_text())
         known = newest_checkpoint(out_dir) and run["hardware"] == here
