@@ -23,7 +23,8 @@ import torch.nn.functional as F
 import torchaudio.functional
 from PIL import Image, PngImagePlugin
 
-from config import Mel, Picture, UserError, from_dict, run_main
+from config import Mel, UserError, from_dict, run_main
+from klein_config import Picture
 
 LOG_FLOOR = 1e-5  # magnitudes below are clamped: silence is ln 1e-5 = -11.51
 
@@ -404,7 +405,8 @@ def load_png(path: str) -> tuple[torch.Tensor, Picture | None, dict]:
         return picture, None, {}
     try:
         facts = json.loads(chunk)
-        p = from_dict({"picture": facts.pop("picture")}, where=CHUNK).picture
+        p = from_dict(Picture, facts.pop("picture"), CHUNK)
+        p.check()
         facts["peak"] = float(facts.get("peak", 0.0))
     except (UserError, *DAMAGE) as e:
         raise UserError(f"{path}: the parameters in it are damaged ({e})") from e
@@ -437,7 +439,7 @@ def main() -> None:
     for field in fields(Picture):
         default = "that of the sound" if field.name == "seconds" else field.default
         parser.add_argument(
-            f"--{field.name}", type=field.type, help=f"default: {default}; decode: as painted"
+            f"--{field.name}", type=type(field.default), help=f"default: {default}; decode: as painted"
         )
     parser.add_argument(
         "--recogniser", default="", help="roundtrip: Whisper name or .pt file that listens before and after"
@@ -480,19 +482,18 @@ def encode(source: str, target: Path, given: dict) -> None:
 
 def decode(source: str, target: Path, given: dict) -> None:
     picture, stored, facts = load_png(source)
-    p = replace(stored or Picture(), **given)
+    p = from_dict(Picture, asdict(stored or Picture()) | given, "options")
     _, height, width = picture.shape
     right = -width % 16
     below = -height % 16
     picture = F.pad(picture, (0, right, 0, below))
     p = replace(p, canvas_height=height + below, canvas_width=width + right)
     if not stored and "seconds" not in given:  # they follow from the width
-        check(replace(p, seconds=1e-9))  # before anything is divided by
         painted_frames = p.canvas_width // p.stretch
         samples = (painted_frames - 1) * p.hop
         longest = seconds(samples, p.sample_rate)
-        p = replace(p, seconds=min(p.seconds, longest))
-    check(p)
+        p = from_dict(Picture, asdict(p) | {"seconds": min(p.seconds, longest)}, "options")
+    p.check()
     db, distance = unpaint(picture, p)
     wave = listen(db, p, facts.get("peak", 0.0))
     save_wav(target, wave, p.sample_rate)
@@ -558,8 +559,8 @@ def compare_hearing(
 
 def read(source: str, given: dict) -> tuple[torch.Tensor, Picture]:
     """The wave, cut to --seconds, and a Picture as long as it, on a canvas as wide as it needs."""
-    p = replace(Picture(), **given)
-    check(replace(p, canvas_width=2**40))  # before anything is divided by; the width follows from the rest
+    p = from_dict(Picture, given, "options")
+    replace(p, canvas_width=2**40).check()  # before anything is divided by; the width follows from the rest
     wave = load_wav(source, p.sample_rate)
     if "seconds" in given:
         samples = int(p.seconds * p.sample_rate)
@@ -572,7 +573,7 @@ def read(source: str, given: dict) -> tuple[torch.Tensor, Picture]:
     width = math.ceil(columns / 16) * 16
     width = max(width, p.canvas_width)
     p = replace(p, canvas_width=width)
-    check(p)
+    p.check()
     pixels = width * p.canvas_height
     if pixels > Image.MAX_IMAGE_PIXELS:
         raise UserError(f"{source}: {canvas_size(p)} are more than programs open; give less --seconds")
@@ -582,11 +583,6 @@ def read(source: str, given: dict) -> tuple[torch.Tensor, Picture]:
 def seconds(samples: int, sample_rate: int) -> float:
     """The duration for which int(seconds * sample_rate) is `samples` again."""
     return math.nextafter(samples / sample_rate, math.inf)
-
-
-def check(p: Picture) -> None:
-    """raises UserError for parameters that a config would not accept."""
-    from_dict({"picture": asdict(p)}, where="options")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ import torch
 from tqdm import tqdm
 
 import audio
-from config import Config, Mel, Picture, UserError, load, run_main
+from config import Config, Mel, TTSConfig, UserError, load, run_main
+from klein_config import Picture
+from music_config import MusicConfig
 from corpora import demo, voice
 from text import normalize
 
@@ -793,15 +795,11 @@ def main() -> None:
     match = re.fullmatch(r"(\d+)/(\d+)", options.shard)
     if not match or int(match[1]) >= int(match[2]):
         raise UserError(f"--shard {options.shard}: expected i/n with i below n, as 0/4")
-    overrides = [
-        f"--corpus={options.corpus}",
-        f"--data_dir={options.root or options.out}",
-        f"--download={options.download}",
-    ]
+    overrides = [f"--corpus={options.corpus}", f"--data_dir={options.root or options.out}"]
+    if options.download:
+        overrides.append("--download=true")
     is_music = options.corpus == "music"
-    if is_music:
-        overrides += ["--mel.sample_rate=16000", "--mel.hop=160"]
-    config = load("", overrides + rest)
+    config = load(MusicConfig if is_music else TTSConfig, "", overrides + rest)
     corpus, clips, skipped = read_corpus(config)
     format = asdict(config.mel)
     if is_music:  # waves

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ import data
 import metric
 import recogniser
 import system
-from config import CHOICES, Config, UserError, run_main
+from config import DEVICES, Config, UserError, run_main
 from device import pick_device
 from model import Prompt
 from text import normalize
@@ -229,15 +228,14 @@ class Evaluator:
     def basis_of_floors(self) -> dict:
         """All that reference scores depend on: the recogniser, the clips, and what a reference is made by."""
         c = self.config
+        settings = c.reference_settings()
         clips = [[clip.id, clip.text, clip.frames] for clip in self.clips]
         return {
             "version": FLOORS,
             "recogniser": self.recogniser.identity,
             "system": c.system,
-            "mel": asdict(c.mel),
-            "picture": asdict(c.picture),
-            "vocoder": [c.sample.vocoder, files_of(c.sample.vocoder)],
-            "vae": [c.klein.vae, c.klein.base, files_of(c.klein.base)],
+            "settings": settings,
+            "files": [files_of(value) for value in settings.values() if isinstance(value, str)],
             "corpus": self.corpus.plan,
             "clips": data.digest(clips),
             "recordings": sum(bool(clip.wav) and Path(clip.wav).exists() for clip in self.clips),
@@ -638,15 +636,17 @@ def read_command_line() -> tuple[argparse.Namespace, list[str]]:
     snr_help = "dB, inf for none: systems that listen, under white noise at each"
     add("--snr", type=float, nargs="+", default=[], help=snr_help)
     add("--out_dir", default="", help="default: the run's")
-    add("--device", default="auto", choices=CHOICES["device"])
+    add("--device", default="auto", choices=DEVICES)
     return parser.parse_known_args()
 
 
 def changes_to_config(options: argparse.Namespace) -> dict[str, dict]:
     """What the options change of a checkpoint's config, by section."""
     sections = {"eval": {}, "sample": {}, "data": {}}
-    for name in ("prompts", "split", "limit", "true_durations"):
+    for name in ("prompts", "split", "limit"):
         sections["eval"][name] = getattr(options, name)
+    if options.true_durations:
+        sections["eval"]["true_durations"] = True
     if options.recogniser:
         sections["eval"]["recogniser"] = options.recogniser
     if options.steps > 0:

@@ -30,7 +30,8 @@ import flow
 import metric
 import pretrained
 import recogniser
-from config import SIZES, Config, Sample, Size, UserError
+from config import Config, Sample, UserError
+from music_config import SIZES, Size
 from device import widest_float
 from model import Artifact, Batches, Prompt, sinusoids, zero
 

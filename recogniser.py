@@ -35,7 +35,8 @@ import audio
 import data
 import pretrained
 import whisper_weights
-from config import Align, Config, Mel, UserError, to_dict
+from config import Config, Mel, UserError, to_dict
+from speech2image_config import Align
 from model import sinusoids
 
 RATE = whisper_weights.RATE  # Hz: Whisper and HuBERT take 16 kHz

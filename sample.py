@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import audio
-import config as configs
 import evaluator
 import system
-from config import Config, Sample, UserError, run_main
+from config import DEVICES, Config, UserError, run_main
 from device import move, pick_device
 from model import Prompt
 from text import normalize
@@ -49,13 +48,13 @@ def main() -> None:
     out = Path(options.out or f"sample.{network.makes[0]}")
     if out.suffix[1:] not in network.makes:
         raise UserError(f"--out {out}: its name must end in .{network.makes[0]}")
-    settings = sample_settings(options, config)
+    check_numbers(options, config.data.max_seconds)
     files = make_prompts(options, config, network, texts)
     prompts = sum(files, [])
     outputs = []
     size = config.eval.sample_batch
     for start in tqdm(range(0, len(prompts), size), unit="batch", disable=None, leave=False):
-        outputs += network.sample(prompts[start : start + size], settings)
+        outputs += network.sample(prompts[start : start + size], config.sample)
     for number, file in enumerate(files):
         path = out if len(files) == 1 else out.with_stem(f"{out.stem}-{number}")
         write(path, outputs[: len(file)], network.makes, options.png)
@@ -86,13 +85,12 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     add("--seed", type=int, default=0)
     add("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
     add("--png", action="store_true", help="write pictures beside each wav")
-    add("--device", default="auto", choices=configs.CHOICES["device"])
+    add("--device", default="auto", choices=DEVICES)
     return parser.parse_known_args()
 
 
-def sample_settings(options: argparse.Namespace, config: Config) -> Sample:
-    """config.sample with --steps and --cfg_scale; raises UserError for numbers that are out of bounds."""
-    longest = config.data.max_seconds
+def check_numbers(options: argparse.Namespace, longest: float) -> None:
+    """raises UserError for numbers that are out of bounds; longest: seconds of an output."""
     seconds_valid = 0 <= options.seconds <= longest
     seed_valid = 0 <= options.seed < 2**63
     seeds_valid = 1 <= options.seeds <= 1000
@@ -100,13 +98,6 @@ def sample_settings(options: argparse.Namespace, config: Config) -> Sample:
         raise UserError(
             f"--seconds goes from 0 to {longest}, --seed from 0 to 2^63 - 1, --seeds from 1 to 1000"
         )
-    settings = config.sample
-    if options.steps is not None:
-        settings = replace(settings, euler_steps=options.steps)
-    if options.cfg_scale is not None:
-        settings = replace(settings, cfg_scale=options.cfg_scale)
-    configs.check(replace(config, sample=settings))
-    return settings
 
 
 def make_prompts(
@@ -142,13 +133,12 @@ def open_network(options: argparse.Namespace, knobs: list[str]) -> tuple[Config,
             "give --ckpt, a checkpoint or the folder of a run, or --config, a recipe: one of the two"
         )
     device = pick_device(options.device)
+    given = {"euler_steps": options.steps, "cfg_scale": options.cfg_scale, "vocoder": options.vocoder or None}
+    knobs = [f"--sample.{name}={value}" for name, value in given.items() if value is not None] + knobs
     if options.ckpt:
-        changes = {"vocoder": options.vocoder} if options.vocoder else {}
-        config, network, _ = system.load(options.ckpt, device, {"sample": changes}, words=knobs)
+        config, network, _ = system.load(options.ckpt, device, {}, words=knobs)
     else:
-        if options.vocoder:
-            knobs = [f"--sample.vocoder={options.vocoder}", *knobs]
-        config = configs.load(options.config, knobs)
+        config = system.load_config(options.config, knobs)
         network = move(system.build(config), device).eval()
     if options.lora:
         network.load_adapter(options.lora)

@@ -29,7 +29,8 @@ import flow
 import metric
 import pretrained
 import recogniser
-from config import Config, Picture, Sample, UserError
+from config import Config, Sample, UserError
+from klein_config import Picture
 from model import Batches, Prompt
 
 MODEL_CARD = Path(__file__).parent / "assets" / "klein_model_card.md"

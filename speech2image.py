@@ -29,7 +29,8 @@ import metric
 import pretrained
 import recogniser
 import shapes
-from config import Config, Sample, UserError, from_dict
+from config import Config, Sample, UserError, from_checkpoint
+from speech2image_config import SpeechAlignConfig
 from model import Batches, Prompt, zero
 
 RATE = recogniser.RATE  # Hz
@@ -203,7 +204,7 @@ def load_align(path: str, device: torch.device) -> SpeechAlign:
     """A trained stage 1, frozen, with its EMA weights; path: a checkpoint, or a run, for its newest one."""
     try:
         state = torch.load(newest(Path(path)), map_location="cpu", weights_only=True)
-        config = from_dict(state["config"], where=path)
+        config = from_checkpoint(SpeechAlignConfig, state["config"], path)
         network = SpeechAlign(config)
         network.load_state_dict({**state["model"], **state["ema"]})
     except UserError:

@@ -34,8 +34,9 @@ FIRST_UPDATES = 10  # after which a run says how long it will take
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
-        sys.exit(f"{__doc__}\nkeys: {' '.join(configs.keys())}")
-    requested = configs.from_command_line(sys.argv[1:])
+        print(f"{__doc__}\n{system.describe_knobs(sys.argv[1:])}")
+        return
+    requested = system.config_from_command_line(sys.argv[1:])
     rank, world, device = start_ranks(requested)
     config = system.settle_precision(requested, device, world)
     train = config.train

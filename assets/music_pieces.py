@@ -22,7 +22,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import recogniser
-from config import Config, from_command_line, run_main
+from config import Config, run_main
+from system import config_from_command_line
 from recogniser import KEYS, RATE, ROOTS, TEMPI, TIMBRES
 
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}  # semitones above the root
@@ -262,7 +263,7 @@ def main() -> None:
     if sys.argv[1:] == ["learn"]:
         learn()
     else:
-        prepare_pieces(from_command_line(sys.argv[1:]))
+        prepare_pieces(config_from_command_line(sys.argv[1:]))
 
 
 if __name__ == "__main__":

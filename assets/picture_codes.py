@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-from config import Codes, UserError, from_command_line, run_main
+from config import UserError, run_main
+from speech2image_config import Codes
+from system import config_from_command_line
 from flow import Judge, SmallVQ, label_parts, nearest
 from speech2image import (
     Corpus,
@@ -35,7 +37,7 @@ from speech2image import (
 
 
 def main() -> None:
-    config = from_command_line(sys.argv[1:])
+    config = config_from_command_line(sys.argv[1:])
     use_cuda = torch.cuda.is_available() and config.device != "cpu"
     device = torch.device("cuda" if use_cuda else "cpu")
     c = config.codes

@@ -33,7 +33,8 @@ import flow
 import pretrained
 import recogniser
 import speech2image
-from config import Config, UserError, from_command_line, run_main
+from config import Config, UserError, run_main
+from system import config_from_command_line
 from corpora.voice import espeak
 from shapes import COMBINATIONS, KINDS, NEW, SHAPES, describe, draw
 from speech2image import HOP, RATE
@@ -345,7 +346,7 @@ def bags_of_words(clips: list[data.Clip]) -> tuple[list[Tensor], int]:
 
 
 def main() -> None:
-    config = from_command_line(sys.argv[1:])
+    config = config_from_command_line(sys.argv[1:])
     pack(config)
     corpus = speech2image.Corpus(config)
     use_cuda = torch.cuda.is_available() and config.device != "cpu"

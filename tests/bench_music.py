@@ -23,7 +23,6 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import config as configs
 import data
 import music
 import system
@@ -240,7 +239,7 @@ REFERENCE_TOKENS = 256
 def bench_sampling(options: argparse.Namespace, device: str) -> dict:
     """A step of both procedures in turns at a published size; with --ckpt both in full, with scores."""
     path = ROOT / "configs" / f"music_{options.size}.yaml"
-    steps = options.steps or configs.load(str(path)).sample.euler_steps
+    steps = options.steps or system.load_config(str(path)).sample.euler_steps
     size = music.SIZES[options.size]
     network = music.MMDiT(size).to(device)
     inputs = example(2 * options.batch, options.tokens, REFERENCE_TOKENS, size)

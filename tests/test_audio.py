@@ -16,7 +16,8 @@ from PIL import Image, PngImagePlugin
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import audio
-from config import Mel, Picture, UserError
+from config import Mel, UserError
+from klein_config import Picture
 from corpora import voice
 
 MEL = Mel()

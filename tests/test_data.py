@@ -22,7 +22,9 @@ import config as configs
 import data
 import model
 import recogniser
+import system
 from config import Mel, UserError
+from klein_config import Picture
 
 MEL = Mel()
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +67,7 @@ def packed(raw, tmp_path_factory) -> Path:
 
 
 def config_for(folder: Path, *overrides: str) -> configs.Config:
-    return configs.load("", ["--data_dir", str(folder), "--text_encoder", "scratch", "--batch_size", "4", *overrides])
+    return system.load_config("", ["--data_dir", str(folder), "--text_encoder", "scratch", "--batch_size", "4", *overrides])
 
 
 def pack_recordings(root: Path, out: Path, workers: int = 1, resample: bool = False, strict: bool = False, share=(0, 1)) -> None:
@@ -285,7 +287,7 @@ def test_what_is_wrong_in_librispeech_is_named(tmp_path):
     flac[3].write_bytes(flac[3].read_bytes()[:3000])
     flac[4].write_bytes(b"fLaC, not really")
     flac[5].unlink()
-    config = configs.load("", ["--corpus", "librispeech", "--data_dir", str(tmp_path)])
+    config = system.load_config("", ["--corpus", "librispeech", "--data_dir", str(tmp_path)])
     corpus, clips, skipped = data.read_corpus(config)
     form = data.wave_form(config.picture)
     data.pack(tmp_path / "out", corpus, clips, skipped, form, functools.partial(data.read_speech, tmp_path, corpus, form), workers=1)
@@ -317,8 +319,8 @@ def pack_music(path: Path, out: Path) -> recogniser.Pieces:
     done = run_cli("music", "--json", path, "--out", out, "--workers", "1")
     assert done.returncode == 0, done.stderr
     words = ["--system=music", "--corpus=music", f"--data_dir={out}", "--mel.sample_rate=16000", "--mel.hop=160", "--n_mels=64",
-             "--autoencoder=patches", "--size=own"]
-    return recogniser.Pieces(configs.load("", words))
+             "--autoencoder=patches", "--size=own", "--vocoder=griffinlim"]
+    return recogniser.Pieces(system.load_config("", words))
 
 
 @pytest.mark.parametrize("kind", ["json", "csv"])
@@ -368,7 +370,7 @@ def test_a_list_of_another_form_is_an_error(tmp_path, content):
 
 
 def waves_config(folder: Path, *overrides: str) -> configs.Config:
-    return configs.load("", ["--system", "spectrogram", "--corpus", "librispeech", "--data_dir", str(folder), *overrides])
+    return system.load_config("", ["--system", "spectrogram", "--corpus", "librispeech", "--data_dir", str(folder), *overrides])
 
 
 def as_they_are(_: configs.Config, clips: list[data.Clip], __: Path) -> list[data.Clip]:
@@ -413,7 +415,7 @@ def test_learning_by_heart_needs_no_clip_to_validate_on(tmp_path, monkeypatch):
 def test_a_clip_is_its_part_of_the_recording(tmp_path):
     write_librispeech(tmp_path, 2)
     clips, corpus = data.read_librispeech(tmp_path)[0], {"name": "librispeech", "resample": True}
-    form = data.wave_form(configs.Picture())
+    form = data.wave_form(Picture())
     whole, part = (data.read_speech(tmp_path, corpus, form, clips[0]._replace(start=a, stop=b)).ravel() for a, b in ((0, 0), (0.1, 0.3)))
     assert np.array_equal(part[:3200], whole[1600:4800]) and not part[3200:].any()
 

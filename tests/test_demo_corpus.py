@@ -14,6 +14,7 @@ import audio
 import config as configs
 import data
 import model
+import system
 from config import Mel, UserError
 from corpora import demo, voice
 
@@ -21,7 +22,7 @@ MEL = Mel()
 
 
 def config_for(folder: Path, *overrides: str) -> configs.Config:
-    return configs.load(
+    return system.load_config(
         "",
         [
             "--corpus=demo",
@@ -159,7 +160,7 @@ def test_the_natural_voice_packs_and_the_corpus_names_its_weights(tmp_path):
 def test_the_demo_speaks_with_another_voice_into_waves(tmp_path):
     made = {}
     for name in ("espeak:en-us", "espeak:en-us+m3"):
-        config = configs.load(
+        config = system.load_config(
             "",
             [
                 "--system=spectrogram",

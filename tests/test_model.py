@@ -24,7 +24,7 @@ def make(alignment="learned", predict="x", upsample_text=True, text="bytes"):
     """A tiny network whose zero-initialised layers were filled, so that everything is connected."""
     shape = {**TINY["model"], "alignment": alignment, "upsample_text": upsample_text, "text": text}
     values = {**TINY, "model": shape, "flow": {"predict": predict}}
-    network = system.build(configs.from_dict(values), -5.0, 2.0)
+    network = system.build(configs.from_dict(configs.TTSConfig, values), -5.0, 2.0)
     generator = torch.Generator().manual_seed(0)
     for p in network.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
@@ -112,7 +112,7 @@ def test_a_dropped_text_teaches_no_duration():
 
 
 def test_predicted_length_grows_with_the_text():
-    network = system.build(configs.from_dict(TINY))
+    network = system.build(configs.from_dict(configs.TTSConfig, TINY))
     short, long = network.sample_log_mels([model.Prompt("Hi."), model.Prompt("Hi there, my dear old friend.")], Sample(euler_steps=1))[0]
     assert len(long) > 3 * len(short)
 
@@ -143,7 +143,7 @@ def test_sampling_speaks_for_as_long_as_it_is_told():
 
 
 def test_a_block_starts_as_the_identity():
-    network = system.build(configs.from_dict(TINY))
+    network = system.build(configs.from_dict(configs.TTSConfig, TINY))
     h, context = network.decoder.embed(torch.randn(2, 8, 80), torch.rand(2), torch.randn(2, 3, 32), torch.rand(2, 3),
                                        torch.ones(2, 8, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool))
     assert torch.equal(network.decoder.blocks[0](h, torch.randn(2, 3, 32), context), h)
@@ -160,7 +160,7 @@ def test_muon_gets_hidden_matrices_only():
 
 
 def test_a_handful_is_learned_by_heart():
-    network = system.build(configs.from_dict(TINY))
+    network = system.build(configs.from_dict(configs.TTSConfig, TINY))
     batch, optimizer = make_batch(), torch.optim.AdamW(network.parameters(), lr=1e-2)
     batch["t"] = torch.tensor([0.7, 0.9])
     first = network(batch)["flow_loss"].item()
@@ -184,7 +184,7 @@ def corpus_folder(tiny) -> Path:
 
 
 def config_for(folder: Path, *overrides: str) -> configs.Config:
-    return configs.load("", ["--corpus", "demo", "--data_dir", str(folder), "--voice=espeak:en-us", "--text_encoder", "scratch", "--sentences", "24",
+    return system.load_config("", ["--corpus", "demo", "--data_dir", str(folder), "--voice=espeak:en-us", "--text_encoder", "scratch", "--sentences", "24",
                              "--batch_size", "4", *overrides])
 
 

@@ -14,6 +14,7 @@ import flow
 import music
 from bench_music import call_theirs, example, shake, theirs
 from config import UserError
+from music_config import MusicConfig
 from music import MMDiT, SIZES
 
 PARAMETERS = {"small": 142_333_984, "base": 473_971_232, "large": 840_628_256, "giant": 2_109_904_928, "giant_full": 1_586_238_752}
@@ -257,7 +258,7 @@ PUBLISHED = {"system": "music", "flow": {"predict": "v"}, "mel": {"sample_rate":
 
 def test_a_run_starts_from_published_weights_and_is_exported_as_they_came(tmp_path):
     file = write(tmp_path / "small.pt", published("small"))
-    config = configs.from_dict(PUBLISHED | {"music": {"weights": str(file)}})
+    config = configs.from_dict(MusicConfig, PUBLISHED | {"music": {"weights": str(file)}})
     network = music.Music(config)
     network.export(tmp_path, {"step": "0"})
     again = music.load_published(tmp_path / "music.pt")
@@ -268,13 +269,14 @@ def test_a_run_starts_from_published_weights_and_is_exported_as_they_came(tmp_pa
 def test_published_weights_of_another_size_are_refused(tmp_path):
     file = write(tmp_path / "small.pt", published("small"))
     with pytest.raises(UserError, match="not of music.size base, its width is 512"):
-        music.Music(configs.from_dict(PUBLISHED | {"music": {"weights": str(file), "size": "base"}}))
+        music.Music(configs.from_dict(MusicConfig, PUBLISHED | {"music": {"weights": str(file), "size": "base"}}))
 
 
 @pytest.mark.parametrize("width, heads", [(32, 2), (48, 2), (96, 3), (192, 3), (256, 4), (70, 1)])
 def test_an_own_size_turns_all_of_a_head_in_pairs(width, heads):
-    config = configs.from_dict({"system": "music", "model": {"width": width, "heads": heads, "text_encoder": "scratch", "layers": 3},
-                                "mel": PUBLISHED["mel"], "music": {"size": "own", "autoencoder": "patches", "vector_encoder": "pooled"}})
+    config = configs.from_dict(MusicConfig, {"system": "music", "model": {"width": width, "heads": heads, "text_encoder": "scratch", "layers": 3},
+                                "mel": PUBLISHED["mel"], "music": {"size": "own", "autoencoder": "patches", "vector_encoder": "pooled"},
+                                "sample": {"vocoder": "griffinlim"}})
     size = music.choose_size(config, music.Codec(config, 0.0, 1.0, torch.device("cpu")), text_width=192)
     assert sum(size.axes) == width // heads and not any(axis % 2 for axis in size.axes) and min(size.axes) > 0
     assert (size.double, size.single, size.channels, size.bands, size.text_width, size.vector_width) == (2, 1, 64, 8, 192, 192)

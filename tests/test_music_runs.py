@@ -30,7 +30,7 @@ MUSIC = {"system": "music", "corpus": "pieces", "sentences": 8, "mel.sample_rate
          "mel.centred": "true", "text_encoder": "scratch", "model.width": 32, "layers": 2, "heads": 2, "size": "own", "double_blocks": 1,
          "vector_encoder": "pooled", "autoencoder": "patches", "patch_frames": 16, "patch_mels": 32, "crop_seconds": 1.28, "euler_steps": 2,
          "batch_size": 4, "warmup": 1, "log_interval": 1, "eval_interval": 0, "limit": 3, "device": "cpu", "dtype": "fp32",
-         "muon_lr": 5e-4, "wandb": "disabled"}
+         "muon_lr": 5e-4, "wandb": "disabled", "predict": "x", "cfg_scale": 2, "vocoder": "griffinlim"}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def frozen(knobs, t5_folder, clap_folder, ldm_folder) -> dict:
 
 
 def build(knobs: dict) -> tuple[configs.Config, music.Corpus, music.Music]:
-    config = configs.from_command_line(options(knobs))
+    config = system.config_from_command_line(options(knobs))
     corpus = system.open_corpus(config)
     return config, corpus, awake(system.build(config, *corpus.statistics))
 
@@ -122,7 +122,7 @@ def test_clap_reads_with_the_weights_that_were_saved(clap_folder):
 
 def test_t5_reads_with_the_weights_that_were_saved(t5_folder, frozen):
     saved, tokenizer = transformers.T5EncoderModel.from_pretrained(t5_folder), transformers.AutoTokenizer.from_pretrained(t5_folder)
-    config = configs.from_command_line(options(frozen))
+    config = system.config_from_command_line(options(frozen))
     ids = torch.tensor(pretrained.tokenize(tokenizer, ["a calm piano"]))
     torch.testing.assert_close(music.readers(config, CPU)["features"]("a calm piano"), saved.eval()(ids).last_hidden_state[0])
 
@@ -172,7 +172,7 @@ def test_latents_are_drawn_from_the_vae_s_distribution(frozen, ldm_folder):
 
 
 def test_ten_seconds_are_1024_tokens_of_32_numbers_and_come_back(frozen):
-    config = configs.from_command_line(options(frozen | {"crop_seconds": 10.24}))
+    config = system.config_from_command_line(options(frozen | {"crop_seconds": 10.24}))
     codec = music.Codec(config, 0.0, 1.0, CPU)
     mean, deviation = codec.hear(torch.randn(20 * 16000), np.random.default_rng(0))
     assert mean.shape == deviation.shape == (1024, 32) and (codec.tokens, codec.frames, codec.bands) == (1024, 1024, 8)

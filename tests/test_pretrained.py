@@ -20,6 +20,7 @@ import transformers
 import config as configs
 import pretrained
 from config import Mel, UserError
+from klein_config import SpectrogramConfig
 
 MEL = Mel(sample_rate=16000, n_fft=64, hop=16, n_mels=10, fmin=0.0, fmax=8000.0)
 SNAKEBETA = {"resblock": "1", "activation": "snakebeta", "snake_logscale": True, "upsample_rates": [4, 2, 2],
@@ -354,7 +355,7 @@ KLEIN = {"system": "spectrogram", "klein": {"base": "scratch", "text_tokens": 48
 
 
 def klein(base="scratch", **more):
-    return configs.from_dict(KLEIN | {"klein": KLEIN["klein"] | {"base": str(base)} | more})
+    return configs.from_dict(SpectrogramConfig, KLEIN | {"klein": KLEIN["klein"] | {"base": str(base)} | more})
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ import config as configs
 import data
 import metric
 import recogniser
+import system
 from config import UserError
 from corpora import demo, voice
 
@@ -205,7 +206,7 @@ def test_long_recordings_are_cut_between_words_once(tiny_en, tmp_path):
         audio.save_wav(clip.wav, voice.espeak(clip.text, 22050, rate=80 if clip.id == "c0" else 240), 22050)
     Path(clips[2].wav).write_text("no sound")
     words = ["--system=spectrogram", "--align=tiny.en", "--picture.seconds=2.5", "--device=cpu"]
-    config = configs.load("", words)
+    config = system.load_config("", words)
     found = recogniser.cut_clips(config, clips, tmp_path)
     assert [clip.id for clip in found[-2:]] == ["c1", "c2"] and len(found) > 3
     pieces = found[:-2]
@@ -224,14 +225,14 @@ def test_what_aligns_is_the_one_that_is_named_or_none(no_hub, tmp_path):
     for name, fault in (("bse.en", "data.align 'bse.en' is neither a .pt file nor one of"),
                         (f"{tmp_path}/x.pt", "data.align .*no such"),
                         ("base.en", "base.en cannot be downloaded")):
-        config = configs.load("", ["--system", "spectrogram", f"--align={name}"])
+        config = system.load_config("", ["--system", "spectrogram", f"--align={name}"])
         with pytest.raises(UserError, match=fault):
             recogniser.cut_clips(config, [data.Clip("a", "a", "train", str(tmp_path / "a.wav"))], tmp_path)
 
 
 # Music
 
-DEMO = configs.load(str(ROOT / "configs" / "music_demo.yaml"))
+DEMO = system.load_config(str(ROOT / "configs" / "music_demo.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ import pretrained
 import spectrogram
 import system
 from config import UserError
+from klein_config import SpectrogramConfig
 from model import Prompt
 from spectrogram import LoRA, Spectrogram, loras
 
@@ -31,13 +32,13 @@ TINY = {"system": "spectrogram", "model": {"width": 32, "layers": 3, "heads": 2}
         "picture": {"n_fft": 128, "hop": 64, "seconds": 0.15, "canvas_height": 64, "canvas_width": 48}}
 KLEIN = {"base": "scratch", "vae": "own", "text_tokens": 48, "rank": 4, "alpha": 8.0, "double_layers": 1, "prompt": "{text}"}
 PROMPTS = [Prompt("see", seed=1), Prompt("hear him", seed=2)]
-SETTINGS = configs.Sample(euler_steps=4, cfg_scale=4.0)     # 4 steps on this canvas: no time differs from diffusers' in its last bit, and
+SETTINGS = configs.FlowSample(euler_steps=4, cfg_scale=4.0)     # 4 steps on this canvas: no time differs from diffusers' in its last bit, and
                                                             # the embedding of a time multiplies such a difference by 1000
 
 
 def make(dtype="fp32", **klein) -> Spectrogram:
     torch.manual_seed(0)
-    return Spectrogram(configs.from_dict(TINY | {"klein": KLEIN | klein, "train": {"dtype": dtype}}))
+    return Spectrogram(configs.from_dict(SpectrogramConfig, TINY | {"klein": KLEIN | klein, "train": {"dtype": dtype}}))
 
 
 def shake(network, seed=3):

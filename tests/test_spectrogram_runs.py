@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import audio
-import config as configs
 import metric
 import pretrained
 import sample
@@ -160,14 +159,14 @@ def test_prompts_are_tokenised_alike_by_many_threads():
 
 
 def test_a_frozen_part_stays_in_the_precision_it_was_loaded_in(knobs):
-    config = configs.from_command_line(options(knobs | {"dtype": "bf16", "tune": "full"}))
+    config = system.config_from_command_line(options(knobs | {"dtype": "bf16", "tune": "full"}))
     for part in ("text_encoder", "vae"):
         frozen = pretrained.load_frozen_klein(config, part, torch.device("cpu"))
         assert frozen.cuda_dtype == next(frozen.module.parameters()).dtype
 
 
 def test_the_canvas_beyond_the_spectrogram_is_painted_black(knobs):
-    config = configs.from_command_line(options(knobs | {"vae": "patches", "canvas_height": 192, "canvas_width": 192}))
+    config = system.config_from_command_line(options(knobs | {"vae": "patches", "canvas_height": 192, "canvas_width": 192}))
     inside = spectrogram.useful(config.picture).view(12, 12).repeat_interleave(16, 0).repeat_interleave(16, 1)
     picture = spectrogram.Spectrogram(config).paint([Prompt("Anna")], config.sample)[0]
     assert not inside.all() and picture[:, ~inside].max() < 1e-5 and picture[:, inside].max() > 0.1

@@ -24,6 +24,7 @@ import metric
 import recogniser
 import sample
 import speech2image
+import system
 import train
 from conftest import ROOT, call, options
 from model import Prompt
@@ -41,13 +42,13 @@ def shapes(tmp_path_factory):
     knobs = SHAPES | {"data_dir": root / "shapes"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        speech2image.prepare_align(config.load("", options(knobs)))
+        speech2image.prepare_align(system.load_config("", options(knobs)))
         yield knobs
 
 
 @pytest.fixture(scope="module")
 def corpus(shapes):
-    return speech2image.Corpus(config.load("", options(shapes)))
+    return speech2image.Corpus(system.load_config("", options(shapes)))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def clip_tower(tmp_path_factory):
 def network(knobs: dict) -> speech2image.SpeechAlign:
     """With random weights, also where training starts at 0."""
     torch.manual_seed(0)
-    made = speech2image.SpeechAlign(config.load("", options(knobs)))
+    made = speech2image.SpeechAlign(system.load_config("", options(knobs)))
     torch.nn.init.normal_(made.proj.weight)
     return made
 
@@ -93,9 +94,9 @@ def test_contrast_of_what_is_all_alike_is_log_b():
 
 
 def test_contrast_at_initialisation_is_log_b(corpus, shapes):
-    batch = speech2image.AlignBatches(config.load("", options(shapes | {"batch_size": 24})), corpus, None).train(0)
+    batch = speech2image.AlignBatches(system.load_config("", options(shapes | {"batch_size": 24})), corpus, None).train(0)
     assert len(batch["label"].unique()) == 24
-    assert abs(speech2image.SpeechAlign(config.load("", options(shapes)))(batch)["loss"].item() - math.log(24)) < 1e-5
+    assert abs(speech2image.SpeechAlign(system.load_config("", options(shapes)))(batch)["loss"].item() - math.log(24)) < 1e-5
 
 
 def test_contrast_equals_its_definition_and_masks_what_means_the_same():
@@ -122,7 +123,7 @@ def rank_of_two(rank: int, port: int, knobs: dict, batch: dict, folder: str) -> 
 
 
 def test_two_ranks_have_the_loss_and_the_gradient_of_one_with_the_double_batch(corpus, shapes, tmp_path):
-    batch, free = speech2image.AlignBatches(config.load("", options(shapes)), corpus, None).train(0), 29400 + hash(str(tmp_path)) % 500
+    batch, free = speech2image.AlignBatches(system.load_config("", options(shapes)), corpus, None).train(0), 29400 + hash(str(tmp_path)) % 500
     torch.multiprocessing.spawn(rank_of_two, (free, shapes, batch, str(tmp_path)), nprocs=2)
     alone = network(shapes)
     loss = alone(batch)["loss"]
@@ -246,20 +247,20 @@ def test_shapes_hold_voices_and_combinations_back(corpus):
 
 
 def test_a_batch_holds_no_text_and_is_a_function_of_its_step(corpus, shapes):
-    c = config.load("", options(shapes))
+    c = system.load_config("", options(shapes))
     batches = speech2image.AlignBatches(c, corpus, None)
     first, again, later = batches.train(3), speech2image.AlignBatches(c, corpus, None).train(3), batches.train(4)
     assert set(first) == {"wave", "wave_mask", "hidden", "image", "label", "frames", "t"}
     assert not [name for name, value in first.items() if value.dtype == torch.float64]       # Metal has none
     assert all(torch.equal(first[key], again[key]) for key in first) and not torch.equal(first["label"], later["label"])
-    half = config.load("", options(shapes | {"batch_size": 4}))
+    half = system.load_config("", options(shapes | {"batch_size": 4}))
     halves = [speech2image.AlignBatches(half, corpus, None, rank, 2).train(3) for rank in range(2)]
     assert torch.equal(torch.cat([half["hidden"] for half in halves]), first["hidden"])
     assert torch.equal(torch.cat([half["image"] for half in halves]), first["image"])
 
 
 def test_validation_is_whole_and_the_same_for_any_number_of_ranks(corpus, shapes):
-    c = config.load("", options(shapes | {"batch_size": 50}))
+    c = system.load_config("", options(shapes | {"batch_size": 50}))
     whole = speech2image.AlignBatches(c, corpus, None).validation()
     shared = [speech2image.AlignBatches(c, corpus, None, rank, 2).validation() for rank in range(2)]
     assert sum(len(batch["t"]) for batch in whole) == 240 and not any(batch["hidden"].any() for batch in whole)
@@ -286,7 +287,7 @@ def own_line(n: int, lang: str = "en", split: str = "train") -> dict:
 def test_every_language_is_drawn_equally_often(shapes, clip_tower, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_own(tmp_path, [own_line(n) for n in range(12)] + [own_line(n, "ar") for n in range(3)] + [own_line(20, split="val")])
-    c = config.load("", options(shapes | {"corpus": "listed", "data_dir": tmp_path, "langs": "[en, ar]", "image": clip_tower}))
+    c = system.load_config("", options(shapes | {"corpus": "listed", "data_dir": tmp_path, "langs": "[en, ar]", "image": clip_tower}))
     speech2image.prepare_align(c)
     corpus = speech2image.Corpus(c)
     drawn = [clip.group for clip in corpus.clips("train")]
@@ -305,7 +306,7 @@ def test_bad_pictures_and_bad_speech_are_left_out_by_name(shapes, clip_tower, tm
     soundfile.write(tmp_path / "en8.wav", speech(61).numpy(), RATE)
     soundfile.write(tmp_path / "en9.wav", speech(1, seed=3).view(-1, 2).repeat(1, 1).numpy(), 8000)
     write_own(tmp_path, [own_line(n) for n in range(12)] + [own_line(12, split="val")])
-    c = config.load("", options(shapes | {"corpus": "listed", "data_dir": tmp_path, "image": clip_tower}))
+    c = system.load_config("", options(shapes | {"corpus": "listed", "data_dir": tmp_path, "image": clip_tower}))
     speech2image.prepare_align(c)
     printed, clips = capfd.readouterr().out, {clip.text: clip for clip in speech2image.Corpus(c).clips("train")}
     assert all(f"skipped :{n}.png" in printed for n in (5, 6, 7)) and "1 too long" in printed
@@ -336,7 +337,7 @@ def test_flickr8k_is_read_as_published(shapes, clip_tower, tmp_path, monkeypatch
     (root / "Flickr8k_text/Flickr8k.token.txt").write_text("\n".join(tokens))
     for part, names in (("train", pictures[:2]), ("dev", pictures[2:3]), ("test", pictures[3:])):
         (root / f"Flickr8k_text/Flickr_8k.{part}Images.txt").write_text("\n".join(names) + "\n")
-    c = config.load("", options(shapes | {"corpus": "flickr8k", "data_dir": root, "image": clip_tower}))
+    c = system.load_config("", options(shapes | {"corpus": "flickr8k", "data_dir": root, "image": clip_tower}))
     speech2image.prepare_align(c)
     corpus = speech2image.Corpus(c)
     assert [len(corpus.clips(split)) for split in data.SPLITS] == [4, 2, 2]
@@ -361,7 +362,7 @@ def test_s2igan_is_read_as_published_and_its_pickles_are_not_run(shapes, clip_to
                 folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(root / f"CUB_200_2011/images/{key}.jpg")
             soundfile.write(root / f"CUB_200_2011/audio/{key}/0.wav", speech(0.2).numpy(), RATE)
-    c = config.load("", options(shapes | {"corpus": "s2igan", "data_dir": root, "image": clip_tower}))
+    c = system.load_config("", options(shapes | {"corpus": "s2igan", "data_dir": root, "image": clip_tower}))
     speech2image.prepare_align(c)
     corpus = speech2image.Corpus(c)
     counts = [len(corpus.clips(split)) for split in data.SPLITS]
@@ -372,7 +373,7 @@ def test_s2igan_is_read_as_published_and_its_pickles_are_not_run(shapes, clip_to
 # What is found
 
 def test_the_rule_sees_in_every_picture_of_the_corpus_what_its_label_says(corpus, shapes):
-    made = speech2image.SpeechImage(config.load("", options(shapes | {"system": "speech_image"})))
+    made = speech2image.SpeechImage(system.load_config("", options({key: value for key, value in shapes.items() if key not in ("speech", "pad_multiple")} | {"system": "speech_image"})))
     clips = corpus.clips("val") + corpus.clips("test")
     nothing = torch.zeros(0)
     found = []

@@ -61,7 +61,7 @@ def shapes(clip_tower, tmp_path_factory):
         split = "train" if n < 16 else "val"
         lines.append({"picture": f"{n}.png", "wav": f"{n}.wav", "text": label, "split": split, "voice": "", "label": label})
     (root / "captions-en.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stage1 = config.load("", options({"system": "speech_align", "speech": "scratch", "image": clip_tower, "width": 32, "layers": 1,
+    stage1 = system.load_config("", options({"system": "speech_align", "speech": "scratch", "image": clip_tower, "width": 32, "layers": 1,
                                       "heads": 2}))
     torch.manual_seed(0)
     network = wake(speech2image.SpeechAlign(stage1))
@@ -71,13 +71,13 @@ def shapes(clip_tower, tmp_path_factory):
     knobs = TINY | {"data_dir": root, "stage1": root / "stage1", "image": clip_tower}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        speech2image.prepare_image(config.load("", options(knobs)))
+        speech2image.prepare_image(system.load_config("", options(knobs)))
         yield knobs
 
 
 @pytest.fixture(scope="module")
 def corpus(shapes):
-    return speech2image.Corpus(config.load("", options(shapes)))
+    return speech2image.Corpus(system.load_config("", options(shapes)))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def vqmodel(tmp_path_factory):
 
 
 def build(knobs: dict) -> speech2image.SpeechImage:
-    return system.build(config.load("", options(knobs)))
+    return system.build(system.load_config("", options(knobs)))
 
 
 def wake(network: torch.nn.Module) -> torch.nn.Module:
@@ -112,7 +112,7 @@ def speech(seed: int = 0, seconds: float = 1.0) -> torch.Tensor:
 
 def test_stas_configuration_has_its_number_of_parameters():
     """493.1 M that live; the published network drags 24.9 M along that its forward pass never reads."""
-    c = config.load(str(ROOT / "configs" / "speech_image.yaml"))
+    c = system.load_config(str(ROOT / "configs" / "speech_image.yaml"))
     with torch.device("meta"):
         network = flow.Denoiser(c, 1024)
     assert c.codes.condition == "sta" and round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 493.1
@@ -120,7 +120,7 @@ def test_stas_configuration_has_its_number_of_parameters():
 
 def test_sta_needs_an_embedding_twice_as_wide_as_the_network():
     with pytest.raises(config.UserError, match="model.width 32"):
-        flow.Denoiser(config.load("", options(TINY | {"condition": "sta"})), 256)
+        flow.Denoiser(system.load_config("", options(TINY | {"condition": "sta"})), 256)
 
 
 def test_a_grid_convolution_is_the_convolution_of_the_picture():
@@ -135,7 +135,7 @@ def test_a_grid_convolution_is_the_convolution_of_the_picture():
 def test_stas_block_is_the_published_one():
     """The embedding's halves scale and shift the LayerNorm before the convolutions, nothing else; the step that before attention."""
     torch.manual_seed(0)
-    c = config.load("", options(TINY | {"condition": "sta", "conv_ratio": 2}))
+    c = system.load_config("", options(TINY | {"condition": "sta", "conv_ratio": 2}))
     block, x, t, s = wake(flow.CodeBlock(c, 64)), torch.randn(3, 16, 32), torch.tensor([1, 7, 100]), torch.randn(3, 64)
     attention = torch.nn.MultiheadAttention(32, 2, batch_first=True)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_stas_block_is_the_published_one():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_condition_is_heard_in_every_token_and_one_that_is_dropped_is_not(mode):
-    c = config.load("", options(TINY | {"condition": mode, "condition_scale": 1.0}))
+    c = system.load_config("", options(TINY | {"condition": mode, "condition_scale": 1.0}))
     network, x = wake(flow.Denoiser(c, 64)), torch.randint(65, (2, 64), generator=torch.Generator().manual_seed(0))
     one, other, t = torch.randn(2, 64), torch.randn(2, 64), torch.tensor([3, 90])
 
@@ -168,7 +168,7 @@ def test_every_condition_is_heard_in_every_token_and_one_that_is_dropped_is_not(
 def test_eight_grids_are_learned_by_heart_and_by_their_conditions(mode):
     """With a neighbour's condition the neighbour's grid comes."""
     torch.manual_seed(0)
-    c = config.load("", options(TINY | {"condition": mode, "width": 64, "kept": 32}))
+    c = system.load_config("", options(TINY | {"condition": mode, "width": 64, "kept": 32}))
     process, network = flow.MaskReplace(32, 100, 0.99999), flow.Denoiser(c, 128)
     grids, conditions = torch.randint(32, (8, 64)), F.normalize(torch.randn(8, 128), dim=-1)
     hidden = [layer.weight for block in network.blocks for name, layer in block.named_children()
@@ -223,7 +223,7 @@ def test_a_batch_has_codes_and_embeddings_alone_and_training_wakes_none_of_the_f
 
 
 def test_a_description_is_trained_on_with_pictures_of_its_label_and_validated_on_its_own(shapes, corpus):
-    batches = speech2image.ImageBatches(config.load("", options(shapes)), corpus, None)
+    batches = speech2image.ImageBatches(system.load_config("", options(shapes)), corpus, None)
     clip = corpus.clips("train")[0]
     alike = {tuple(batches.codes[n].tolist()) for n in batches.alike[corpus.label(clip)]}
     rows = [batches.row(clip, np.random.default_rng(n)) for n in range(8)]
@@ -250,7 +250,7 @@ def rank_of_two(rank: int, port: int, knobs: dict, halves: list[dict], path: str
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    network = speech2image.SpeechImage(config.load("", options(knobs)))
+    network = speech2image.SpeechImage(system.load_config("", options(knobs)))
     network.load_state_dict(torch.load(f"{path}/start.pt"))
     model = torch.nn.parallel.DistributedDataParallel(network)
     model(halves[rank])["loss"].backward()
@@ -325,7 +325,7 @@ def test_fid_is_of_what_a_torchscript_file_sees_and_zero_for_the_real_pictures(s
 # What it stands on
 
 def test_a_stage_1_that_did_not_learn_is_refused(shapes, corpus):
-    c = config.load("", options(shapes | {"require_r1": 0.99}))
+    c = system.load_config("", options(shapes | {"require_r1": 0.99}))
     for begin in (lambda: speech2image.prepare_image(c), lambda: speech2image.ImageBatches(c, speech2image.Corpus(c), None)):
         with pytest.raises(config.UserError, match=r"R@1.*0.99"):
             begin()
@@ -333,13 +333,13 @@ def test_a_stage_1_that_did_not_learn_is_refused(shapes, corpus):
 
 def test_a_stage_1_that_is_not_there_is_named(shapes, corpus):
     with pytest.raises(config.UserError, match="nowhere"):
-        speech2image.prepare_image(config.load("", options(shapes | {"stage1": "nowhere"})))
+        speech2image.prepare_image(system.load_config("", options(shapes | {"stage1": "nowhere"})))
 
 
 def test_a_published_codebook_is_pruned_to_the_codes_in_use(shapes, corpus, vqmodel):
     """A kept code decodes as diffusers decodes it; another becomes the kept one that is nearest to it."""
     from diffusers import VQModel
-    c, theirs = config.load("", options(shapes | {"vq": vqmodel, "kept": 9})), VQModel.from_pretrained(vqmodel, subfolder="vqvae").eval()
+    c, theirs = system.load_config("", options(shapes | {"vq": vqmodel, "kept": 9})), VQModel.from_pretrained(vqmodel, subfolder="vqvae").eval()
     corpus = speech2image.Corpus(c)
     picture_codes.save(speech2image.codes_file(corpus), picture_codes.find_codes(corpus, speech2image.load_autoencoder(corpus)))
     codes, kept = speech2image.read_codes(corpus)
@@ -356,7 +356,7 @@ def test_a_published_codebook_is_pruned_to_the_codes_in_use(shapes, corpus, vqmo
 
 
 def test_a_codebook_that_does_not_fit_or_cannot_be_had_is_refused(shapes, corpus):
-    c = config.load("", options(shapes | {"kept": 65}))
+    c = system.load_config("", options(shapes | {"kept": 65}))
     with pytest.raises(config.UserError, match="64 codes"):
         picture_codes.find_codes(speech2image.Corpus(c), speech2image.load_autoencoder(corpus))
     with pytest.raises(config.UserError, match="codes.vq nowhere"):
@@ -366,4 +366,4 @@ def test_a_codebook_that_does_not_fit_or_cannot_be_had_is_refused(shapes, corpus
 def test_a_stage_1_of_another_image_tower_is_refused(shapes, clip_tower, tmp_path):
     transformers.CLIPVisionModelWithProjection.from_pretrained(clip_tower).save_pretrained(tmp_path)
     with pytest.raises(config.UserError, match="was trained against"):
-        speech2image.prepare_image(config.load("", options(shapes | {"image": tmp_path})))
+        speech2image.prepare_image(system.load_config("", options(shapes | {"image": tmp_path})))

@@ -8,6 +8,7 @@ import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -110,26 +111,36 @@ def test_a_folder_is_its_newest_checkpoint_and_speaks_with_the_average(run):
 
 
 def test_a_run_is_not_resumed_with_another_shape(run):
-    config = configs.from_dict({**SHAPE, "out_dir": str(run)})
+    config = configs.from_dict(configs.TTSConfig, {**SHAPE, "out_dir": str(run)})
     network = system.build(config)
     with pytest.raises(UserError, match=f"{run}.*step_0000006.pt: .*trained with another config"):
         system.resume(config, network, system.Average(network, 0.9), [])
 
 
-@pytest.mark.parametrize("section, key, value", [
-    ("mel", "hop", 128), ("klein", "alpha", 1.0), ("music", "patch_frames", 2), ("align", "temperature", 1.0), ("codes", "condition_scale", 2.0),
-    ("flow", "predict", "v")])
-def test_a_run_is_not_resumed_where_its_weights_would_mean_something_else(section, key, value):
-    then = configs.to_dict(configs.Config())
-    now = then | {section: then[section] | {key: value}}
-    with pytest.raises(UserError, match=f"x.pt: was trained with {section}.{key}.*choose another out_dir"):
+@pytest.mark.parametrize("name, key, value", [
+    ("tts", "mel.hop", "128"), ("tts", "flow.predict", "v"), ("spectrogram", "klein.alpha", "1.0"), ("music", "music.text_padding", "last"),
+    ("speech_align", "align.temperature", "1.0"), ("speech_image", "codes.condition_scale", "2.0")])
+def test_a_run_is_not_resumed_where_its_weights_would_mean_something_else(name, key, value):
+    then = configs.to_dict(system.load_config("", [f"--system={name}"]))
+    now = system.load_config("", [f"--system={name}", f"--{key}={value}"])
+    with pytest.raises(UserError, match=f"x.pt: was trained with {key}.*choose another out_dir"):
         system.check_unchanged(now, then, "x.pt")
 
 
-def test_what_a_network_was_made_from_may_have_moved_when_it_is_resumed():
-    then = configs.to_dict(configs.Config())
-    now = then | {"klein": then["klein"] | {"base": "/elsewhere"}, "codes": then["codes"] | {"stage1": "/elsewhere"}}
-    system.check_unchanged(now, then, "x.pt")
+@pytest.mark.parametrize("name, key, value", [
+    ("spectrogram", "klein.base", "/elsewhere"), ("spectrogram", "klein.checkpointing", "true"), ("speech_image", "codes.stage1", "/elsewhere"),
+    ("speech_image", "codes.require_r1", "0"), ("music", "music.autoencoder", "/elsewhere"), ("tts", "train.lr", "1")])
+def test_what_a_network_was_made_from_may_have_moved_when_it_is_resumed(name, key, value):
+    then = configs.to_dict(system.load_config("", [f"--system={name}"]))
+    system.check_unchanged(system.load_config("", [f"--system={name}", f"--{key}={value}"]), then, "x.pt")
+
+
+@pytest.mark.parametrize("name", system.SYSTEMS)
+def test_what_is_fixed_is_what_there_is_and_says_what_the_weights_mean(name):
+    cls = system.SYSTEMS[name].config
+    fixed = configs.fixed_keys(cls)
+    assert all(any(key == wanted or key.startswith(f"{wanted}.") for key in fixed) for wanted in cls.fixed)
+    assert "model.width" in fixed and not {key.split(".")[0] for key in fixed} & {"data", "sample", "train", "eval"}
 
 
 def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):
@@ -143,7 +154,7 @@ def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):
 # Precision
 
 def settled(out_dir, **train) -> str:
-    config = configs.from_dict({"out_dir": str(out_dir), "train": train})
+    config = configs.from_dict(configs.TTSConfig, {"out_dir": str(out_dir), "train": train})
     return system.settle_precision(config, CPU, world=1).train.dtype
 
 
@@ -194,7 +205,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 
 def test_weights_are_drawn_from_the_seed():
-    one, same, other = (system.build(configs.from_dict({**SHAPE, "seed": seed})).decoder.in_proj.weight for seed in (1, 1, 2))
+    one, same, other = (system.build(configs.from_dict(configs.TTSConfig, {**SHAPE, "seed": seed})).decoder.in_proj.weight for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
@@ -247,7 +258,7 @@ def test_a_frozen_parameter_is_not_averaged():
 # Optimizers and devices
 
 def test_every_trained_parameter_has_exactly_one_optimizer():
-    config = configs.from_dict(SHAPE)
+    config = configs.from_dict(configs.TTSConfig, SHAPE)
     network = system.build(config)
     given = [id(p) for o in optim.make_optimizers(network, 0.02, 3e-4, 0.01) for group in o.param_groups for p in group["params"]]
     assert sorted(given) == sorted(id(p) for p in network.parameters() if p.requires_grad)
@@ -257,7 +268,7 @@ def test_every_trained_parameter_has_exactly_one_optimizer():
 @pytest.mark.parametrize("upsample_text", ["true", "false"])
 def test_every_trained_parameter_gets_a_gradient(tiny, alignment, upsample_text):
     """With one that gets none, several ranks cannot train: DistributedDataParallel waits for it."""
-    config = configs.load("", options(tiny | {"alignment": alignment, "upsample_text": upsample_text}))
+    config = system.load_config("", options(tiny | {"alignment": alignment, "upsample_text": upsample_text}))
     corpus = system.open_corpus(config)
     network = system.build(config, *corpus.statistics)
     network(system.open_batches(config, corpus, network, 0, 1).train(0))["loss"].backward()
@@ -272,6 +283,11 @@ def test_a_gpu_that_is_not_there_is_an_error_in_words():
 
 
 # Another system: a frozen base with a trained adapter on it, no Muon, no log-mels, a picture; nothing that the loop knows of
+
+@configs.section
+class HummerConfig(configs.TTSConfig):
+    system: Literal["hummer"] = "hummer"
+
 
 @dataclass
 class Hum:
@@ -357,8 +373,8 @@ def note(config) -> None:
 @pytest.fixture
 def hummer(monkeypatch, random_whisper, tmp_path) -> dict:
     """The knobs of a run of another system, which stands in the table as any does."""
-    monkeypatch.setitem(system.SYSTEMS, "spectrogram", system.Parts(Hummer, Hums, Rounds, note))
-    return TINY | {"system": "spectrogram", "out_dir": tmp_path, "steps": 2, "val_interval": 2,
+    monkeypatch.setitem(system.SYSTEMS, "hummer", system.Parts(HummerConfig, Hummer, Hums, Rounds, note))
+    return TINY | {"system": "hummer", "out_dir": tmp_path, "steps": 2, "val_interval": 2,
                    "eval_interval": 2, "limit": 3, "recogniser": random_whisper}
 
 
@@ -388,7 +404,7 @@ def test_a_checkpoint_holds_what_is_trained_and_the_rest_is_as_built(hummed):
 def test_without_hidden_matrices_adamw_has_all_and_its_rate_is_logged(hummed):
     assert len(system.load_checkpoint(system.newest_checkpoint(hummed))["optimizers"]) == 1
     first = json.loads((hummed / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["train/lr"] == pytest.approx(3e-4 * train.rate(configs.load(str(hummed / "config.yaml")), 0, 0.5))
+    assert first["train/lr"] == pytest.approx(3e-4 * train.rate(system.load_config(str(hummed / "config.yaml")), 0, 0.5))
 
 
 def test_of_hidden_matrices_alone_muon_has_all():

@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(tiny, 
 def test_the_rate_warms_up_and_falls_to_zero():
     steps, warmup = 1000, 100
     for schedule, halfway in (("cosine", 0.5), ("trapezoid", 1.0)):
-        config = configs.load("", options({"schedule": schedule, "steps": steps, "warmup": warmup, "decay": 0.2}))
+        config = system.load_config("", options({"schedule": schedule, "steps": steps, "warmup": warmup, "decay": 0.2}))
         rates = [train.rate(config, step, train.progress(config, step, 0.0, torch.device("cpu"), 1)) for step in range(steps)]
         rising = rates[:warmup] if schedule == "trapezoid" else rates[:warmup // 2]
         assert rising == sorted(rising) and 0 < rates[0] < 0.02
@@ -152,7 +152,7 @@ def test_the_rate_warms_up_and_falls_to_zero():
 
 
 def test_progress_is_by_steps_or_by_the_clock_whichever_is_ahead():
-    config = configs.load("", options({"steps": 100, "max_minutes": 2}))
+    config = system.load_config("", options({"steps": 100, "max_minutes": 2}))
     assert train.progress(config, 9, 6.0, torch.device("cpu"), 1) == pytest.approx(0.1)
     assert train.progress(config, 9, 60.0, torch.device("cpu"), 1) == pytest.approx(0.5)
     assert train.progress(config, 9, 1e9, torch.device("cpu"), 1) == 1
@@ -191,7 +191,7 @@ def test_a_run_leaves_all_that_tells_of_it(run):
     assert "<audio" in (run / "report.html").read_text() and (run / "sample.wav").stat().st_size > 1000
     assert (run / "source" / "train.py").read_bytes() == Path(train.__file__).read_bytes()
     assert (run / "source" / "corpora" / "voice.py").exists()
-    assert configs.load(str(run / "config.yaml")) == configs.from_dict(checkpoint(run)["config"])
+    assert system.load_config(str(run / "config.yaml")) == configs.from_dict(configs.TTSConfig, checkpoint(run)["config"])
     assert torch.__version__.startswith(json.loads((run / "run.json").read_text())["versions"]["torch"])
 
 
