@@ -5,26 +5,15 @@ sample (m + 1/2) hop: exactly what NVIDIA's BigVGAN is trained on (meldataset.py
 center=False); with Mel.centred on sample m hop: exactly what AudioLDM2's VAE and vocoder are trained on.
 """
 
-import argparse
 import functools
-import itertools
-import json
 import math
-import os
-import tempfile
-import warnings
-from dataclasses import asdict, fields, replace
-from pathlib import Path
 
-import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio.functional
-from PIL import Image, PngImagePlugin
 
-from config import Mel, UserError, from_dict, run_main
-from klein_config import Picture
+from config import Mel, UserError
 
 LOG_FLOOR = 1e-5  # magnitudes below are clamped: silence is ln 1e-5 = -11.51
 
@@ -65,7 +54,7 @@ def log_mel(wave: torch.Tensor, mel: Mel) -> torch.Tensor:
     missing = max(0, pad + 1 - len(wave))  # reflection needs more samples than it mirrors
     wave = F.pad(wave, (0, missing))
     wave = F.pad(wave[None], (pad, pad), mode="reflect")[0]
-    hann = window(mel.n_fft)
+    hann = hann_window(mel.n_fft)
     spectrum = torch.stft(wave, mel.n_fft, mel.hop, window=hann, center=False, return_complex=True)
     spectrum = spectrum[:, :length]
     parts = torch.view_as_real(spectrum)  # (n_fft / 2 + 1, T, 2)
@@ -77,30 +66,6 @@ def log_mel(wave: torch.Tensor, mel: Mel) -> torch.Tensor:
     mel_magnitudes = filters @ magnitudes  # (M, T)
     log_mels = mel_magnitudes.clamp_min(LOG_FLOOR).log()
     return log_mels.T.contiguous()
-
-
-def draw_crop(wave: torch.Tensor, samples: int, rng: np.random.Generator) -> torch.Tensor:
-    """A random crop (samples,) of a piece (N,): zero mean, peak 0.5, padded with silence; never a silent one.
-
-    Of eight random starts the first is taken whose crop comes within 40 dB of the piece's peak; without one,
-    the crop is around the peak.
-    """
-    level = (wave - wave.mean()).abs()
-    peak = level.max()
-    last = max(0, len(wave) - samples)
-    centred = level.argmax().item() - samples // 2
-    start = min(last, max(0, centred))
-    candidates = rng.integers(0, last + 1, 8)
-    for candidate in candidates.tolist():
-        stretch = level[candidate : candidate + samples]
-        if stretch.max() > 0.01 * peak:
-            start = candidate
-            break
-    crop = wave[start : start + samples]
-    crop = crop - crop.mean()
-    crop_peak = crop.abs().max().clamp_min(1e-9)
-    crop = 0.5 * crop / crop_peak
-    return F.pad(crop, (0, samples - len(crop)))
 
 
 def normalise(x: torch.Tensor, mean: float, std: float) -> torch.Tensor:
@@ -118,14 +83,14 @@ def griffin_lim(x: torch.Tensor, mel: Mel, iterations: int = 32, momentum: float
     length = magnitudes.shape[1]
     if length < 2:
         return torch.zeros(length * mel.hop)
-    wave = find_phase(magnitudes, mel.n_fft, mel.hop, iterations, momentum)
+    wave = reconstruct_phase(magnitudes, mel.n_fft, mel.hop, iterations, momentum)
     if mel.centred:
         return F.pad(wave, (0, mel.hop))
     start = mel.hop // 2  # frame m of the log-mel is centred on (m + 1/2) hop, here it is on m hop
     return F.pad(wave, (start, mel.hop - start))
 
 
-def find_phase(
+def reconstruct_phase(
     magnitudes: torch.Tensor, n_fft: int, hop: int, iterations: int, momentum: float = 0.99
 ) -> torch.Tensor:
     """magnitudes (n_fft / 2 + 1, T) -> wave ((T - 1) * hop,), frame m centred on sample m hop, T at least 2.
@@ -133,7 +98,7 @@ def find_phase(
     Phase by fast Griffin-Lim (Perraudin, Balazs, Sondergaard 2013), from a fixed random start.
     """
     device = magnitudes.device
-    hann = window(n_fft).to(device)
+    hann = hann_window(n_fft).to(device)
     length = (magnitudes.shape[1] - 1) * hop
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(magnitudes.shape, generator=generator).to(device)
@@ -169,7 +134,7 @@ def invert_mel(x: torch.Tensor, mel: Mel, iterations: int = 30) -> torch.Tensor:
 
 
 @functools.cache
-def window(n_fft: int) -> torch.Tensor:
+def hann_window(n_fft: int) -> torch.Tensor:
     return torch.hann_window(n_fft)
 
 
@@ -181,409 +146,3 @@ def mel_filters(mel: Mel) -> torch.Tensor:
         bins, mel.fmin, mel.fmax, mel.n_mels, mel.sample_rate, norm="slaney", mel_scale="slaney"
     )
     return filters.T.contiguous()
-
-
-# The picture codec. A picture is (3, H, W) in [0, 1], as sonic-plantain paints it: row 0 is 0 Hz, frame m is
-# centred on sample m hop, T = N // hop + 1. Colour map: [-80, 0] dB run along seven edges of the RGB cube.
-# p: a Picture, the codec's parameters.
-
-FLOOR_DB = -80.0  # black; quieter is black too
-PATH = (  # corners of the RGB cube in the order of the colour map
-    (0, 0, 0),  # black
-    (0, 0, 1),  # blue
-    (0, 1, 1),  # cyan
-    (0, 1, 0),  # green
-    (1, 1, 0),  # yellow
-    (1, 0, 0),  # red
-    (1, 0, 1),  # magenta
-    (1, 1, 1),  # white
-)
-CHUNK = "nanoaudio"  # tEXt chunk of a PNG: the Picture and other facts, as JSON
-BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # pictures that are too large
-DAMAGE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)  # in that JSON
-
-
-def paint(wave: torch.Tensor, p: Picture) -> torch.Tensor:
-    """wave (N,) or (B, N), padded or cut to p.seconds -> picture (..., 3, H, W), black where nothing is."""
-    samples = int(p.seconds * p.sample_rate)
-    wave = F.pad(wave, (0, samples - wave.shape[-1]))
-    db = levels(wave, p)
-    db = db[..., : p.canvas_height, :]  # (..., bins, T)
-    db = db.repeat_interleave(p.stretch, -1)  # (..., bins, columns)
-    position = 1 - db / FLOOR_DB
-    picture = colour(position).movedim(-1, -3)  # (..., 3, bins, columns)
-    height, width = picture.shape[-2:]
-    right = p.canvas_width - width
-    below = p.canvas_height - height
-    return F.pad(picture, (0, right, 0, below))
-
-
-def unpaint(picture: torch.Tensor, p: Picture) -> tuple[torch.Tensor, torch.Tensor]:
-    """picture (..., 3, H, W) -> dB (..., bins, T) in [-80, 0], and its distance to the colour map.
-
-    A distance of 0 is a sure reading, 0.71 a mere guess. bins: n_fft / 2 + 1, or H where the canvas is lower.
-    A frame is the mean of its columns: measured better than one of them.
-    """
-    bins = min(p.canvas_height, p.n_fft // 2 + 1)
-    columns = frames(p) * p.stretch
-    painted = picture[..., :bins, :columns]  # (..., 3, bins, columns)
-    rgb = painted.float().movedim(-3, -1)
-    position, distance = nearest(rgb)  # (..., bins, columns)
-    by_frame = (-1, p.stretch)
-    position = position.unflatten(-1, by_frame).mean(-1)  # (..., bins, T)
-    distance = distance.unflatten(-1, by_frame).mean(-1)
-    db = FLOOR_DB * (1 - position)
-    return db, distance
-
-
-def colour(position: torch.Tensor) -> torch.Tensor:
-    """position (...) in [0, 1] on the colour map -> RGB (..., 3)."""
-    rgb = [torch.zeros_like(position) for _ in range(3)]
-    for edge, (start, end) in enumerate(itertools.pairwise(PATH)):
-        channel = moving(start, end)
-        along = (7 * position - edge).clamp(0, 1)
-        direction = end[channel] - start[channel]
-        change = direction * along
-        rgb[channel] = rgb[channel] + change
-    return torch.stack(rgb, -1)
-
-
-def nearest(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """RGB (..., 3), clamped to [0, 1] -> position (...) of the map's nearest colour, and its distance."""
-    rgb = rgb.clamp(0, 1).unbind(-1)
-    to_zero = [channel.square() for channel in rgb]
-    to_one = [(1 - channel).square() for channel in rgb]
-    position = torch.zeros_like(rgb[0])
-    smallest = torch.full_like(rgb[0], torch.inf)  # squared distance
-    for edge, (start, end) in enumerate(itertools.pairwise(PATH)):
-        channel = moving(start, end)
-        distance = 0
-        for other in range(3):
-            if other != channel:
-                squares = to_one if start[other] else to_zero
-                distance = distance + squares[other]
-        along = rgb[channel]
-        if not end[channel]:
-            along = 1 - along
-        is_nearer = distance < smallest
-        position = torch.where(is_nearer, edge + along, position)
-        smallest = torch.minimum(distance, smallest)
-    return position / 7, smallest.sqrt()
-
-
-def moving(start: tuple, end: tuple) -> int:
-    """The one channel in which two neighbouring corners differ: they are ordered as a Gray code."""
-    differs = [a != b for a, b in zip(start, end, strict=True)]
-    return differs.index(True)
-
-
-def frames(p: Picture) -> int:
-    """Frames of p.seconds."""
-    samples = int(p.seconds * p.sample_rate)
-    return samples // p.hop + 1
-
-
-def magnitude(wave: torch.Tensor, p: Picture) -> torch.Tensor:
-    """wave (N,) or (B, N) -> (..., n_fft / 2 + 1, T), T = N // hop + 1, frame m centred on sample m hop."""
-    hann = window(p.n_fft).to(wave.device)
-    spectrum = torch.stft(wave, p.n_fft, p.hop, window=hann, pad_mode="constant", return_complex=True)
-    return spectrum.abs()
-
-
-def zero_db(magnitudes: torch.Tensor, p: Picture) -> torch.Tensor:
-    """The magnitude (..., 1, 1) that is 0 dB: the clip's own peak, or that of a sine of full scale.
-
-    A Hann window makes the latter n_fft / 4.
-    """
-    peak = magnitudes.amax((-2, -1), keepdim=True).clamp_min(1e-9)
-    if p.reference == "peak":
-        return peak
-    return torch.full_like(peak, p.n_fft / 4)
-
-
-def levels(wave: torch.Tensor, p: Picture) -> torch.Tensor:
-    """wave (N,) or (B, N) -> dB (..., n_fft / 2 + 1, T) in [-80, 0]: what a picture shows."""
-    spectrogram = magnitude(wave, p)
-    return decibels(spectrogram, zero_db(spectrogram, p))
-
-
-def decibels(magnitudes: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    ratio = (magnitudes / reference).clamp_min(1e-9)
-    return (20 * ratio.log10()).clamp(FLOOR_DB, 0)
-
-
-def side_by_side(
-    generated: torch.Tensor, wave: torch.Tensor, p: Picture
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two waves (N,) as dB (bins, T) relative to the second's 0 dB, the first at the gain that fits it best.
-
-    The gain is free because each picture is normalised by its own peak.
-    """
-    x = magnitude(generated, p)
-    y = magnitude(wave, p)
-    length = min(x.shape[1], y.shape[1])
-    x = x[:, :length]
-    y = y[:, :length]
-    overlap = (x * y).sum()
-    energy = x.square().sum().clamp_min(1e-9)
-    gain = overlap / energy
-    reference = zero_db(y, p)
-    return decibels(gain * x, reference), decibels(y, reference)
-
-
-def log_spectral_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Mean over frames of the RMS over bins of the difference of two dB (bins, T); the longer one is cut."""
-    length = min(a.shape[1], b.shape[1])
-    difference = a[:, :length] - b[:, :length]
-    rms = difference.square().mean(0).sqrt()  # (T,)
-    return rms.mean().item()
-
-
-def listen(db: torch.Tensor, p: Picture, peak: float = 0.0, iterations: int = 60) -> torch.Tensor:
-    """dB (bins, T) -> wave ((T - 1) * hop,), phase by Griffin-Lim.
-
-    A frame that is all black is silence, and so are the bins that a low canvas left out. Black among colours
-    sounds as -80 dB: with silence there, PocketSphinx would miss 5 (peak) to 10 (fixed) more words of 100.
-    peak: the magnitude of 0 dB; 0 where it is not known: with p.reference "peak" the wave then peaks at 0.9.
-    """
-    is_audible = db.amax(0) > FLOOR_DB  # (T,)
-    spectrogram = 10 ** (db.float() / 20)
-    spectrogram = spectrogram * is_audible
-    missing_bins = p.n_fft // 2 + 1 - len(spectrogram)
-    spectrogram = F.pad(spectrogram, (0, 0, 0, missing_bins))
-    if spectrogram.shape[1] < 2:
-        return db.new_zeros(0)
-    if not peak and p.reference == "fixed":
-        peak = p.n_fft / 4
-    if peak:
-        return find_phase(spectrogram * peak, p.n_fft, p.hop, iterations)
-    wave = find_phase(spectrogram, p.n_fft, p.hop, iterations)
-    wave_peak = wave.abs().max().clamp_min(1e-9)
-    return 0.9 * wave / wave_peak
-
-
-def save_png(path: str, picture: torch.Tensor, p: Picture, **facts) -> None:
-    """Write a picture (3, H, W) as 8-bit PNG with its parameters inside.
-
-    facts: JSON values stored with it; `peak`, the magnitude of 0 dB, lets the decoder restore the loudness.
-    raises UserError where it cannot be written.
-    """
-    picture = picture.detach().float().cpu()
-    pixels = (picture.clamp(0, 1) * 255).round().byte()
-    pixels = pixels.permute(1, 2, 0).contiguous()  # (H, W, 3)
-    image = Image.fromarray(pixels.numpy())
-    chunks = PngImagePlugin.PngInfo()
-    chunks.add_text(CHUNK, json.dumps({"picture": asdict(p)} | facts))
-    part = Path(f"{path}.{os.getpid()}.part")
-    try:
-        image.save(part, "png", pnginfo=chunks)
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from e
-
-
-def load_png(path: str) -> tuple[torch.Tensor, Picture | None, dict]:
-    """A picture (3, H, W) in [0, 1], its parameters, None where the file has none, and the facts beside them.
-
-    raises UserError for a file that is no picture, or another one than its parameters say.
-    """
-    try:
-        with (
-            warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-            Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image,
-        ):
-            chunk = image.info.get(CHUNK, "")
-            rgb = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, *BOMBS) as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{path}: not a readable picture ({reason})") from e
-    pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    pixels = pixels.view(rgb.height, rgb.width, 3)
-    picture = pixels.permute(2, 0, 1) / 255
-    if not chunk:
-        return picture, None, {}
-    try:
-        facts = json.loads(chunk)
-        p = from_dict(Picture, facts.pop("picture"), CHUNK)
-        p.check()
-        facts["peak"] = float(facts.get("peak", 0.0))
-    except (UserError, *DAMAGE) as e:
-        raise UserError(f"{path}: the parameters in it are damaged ({e})") from e
-    is_peak = 0 <= facts["peak"] < math.inf
-    if not is_peak or (p.canvas_height, p.canvas_width) != picture.shape[1:]:
-        raise UserError(
-            f"{path}: not as it was painted ({canvas_size(p)}): do not scale or cut such a picture"
-        )
-    return picture, p, facts
-
-
-def canvas_size(p: Picture) -> str:
-    return f"{p.canvas_width} x {p.canvas_height} pixels"
-
-
-# Commands
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Sound as a picture, and back.")
-    kinds = "wav to PNG | PNG to wav | what both together lose"
-    parser.add_argument("command", choices=("encode", "decode", "roundtrip"), help=kinds)
-    parser.add_argument("source", help="a sound file; decode: a PNG")
-    parser.add_argument(
-        "target",
-        nargs="?",
-        default="",
-        help="default: beside the source; roundtrip: the rebuilt wav, written where given",
-    )
-    for field in fields(Picture):
-        default = "that of the sound" if field.name == "seconds" else field.default
-        parser.add_argument(
-            f"--{field.name}", type=type(field.default), help=f"default: {default}; decode: as painted"
-        )
-    parser.add_argument(
-        "--recogniser", default="", help="roundtrip: Whisper name or .pt file that listens before and after"
-    )
-    parser.add_argument(
-        "--text", default="", help="roundtrip: what is said; default: what the recogniser hears in the source"
-    )
-    options = parser.parse_args()
-    suffix = ".png" if options.command == "encode" else ".wav"
-    target = Path(options.target or Path(options.source).with_suffix(suffix))
-    if target.suffix != suffix:
-        raise UserError(f"{target}: its name must end in {suffix}")
-    given = {}
-    for field in fields(Picture):
-        value = getattr(options, field.name)
-        if value is not None:
-            given[field.name] = value
-    if options.command == "encode":
-        encode(options.source, target, given)
-    elif options.command == "decode":
-        decode(options.source, target, given)
-    else:
-        rebuilt = target if options.target else None
-        roundtrip(options.source, rebuilt, given, options.recogniser, options.text)
-
-
-def save_spectrogram_png(path: str | Path, wave: torch.Tensor, p: Picture) -> None:
-    """Write the picture of a wave as PNG, and in it the magnitude that is 0 dB."""
-    reference = zero_db(magnitude(wave, p), p)
-    save_png(path, paint(wave, p), p, peak=reference.item())
-
-
-def encode(source: str, target: Path, given: dict) -> None:
-    wave, p = read(source, given)
-    save_spectrogram_png(target, wave, p)
-    bins = p.n_fft // 2 + 1
-    kept = min(bins, p.canvas_height)
-    print(f"{target}  {frames(p)} frames, {kept} of {bins} frequencies, on {canvas_size(p)}")
-
-
-def decode(source: str, target: Path, given: dict) -> None:
-    picture, stored, facts = load_png(source)
-    p = from_dict(Picture, asdict(stored or Picture()) | given, "options")
-    _, height, width = picture.shape
-    right = -width % 16
-    below = -height % 16
-    picture = F.pad(picture, (0, right, 0, below))
-    p = replace(p, canvas_height=height + below, canvas_width=width + right)
-    if not stored and "seconds" not in given:  # they follow from the width
-        painted_frames = p.canvas_width // p.stretch
-        samples = (painted_frames - 1) * p.hop
-        longest = seconds(samples, p.sample_rate)
-        p = from_dict(Picture, asdict(p) | {"seconds": min(p.seconds, longest)}, "options")
-    p.check()
-    db, distance = unpaint(picture, p)
-    wave = listen(db, p, facts.get("peak", 0.0))
-    save_wav(target, wave, p.sample_rate)
-    duration_sec = len(wave) / p.sample_rate
-    print(f"{target}  {duration_sec:.2f} s, mean distance to the path {distance.mean():.4f}")
-
-
-def roundtrip(source: str, target: Path | None, given: dict, recogniser: str, text: str) -> None:
-    """Print what a sound loses on its way through an 8-bit PNG and Griffin-Lim."""
-    wave, p = read(source, given)
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/x.png"
-        save_spectrogram_png(path, wave, p)
-        picture, _, facts = load_png(path)
-    db, distance = unpaint(picture, p)
-    error = db - levels(wave, p)[: len(db)]
-    rmse = error.square().mean().sqrt()
-    largest = error.abs().max()
-    print(
-        f"picture      {rmse:.4f} dB RMSE, {largest:.4f} dB at most, "
-        f"mean distance to the path {distance.mean():.4f}"
-    )
-    rebuilt = listen(db, p, facts["peak"])
-    before = magnitude(wave, p)
-    after = magnitude(rebuilt, p)
-    convergence = (before - after).norm() / before.norm()
-    lsd = log_spectral_distance(*side_by_side(rebuilt, wave, p))
-    print(f"Griffin-Lim  {convergence:.4f} spectral convergence, {lsd:.2f} dB log-spectral distance")
-    if target:
-        save_wav(target, rebuilt, p.sample_rate)
-    if recogniser:
-        compare_hearing(wave, rebuilt, p.sample_rate, recogniser, text)
-
-
-def compare_hearing(
-    wave: torch.Tensor, rebuilt: torch.Tensor, sample_rate: int, name: str, text: str
-) -> None:
-    """Print what Whisper `name`, or its replacement, transcribes of both, 30 s at a time, and the WER."""
-    import jiwer  # takes seconds, as the next does
-
-    import whisper_weights
-
-    model, _, why = whisper_weights.load_any(name, torch.device("cpu"), "--recogniser")
-    if why:
-        print(f"recogniser   {why}")
-    if not model:
-        return
-    transcripts = []
-    for sound in (wave, rebuilt):
-        sound = resample(sound, sample_rate, whisper_weights.RATE)
-        windows = list(sound.split(whisper_weights.WINDOW))
-        parts = [part.strip() for part in whisper_weights.transcribe(model, windows)]
-        transcripts.append(" ".join(parts))
-    before, after = transcripts
-    print(f"heard before {before!r}\nheard after  {after!r}")
-    said = whisper_weights.normalise(text) or whisper_weights.normalise(before)
-    if said:
-        wer = jiwer.wer(said, whisper_weights.normalise(after))
-        print(f"WER          {100 * wer:.1f} %")
-    else:
-        print("WER          none: nothing was heard before")
-
-
-def read(source: str, given: dict) -> tuple[torch.Tensor, Picture]:
-    """The wave, cut to --seconds, and a Picture as long as it, on a canvas as wide as it needs."""
-    p = from_dict(Picture, given, "options")
-    replace(p, canvas_width=2**40).check()  # before anything is divided by; the width follows from the rest
-    wave = load_wav(source, p.sample_rate)
-    if "seconds" in given:
-        samples = int(p.seconds * p.sample_rate)
-        wave = wave[:samples]
-    if len(wave) < p.hop:
-        raise UserError(f"{source}: {len(wave)} samples are less than a frame of {p.hop}")
-    duration_sec = seconds(len(wave), p.sample_rate)
-    p = replace(p, seconds=duration_sec)
-    columns = frames(p) * p.stretch
-    width = math.ceil(columns / 16) * 16
-    width = max(width, p.canvas_width)
-    p = replace(p, canvas_width=width)
-    p.check()
-    pixels = width * p.canvas_height
-    if pixels > Image.MAX_IMAGE_PIXELS:
-        raise UserError(f"{source}: {canvas_size(p)} are more than programs open; give less --seconds")
-    return wave, p
-
-
-def seconds(samples: int, sample_rate: int) -> float:
-    """The duration for which int(seconds * sample_rate) is `samples` again."""
-    return math.nextafter(samples / sample_rate, math.inf)
-
-
-if __name__ == "__main__":
-    run_main(main)

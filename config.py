@@ -44,7 +44,6 @@ def require(holds: bool, message: str) -> None:
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 section = functools.partial(dataclass, frozen=True, config=STRICT)  # the decorator of every section
 
-
 # Types of fields
 
 Positive = Annotated[float, Field(gt=0)]
@@ -77,7 +76,6 @@ def check_bounds(expect: object) -> object:
 
 
 Bounds = Annotated[dict[str, str], BeforeValidator(check_bounds)]
-
 
 # Sections of every system, or of several
 

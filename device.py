@@ -19,7 +19,7 @@ import torch.nn as nn
 from config import UserError
 
 # The builds of torch 2.11, newest first, by the version of CUDA that the driver supports at least
-BUILDS = (((13, 0), "cu130"), ((12, 8), "cu128"), ((12, 0), "cu126"))
+TORCH_BUILDS = (((13, 0), "cu130"), ((12, 8), "cu128"), ((12, 0), "cu126"))
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -46,7 +46,7 @@ def pick_device(wanted: str) -> torch.device:
     elif hidden:
         reason = f"CUDA_VISIBLE_DEVICES={visible} hides every GPU"
     else:
-        reason = explain(f"{error} (CUDA_VISIBLE_DEVICES={visible})" if visible else error)
+        reason = explain_cuda_error(f"{error} (CUDA_VISIBLE_DEVICES={visible})" if visible else error)
     raise UserError(f"device {wanted}: {reason}; to use the CPU: --device cpu, or ./run.sh --gpus 0")
 
 
@@ -58,10 +58,10 @@ def pick_dtype(device: torch.device) -> str:
         return "fp32"
     if not torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
         return "fp32"
-    return "bf16" if 1.25 * product_seconds(torch.bfloat16) < product_seconds(torch.float32) else "fp32"
+    return "bf16" if 1.25 * time_matmul(torch.bfloat16) < time_matmul(torch.float32) else "fp32"
 
 
-def product_seconds(dtype: torch.dtype) -> float:
+def time_matmul(dtype: torch.dtype) -> float:
     """The fastest of five matrix products, of the size of a small Transformer's."""
     a = torch.ones(1024, 192, dtype=dtype)
     b = torch.ones(192, 768, dtype=dtype)
@@ -73,7 +73,7 @@ def product_seconds(dtype: torch.dtype) -> float:
     return min(times)
 
 
-def hardware(device: torch.device, world: int) -> str:
+def hardware_name(device: torch.device, world: int) -> str:
     """How runs name what they ran on."""
     if device.type == "cuda":
         return f"{world} x {torch.cuda.get_device_name(device)}"
@@ -118,7 +118,7 @@ def count_gpus() -> int:
     return len(re.findall("^GPU |version mismatch", nvidia_smi("-L"), re.MULTILINE))
 
 
-def explain(error: str) -> str:
+def explain_cuda_error(error: str) -> str:
     """Why GPUs that are there cannot be used, and what helps. error: what torch says."""
     report = nvidia_smi()
     if "version mismatch" in report:
@@ -135,7 +135,7 @@ def explain(error: str) -> str:
     facts = f"{ours}, driver {driver[1]} supports CUDA up to {major}.{minor}"
     if toolkit and major >= int(toolkit.split(".")[0]):
         return f"{facts}, and yet torch says: {error}"
-    builds = [name for least, name in BUILDS if (major, minor) >= least]
+    builds = [name for least, name in TORCH_BUILDS if (major, minor) >= least]
     if not builds:
         return f"{facts}: install driver 580 or newer"
     return f"{facts}: install the matching build by {install_command(builds[0])}"

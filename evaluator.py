@@ -14,26 +14,29 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import audio
-import data
 import metric
-import recogniser
 import system
+from base import Prompt
 from config import DEVICES, Config, UserError, run_main
+from corpora import shards
 from device import pick_device
-from model import Prompt
+from pretrained import asr
+from speech2image import retrieval
 from text import normalize
+from tracking import logger
 
-SHOWN = 8  # samples that get pictures and a place in W&B and the report
-BINS = 10  # of t, for the validation loss
-IN_BIN = re.compile(r"_t\d$")  # a loss in one of them
-FLOORS = 1  # how reference scores are measured: raise it, and those that are stored are measured again
-OF_MADE = re.compile(r"eval/(fad|kad|clap|fid|inception_score|recall_made)")  # depend on what was generated
+N_SHOWN = 8  # samples that get pictures and a place in W&B and the report
+N_T_BINS = 10  # of t, for the validation loss
+T_BIN_KEY = re.compile(r"_t\d$")  # a loss in one of them
+# how reference scores are measured: raise it, and those that are stored are measured again
+REFERENCE_SCORES_VERSION = 1
+# depend on what was generated
+DEPENDS_ON_OUTPUTS = re.compile(r"eval/(fad|kad|clap|fid|inception_score|recall_made)")
 
 
 class Evaluator:
@@ -82,13 +85,13 @@ class Evaluator:
                 shutil.copy(folder / rows[0][kind], Path(self.config.out_dir, f"sample.{ending}"))
         metrics = {}
         if self.recogniser:
-            metrics |= error_rate(rows)
+            metrics |= word_error_rate_with_interval(rows)
             metrics["eval/recogniser"] = self.recogniser.name
         metrics |= self.reference_scores
         metrics |= {f"eval/{key}": value for key, value in mean_scores(rows).items()}
-        metrics |= by_group(rows)
+        metrics |= match_rates_by_group(rows)
         if features:
-            metrics |= figures(features, folder)
+            metrics |= retrieval.set_scores(features, folder)
         return metrics
 
     def sample_share(self, network, folder: Path) -> tuple[list[dict], list[dict]]:
@@ -152,7 +155,7 @@ class Evaluator:
         row |= {"audio": f"{stem}.wav", "reference_audio": None}
         row |= {"picture": None, "reference_picture": None}
         audio.save_wav(folder / row["audio"], output.wave, output.sample_rate)
-        if number < SHOWN:
+        if number < N_SHOWN:
             row |= output.draw(folder / stem)
             if self.clips:
                 row |= self.write_reference(network, number, folder)
@@ -186,7 +189,7 @@ class Evaluator:
         if number in self.reference_outputs:
             return self.reference_outputs[number]
         output = network.reference(self.corpus, self.clips[number])
-        if number < SHOWN:
+        if number < N_SHOWN:
             self.reference_outputs[number] = output
         return output
 
@@ -196,10 +199,10 @@ class Evaluator:
         name = self.config.eval.recogniser
         if not is_first:
             dist.barrier()
-        loaded = recogniser.load(name, self.device, quiet=self.rank != 0)
+        loaded = asr.load(name, self.device, quiet=self.rank != 0)
         if is_first and self.world > 1:
             dist.barrier()
-        names = set(gather([loaded.name if loaded else "nobody"], self.world))
+        names = set(all_gather([loaded.name if loaded else "nobody"], self.world))
         if len(names) > 1:
             listeners = " or ".join(sorted(names))
             raise UserError(
@@ -212,16 +215,16 @@ class Evaluator:
         if not self.recogniser or not self.clips:
             return self.measure_reference_scores(network)
         basis = self.basis_of_floors()
-        path = self.corpus.folder / f"floors_{data.digest(basis)[:8]}.json"
-        stored = read_floors(path, basis) if self.rank == 0 else None
-        stored = gather([stored], self.world)[0]
+        path = self.corpus.folder / f"floors_{shards.digest(basis)[:8]}.json"
+        stored = read_reference_scores(path, basis) if self.rank == 0 else None
+        stored = all_gather([stored], self.world)[0]
         if stored is not None:
             return stored
         scores = self.measure_reference_scores(network)
         if self.rank == 0:
             content = json.dumps({"basis": basis, "floors": scores}, indent=1)
             # Where the folder cannot be written to, they are measured again next time
-            with contextlib.suppress(UserError, OSError), data.replacing(path) as part:
+            with contextlib.suppress(UserError, OSError), shards.atomic_write(path) as part:
                 part.write_text(content, encoding="utf-8")
         return scores
 
@@ -231,13 +234,13 @@ class Evaluator:
         settings = c.reference_settings()
         clips = [[clip.id, clip.text, clip.frames] for clip in self.clips]
         return {
-            "version": FLOORS,
+            "version": REFERENCE_SCORES_VERSION,
             "recogniser": self.recogniser.identity,
             "system": c.system,
             "settings": settings,
-            "files": [files_of(value) for value in settings.values() if isinstance(value, str)],
+            "files": [list_files(value) for value in settings.values() if isinstance(value, str)],
             "corpus": self.corpus.plan,
-            "clips": data.digest(clips),
+            "clips": shards.digest(clips),
             "recordings": sum(bool(clip.wav) and Path(clip.wav).exists() for clip in self.clips),
         }
 
@@ -267,13 +270,13 @@ class Evaluator:
         if self.recogniser:
             scores |= self.reference_error_rate("ground_truth", recordings)
             scores |= self.reference_error_rate("vocoded", vocoded)
-        for key, value in mean_scores(gather(rows, self.world)).items():
+        for key, value in mean_scores(all_gather(rows, self.world)).items():
             if value > 1e-3:
                 scores[f"eval/{key}_vocoded"] = value
         features = gather_numbered(features, self.world)
         if features:
-            of_set = figures(features)
-            scores |= {f"{key}_vocoded": of_set[key] for key in of_set if OF_MADE.match(key)}
+            of_set = retrieval.set_scores(features)
+            scores |= {f"{key}_vocoded": of_set[key] for key in of_set if DEPENDS_ON_OUTPUTS.match(key)}
         return scores
 
     def reference_error_rate(
@@ -289,7 +292,7 @@ class Evaluator:
             transcripts = self.recogniser.transcribe(list(waves), rates[0])
             texts = [self.clips[number].text for number in sounds]
             counts = list(map(count_word_errors, texts, transcripts))
-        counts = gather(counts, self.world)
+        counts = all_gather(counts, self.world)
         if not counts:
             return {}
         errors, words = zip(*counts)
@@ -298,7 +301,7 @@ class Evaluator:
 
 def count_word_errors(text: str, transcript: str) -> tuple[int, int]:
     """Word errors of a transcript and words of the text, both normalised first."""
-    return metric.word_errors(recogniser.normalise(text), recogniser.normalise(transcript))
+    return metric.word_errors(asr.normalise(text), asr.normalise(transcript))
 
 
 def write_rows(path: Path, rows: list[dict]) -> list[dict]:
@@ -312,7 +315,7 @@ def write_rows(path: Path, rows: list[dict]) -> list[dict]:
     return rows
 
 
-def read_floors(path: Path, basis: dict) -> dict[str, float] | None:
+def read_reference_scores(path: Path, basis: dict) -> dict[str, float] | None:
     """Stored reference scores; None where there are none, or none of this basis."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -321,7 +324,7 @@ def read_floors(path: Path, basis: dict) -> dict[str, float] | None:
         return None
 
 
-def files_of(folder: str) -> list[list]:
+def list_files(folder: str) -> list[list]:
     """Names, sizes and times of a folder's files, so that none changes unnoticed; [] for a hub id."""
     found = []
     for path in sorted(Path(folder).rglob("*")):
@@ -331,7 +334,7 @@ def files_of(folder: str) -> list[list]:
     return found
 
 
-def error_rate(rows: list[dict]) -> dict[str, float]:
+def word_error_rate_with_interval(rows: list[dict]) -> dict[str, float]:
     """The word error rate of rows of samples.jsonl and its 95 % interval."""
     errors = [row["errors"] for row in rows]
     words = [row["words"] for row in rows]
@@ -351,7 +354,7 @@ def mean_scores(rows: list[dict]) -> dict[str, float]:
     return means
 
 
-def by_group(rows: list[dict]) -> dict[str, float]:
+def match_rates_by_group(rows: list[dict]) -> dict[str, float]:
     """How often all was as asked for, by the words of the clips' groups, if there are several.
 
     eval/all_match/en is that of the clips with the word en in their group.
@@ -371,118 +374,6 @@ def by_group(rows: list[dict]) -> dict[str, float]:
     return found
 
 
-def figures(features: list[dict], folder: Path | None = None) -> dict[str, float]:
-    """Scores of a whole set, from what `System.features` gave for each sample.
-
-    folder: where pictures of the set go, if there are to be any. The features, by key:
-    speech, image, picture, label, group: for retrieval, with image in the space of speech.
-    made: of what was generated; with image, in that space, for the same retrieval.
-    made, real, text: of sounds by CLAP. seen, seen_real, shares: of pictures by Inception.
-    """
-    f = {}
-    for key in features[0].keys() - {"number"}:
-        f[key] = np.stack([sample[key] for sample in features])
-    scores = {}
-    if "chance" in f:
-        scores["chance"] = float(f["chance"].mean())
-    if "image" in f:
-        scores |= retrieval(f, "speech")
-    if "image" in f and "made" in f:
-        of_generated = retrieval(f, "made")
-        for k in (1, 5, 10):
-            scores[f"recall_made_{k}"] = of_generated[f"recall_{k}"]
-    if "image" in f and folder:
-        queries = f.get("made", f["speech"])
-        draw_space(queries, f["image"], folder / "summary.png")
-    if "real" in f:
-        made = f["made"]
-        real = f["real"]
-        scores["fad"] = metric.frechet_distance(made, real)
-        scores["kad"] = metric.kernel_distance(made, real)
-        cosines = (made * f["text"]).sum(1)
-        scores["clap"] = float(cosines.mean())
-    if "seen" in f:
-        scores["fid"] = metric.frechet_distance(f["seen"], f["seen_real"])
-        if f["shares"].size:
-            scores["inception_score"] = metric.inception_score(f["shares"])
-    return {f"eval/{key}": value for key, value in scores.items()}
-
-
-def retrieval(f: dict[str, np.ndarray], kind: str) -> dict[str, float]:
-    """Scores of the queries f[kind] (n, D) among the pictures f["image"] (n, D), by keys of metric.SCORES.
-
-    f["picture"] (n,): the picture's number; each is in the gallery once.
-    f["label"] (n,): a picture is right for a query that has its label.
-    f["group"] (n,): words by which R@1 is also told, the language first.
-    """
-    query = f[kind]
-    image = f["image"]
-    label = f["label"]
-    _, first = np.unique(f["picture"], return_index=True)
-    gallery = image[first]  # (m, D)
-    similarity = query @ gallery.T  # (n, m)
-    right = np.equal.outer(label, label[first])
-    scores = {}
-    for k in (1, 5, 10):
-        scores[f"recall_{k}"] = metric.recall_at(similarity, right, k)
-        scores[f"recall_back_{k}"] = metric.recall_at(similarity.T, right.T, k)
-    matched = (query * image).sum(1)
-    unmatched = similarity[~right]
-    gap = query.mean(0) - gallery.mean(0)
-    scores["cos_matched"] = float(matched.mean())
-    if unmatched.size:
-        scores["cos_unmatched"] = float(unmatched.mean())
-    scores["modality_gap"] = float(np.linalg.norm(gap))
-    scores |= recall_by_group(similarity, right, f["group"])
-    return scores
-
-
-def recall_by_group(similarity: np.ndarray, right: np.ndarray, groups: np.ndarray) -> dict[str, float]:
-    """R@1 by each word that some, not all, of the queries' groups have; the gap between languages."""
-    queries_of = {}
-    languages = set()
-    for query, group in enumerate(groups.tolist()):
-        words = group.split()
-        languages.update(words[:1])
-        for word in words:
-            queries_of.setdefault(word, []).append(query)
-    recalls = {}
-    for word in sorted(queries_of):
-        queries = queries_of[word]
-        if len(queries) < len(groups):
-            recalls[word] = metric.recall_at(similarity[queries], right[queries], 1)
-    scores = {f"recall_1/{word}": recall for word, recall in recalls.items()}
-    compared = languages & recalls.keys()
-    if len(compared) > 1:
-        best = max(recalls[language] for language in compared)
-        worst = min(recalls[language] for language in compared)
-        if best > 0:
-            scores["language_gap"] = 1 - worst / best
-    return scores
-
-
-def draw_space(queries: np.ndarray, pictures: np.ndarray, path: Path) -> None:
-    """Draw queries and pictures, (n, D) each, along the two directions in which they differ most.
-
-    A line joins each pair.
-    """
-    both = np.concatenate([queries, pictures])
-    both = both.astype(float)
-    centred = both - both.mean(0)
-    _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    points = directions[:2] @ centred.T  # (2, 2 n)
-    n = len(queries)
-    asked = points[:, :n]
-    shown = points[:, n:]
-    axes = metric.picture_axes(4.6, 4.2, "", "")
-    x, y = np.stack([asked, shown], 1)  # (2, n) each
-    axes.plot(x, y, color=metric.GREY, alpha=0.25, linewidth=0.5)
-    axes.scatter(*shown, s=9, color=metric.BLUE, label="recorded pictures")
-    axes.scatter(*asked, s=9, color=metric.ORANGE, label="speech, or what was generated from it")
-    axes.legend(frameon=False, labelcolor=metric.GREY, fontsize=8)
-    axes.figure.savefig(path, transparent=True)
-
-
 @torch.no_grad()
 def validate(network, batches, config: Config, device: torch.device, world: int) -> dict[str, float]:
     """The losses on the validation clips at fixed noise and stratified t: smooth, comparable between steps.
@@ -496,12 +387,12 @@ def validate(network, batches, config: Config, device: torch.device, world: int)
         with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
             losses = network(batch)
         add_losses(sums, losses, batch["t"])
-    of_ranks = gather(list(sums.items()), world)
+    of_ranks = all_gather(list(sums.items()), world)
     merged = {}
     for name, (total, count) in of_ranks:
         add_to(merged, name, total, count)
     means = {}
-    for name in sorted(merged, key=lambda name: name if IN_BIN.search(name) else ""):  # the bins come last
+    for name in sorted(merged, key=lambda name: name if T_BIN_KEY.search(name) else ""):  # the bins come last
         total, count = merged[name]
         means[f"val/{name}"] = total / count
     return means
@@ -515,8 +406,8 @@ def add_losses(sums: dict, losses: dict[str, torch.Tensor], t: torch.Tensor) -> 
         if loss.dim() == 0 and name != "loss":
             total = loss.item() * n_clips
             add_to(sums, name, total, n_clips)
-    bins = t * BINS
-    bins = bins.long().clamp(max=BINS - 1)
+    bins = t * N_T_BINS
+    bins = bins.long().clamp(max=N_T_BINS - 1)
     for i, loss in zip(bins.tolist(), per_clip.tolist()):
         add_to(sums, f"flow_loss_t{i}", loss, 1)
 
@@ -527,11 +418,11 @@ def add_to(sums: dict[str, tuple[float, int]], name: str, value: float, count: i
     sums[name] = (total + value, n_clips + count)
 
 
-def show(found: dict) -> None:
+def print_scores(found: dict) -> None:
     """Print what was found."""
     losses = []
     for key, value in found.items():
-        if key.startswith("val/") and not IN_BIN.search(key):
+        if key.startswith("val/") and not T_BIN_KEY.search(key):
             name = key.removeprefix("val/").replace("_", " ")
             losses.append(f"{name} {value:.4f}")
     if losses:
@@ -542,32 +433,32 @@ def show(found: dict) -> None:
         value = found.get(f"eval/{key}")
         if value is None:
             continue
-        values = [f"{score.title} {metric.with_unit(key, value)}"]
-        for name, other in metric.compared_with(found, key):
-            values.append(f"{name} {metric.with_unit(key, other)}")
+        values = [f"{score.title} {metric.format_score(key, value)}"]
+        for name, other in metric.reference_values(found, key):
+            values.append(f"{name} {metric.format_score(key, other)}")
         print(f"  {'  '.join(values)}", flush=True)
 
 
 def show_error_rate(found: dict) -> None:
-    rate = metric.percent(found["eval/wer"])
+    rate = metric.format_percent(found["eval/wer"])
     low = 100 * found["eval/wer_low"]
     high = 100 * found["eval/wer_high"]
     name = found["eval/recogniser"]
     floors = []
     if "eval/wer_ground_truth" in found:
-        recordings = metric.percent(found["eval/wer_ground_truth"])
+        recordings = metric.format_percent(found["eval/wer_ground_truth"])
         floors.append(f"recordings {recordings}")
     if "eval/wer_vocoded" in found:
-        vocoded = metric.percent(found["eval/wer_vocoded"])
+        vocoded = metric.format_percent(found["eval/wer_vocoded"])
         floors.append(f"vocoded {vocoded}")
     listed = ", ".join(floors) or "none"
     print(f"  word error rate {rate} [{low:.1f}, {high:.1f}]  by {name}  floors: {listed}", flush=True)
 
 
-def log_media(writer: metric.Writer, out_dir: str, step: int) -> None:
+def log_media(writer: logger.MetricsLogger, out_dir: str, step: int) -> None:
     """Hand the first samples to W&B, to listen to and to look at."""
     folder = Path(out_dir, "eval", f"step_{step:07d}")
-    shown = f"00[0-{SHOWN - 1}]"
+    shown = f"00[0-{N_SHOWN - 1}]"
     patterns = {
         "audio": f"{shown}.wav",
         "picture": f"{shown}.png",
@@ -589,7 +480,7 @@ def add_noise(wave: torch.Tensor, snr: float, seed: int) -> torch.Tensor:
     return wave + noise * wave.square().mean().sqrt() * 10 ** (-snr / 20)
 
 
-def gather(share: list, world: int) -> list:
+def all_gather(share: list, world: int) -> list:
     """The lists of all ranks as one, on every rank."""
     if world == 1:
         return share
@@ -600,7 +491,7 @@ def gather(share: list, world: int) -> list:
 
 def gather_numbered(share: list[dict], world: int) -> list[dict]:
     """The rows of all ranks in the order of their numbers, on every rank."""
-    return sorted(gather(share, world), key=lambda row: row["number"])
+    return sorted(all_gather(share, world), key=lambda row: row["number"])
 
 
 def read_prompts(path: str) -> list[str]:
@@ -674,7 +565,7 @@ def main() -> None:
         if options.snr:
             print(f"speech at {snr:g} dB over white noise")
         found = evaluator.run(network, step)
-        show(found)
+        print_scores(found)
         print(json.dumps(found))
 
 

@@ -10,11 +10,12 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+import torch.nn as nn
+from torch import Tensor
 
 # of the quintic: steep at 0, singular values end in about [0.7, 1.2]
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
 EPS = 1e-7  # a matrix of a smaller norm is not normalised: zeros remain zeros
 
 
@@ -74,7 +75,7 @@ def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
         missing = size - len(share)
         share += [matrices[0].new_zeros(shape)] * missing
         batch = torch.stack(share)
-        shares.append(orthogonalize(batch))
+        shares.append(newton_schulz(batch))
     if world > 1:
         shares = gather_shares(shares, world)
 
@@ -115,13 +116,13 @@ def gather_shares(shares: list[Tensor], world: int) -> list[Tensor]:
     return joined
 
 
-def orthogonalize(batch: Tensor) -> Tensor:
+def newton_schulz(batch: Tensor) -> Tensor:
     """Wide matrices (n, R, C), R <= C, all singular values brought near 1; bf16 on CUDA, else float32."""
-    a, b, c = COEFFICIENTS
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = batch.to(torch.bfloat16 if batch.is_cuda else torch.float32)
     norms = x.norm(dim=(1, 2), keepdim=True)
     x = x / norms.clamp_min(EPS)
-    for _ in range(ITERATIONS):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT  # (n, R, R)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
         x = torch.baddbmm(x, polynomial, x, beta=a)  # a X + (b G + c G^2) X
@@ -157,3 +158,32 @@ def make_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+class EMA:
+    """An exponential moving average of the trainable weights; `with average:` evaluates with it."""
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.decay = decay
+        self.live = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.mean = {name: p.detach().clone() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """The decay grows to its value over the first steps, so that the random start is soon forgotten."""
+        decay = min(self.decay, (step + 1) / (step + 10))
+        means = list(self.mean.values())
+        torch._foreach_lerp_(means, list(self.live.values()), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for name, p in self.live.items():
+            kept = p.detach().clone()
+            p.copy_(self.mean[name])
+            self.mean[name].copy_(kept)
+
+    def __enter__(self) -> None:
+        self.swap()
+
+    def __exit__(self, *_error) -> None:
+        self.swap()

@@ -19,9 +19,9 @@ from tqdm import tqdm
 import audio
 import evaluator
 import system
+from base import Prompt
 from config import DEVICES, Config, UserError, run_main
 from device import move, pick_device
-from model import Prompt
 from text import normalize
 
 LONGEST_TEXT = 5000  # characters in one text

@@ -28,8 +28,9 @@ import optim
 import system
 from config import Config, UserError
 from device import move, pick_device
+from tracking import checkpoint, logger, report
 
-FIRST_UPDATES = 10  # after which a run says how long it will take
+FORECAST_AFTER = 10  # after which a run says how long it will take
 
 
 def main() -> None:
@@ -49,11 +50,11 @@ def main() -> None:
         device_ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=device_ids)
     optimizers = optim.make_optimizers(network, train.muon_lr, train.lr, train.weight_decay)
-    ema = system.Average(network, train.ema)
-    start, seconds = system.resume(config, network, ema, optimizers)
+    ema = optim.EMA(network, train.ema)
+    start, seconds = checkpoint.resume(config, network, ema, optimizers)
     if rank == 0:
-        system.record_run(requested, train.dtype, network, device, world)
-        writer = metric.Writer(
+        checkpoint.record_run(requested, train.dtype, network, device, world)
+        writer = logger.MetricsLogger(
             out, configs.to_dict(config), config.wandb, config.wandb_project, config.wandb_url, start
         )
     evaluation = evaluator.Evaluator(config, corpus, device, rank, world) if train.eval_interval else None
@@ -86,10 +87,10 @@ def main() -> None:
         max_norm = train.grad_clip or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
         now = seconds + time.perf_counter() - clock
-        done = progress(config, step, now, device, world)
+        done = fraction_done(config, step, now, device, world)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * rate(config, step, done)
+                group["lr"] = group["peak_lr"] * lr_scale(config, step, done)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         ema.update(step)
@@ -97,7 +98,7 @@ def main() -> None:
         last_step = step >= train.steps or done >= 1
 
         # What is due: only these steps wait for the device
-        first_updates_end = step == start + FIRST_UPDATES
+        first_updates_end = step == start + FORECAST_AFTER
         log_due = is_due(train.log_interval, step, last_step) or first_updates_end
         val_due = is_due(train.val_interval, step, last_step)
         eval_due = is_due(train.eval_interval, step, last_step)
@@ -105,10 +106,10 @@ def main() -> None:
         stop_due = world == 1 and stop.is_set()  # several ranks stop only where all of them ask
         if not (log_due or val_due or eval_due or save_due or stop_due):
             continue
-        stopping = agree(stop.is_set() or (out / "STOP").exists(), device, world)
-        values = metric_values(sums | {"grad_norm": grad_norm}, frames, device, world)
+        stopping = any_rank(stop.is_set() or (out / "STOP").exists(), device, world)
+        values = reduce_metrics(sums | {"grad_norm": grad_norm}, frames, device, world)
         if not all(map(math.isfinite, values.values())):
-            good = system.newest_checkpoint(config.out_dir) or "none yet"
+            good = checkpoint.newest_checkpoint(config.out_dir) or "none yet"
             raise UserError(
                 f"step {step}: the loss or its gradient is not finite; the last good checkpoint is "
                 f"{good}; try a lower --muon_lr and --lr"
@@ -131,12 +132,12 @@ def main() -> None:
                 "config": configs.to_dict(requested),
                 "step": step,
                 "seconds": seconds,
-                "model": system.weights(network),
+                "model": checkpoint.trained_weights(network),
                 "ema": ema.mean,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
             path = out / "checkpoints" / f"step_{step:07d}.pt"
-            system.save_checkpoint(path, state, train.keep)
+            checkpoint.save_checkpoint(path, state, train.keep)
         if stopping:
             last_step = True
         elif val_due or eval_due:
@@ -148,7 +149,7 @@ def main() -> None:
                     values |= evaluation.run(network, step)
             if rank == 0:
                 writer.log(step, values)
-                evaluator.show(values)
+                evaluator.print_scores(values)
                 if eval_due:
                     evaluator.log_media(writer, out, step)
         clock = time.perf_counter()  # saving and evaluating do not count as training
@@ -156,12 +157,12 @@ def main() -> None:
     if rank == 0:
         (out / "STOP").unlink(missing_ok=True)
         writer.close()
-        print("made:", *sorted(out.glob("sample.*")), metric.write_report(out), flush=True)
+        print("made:", *sorted(out.glob("sample.*")), report.write_report(out), flush=True)
     if world > 1:
         dist.barrier()  # no rank leaves while rank 0 still writes
         dist.destroy_process_group()
     if rank == 0 and config.expect and step >= train.steps:
-        logged = metric.read_lines(out / "metrics.jsonl")
+        logged = logger.read_lines(out / "metrics.jsonl")
         lines, met = metric.compare_expected(config.expect, logged)
         print(*lines, sep="\n", flush=True)
         sys.exit(0 if met else 1)
@@ -206,7 +207,7 @@ def is_due(interval: int, step: int, last_step: bool) -> bool:
     return interval > 0 and (last_step or step % interval == 0)
 
 
-def progress(config: Config, step: int, seconds: float, device: torch.device, world: int) -> float:
+def fraction_done(config: Config, step: int, seconds: float, device: torch.device, world: int) -> float:
     """The fraction of the run that is done: by steps, or by the clock if max_minutes is set and is ahead."""
     train = config.train
     done = (step + 1) / train.steps
@@ -219,7 +220,7 @@ def progress(config: Config, step: int, seconds: float, device: torch.device, wo
     return min(1.0, done.item())
 
 
-def rate(config: Config, step: int, done: float) -> float:
+def lr_scale(config: Config, step: int, done: float) -> float:
     """The learning rate as a fraction of its peak."""
     train = config.train
     warm = min(1.0, (step + 1) / (train.warmup + 1))
@@ -228,7 +229,7 @@ def rate(config: Config, step: int, done: float) -> float:
     return warm * min(1.0, (1 - done) / max(train.decay, 1e-9))
 
 
-def agree(flag: bool, device: torch.device, world: int) -> bool:
+def any_rank(flag: bool, device: torch.device, world: int) -> bool:
     """Whether the flag is set on any rank."""
     if world == 1:
         return flag
@@ -237,7 +238,7 @@ def agree(flag: bool, device: torch.device, world: int) -> bool:
     return flags.item() > 0
 
 
-def metric_values(
+def reduce_metrics(
     scalars: dict[str, Tensor], frames: Tensor, device: torch.device, world: int
 ) -> dict[str, float]:
     """Scalars averaged and frames summed over the ranks, with one reduction and one wait for the device."""

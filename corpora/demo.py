@@ -15,6 +15,18 @@ import yaml
 
 from config import UserError
 from corpora import voice
+from corpora.shards import Clip
+
+
+def demo_clips(grammar: str, sentences: int) -> list[Clip]:
+    """The demo's clips. Recordings of the first 64 and of all held-out ones are kept, to listen to."""
+    clips = []
+    for n, sentence in enumerate(demo_sentences(grammar, sentences)):
+        is_kept = n < 64 or sentence.split != "train"
+        wav = f"wavs/{sentence.id}.wav" if is_kept else None
+        clips.append(Clip(*sentence, wav))
+    return clips
+
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 HELD_OUT = 64  # sentences to validate on, and as many to test on
@@ -28,7 +40,7 @@ class Sentence(NamedTuple):
 
 def speak(text: str, sample_rate: int, name: str) -> torch.Tensor:
     """A sentence in the voice of that name: a wave (N,) with at most 50 ms of silence at either end."""
-    wave = voice.say(text, sample_rate, name)
+    wave = voice.synthesize(text, sample_rate, name)
     is_loud = wave.abs() > 0.01
     loud = is_loud.nonzero().flatten()
     if not len(loud):

@@ -49,15 +49,15 @@ class Voice(NamedTuple):
     pitch: float = 1.0  # what its frequencies are multiplied by; espeak-ng has variants instead
 
 
-def say(text: str, sample_rate: int, name: str) -> torch.Tensor:
+def synthesize(text: str, sample_rate: int, name: str) -> torch.Tensor:
     """Speak `text` with the voice of that name: a wave (N,).
 
     raises VoiceError as `find_voice`, and for a damaged .onnx file.
     """
     voice = cached_voice(name)
     if voice.model:
-        return piper(text, sample_rate, voice.model, voice.pitch)
-    return espeak(text, sample_rate, voice.name.removeprefix("espeak:"))
+        return speak_piper(text, sample_rate, voice.model, voice.pitch)
+    return speak_espeak(text, sample_rate, voice.name.removeprefix("espeak:"))
 
 
 @functools.cache
@@ -148,7 +148,7 @@ def file_sha256(path: str) -> str:
 # Piper
 
 
-def piper(text: str, sample_rate: int, model: str, pitch: float = 1.0) -> torch.Tensor:
+def speak_piper(text: str, sample_rate: int, model: str, pitch: float = 1.0) -> torch.Tensor:
     """Speak `text` with an .onnx file of Piper's: a wave (N,), the same each time.
 
     pitch: all frequencies times this, at the same tempo: spoken that much slower, played that much faster.
@@ -190,7 +190,7 @@ def load_piper(model: str):
 # espeak-ng by ctypes: the wheel `espeakng-loader` carries the library and its voices.
 
 
-def espeak(
+def speak_espeak(
     text: str, sample_rate: int, voice: str = "en-us", rate: int = 160, pitch: int = 50, pitch_range: int = 50
 ) -> torch.Tensor:
     """Speak `text` with espeak-ng: a wave (N,) in about 4 ms a sentence.

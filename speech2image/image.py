@@ -1,0 +1,413 @@
+"""TODO."""
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import metric
+from base import Prompt
+from config import Config, Sample, UserError, run_main
+from corpora import shards
+from data import Batches
+from pretrained import asr, frozen
+from speech2image import align, diffusion, vision
+from speech2image.align import AlignBatches, SpeechAlign, load_align
+from speech2image.codes import (
+    PictureDecoder,
+    codes_file,
+    encode_pictures,
+    load_autoencoder,
+    read_codes,
+    save_tensors,
+    train_vq,
+    vq_file,
+)
+from speech2image.data import (
+    RATE,
+    PictureOutput,
+    SpokenImageCorpus,
+    Stage,
+    classifier_file,
+    load_weights_frozen,
+    parse_clip_id,
+    speech_embeddings_file,
+    stack_numbers,
+    stack_tensors,
+)
+from speech2image.model import CodeTransformer
+from speech2image.shapes import attribute_matches
+from system import config_from_command_line
+
+# Stage 2: from the embedding of the speech to the codes of a picture, by VQ-Diffusion
+
+
+class SpeechImage(Stage):
+    """`forward` returns losses, `sample` pictures."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        c = config.codes
+        self.process = diffusion.MaskAndReplaceDiffusion(c.kept, c.diffusion_steps, c.mask_share)
+        self.times = diffusion.LossSecondMomentResampler(c.diffusion_steps)
+        condition_width = vision.image_encoder_width(config.align.image)
+        self.denoiser = CodeTransformer(config, condition_width)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of a batch of `ImageBatches`; one to train on has new_update: whether weights have changed.
+
+        returns: loss; flow_loss, the variational bound in nats a code, each step weighted by its share;
+        code_loss, the cross-entropy; flow_loss_per_clip (B,).
+        """
+        x = batch["x"]
+        steps = self.process.steps
+        is_training = "new_update" in batch
+
+        # Diffusion steps t (B,) from 1 to T, and their probabilities
+        uniform = batch["t"]
+        if is_training:
+            t, p = self.times.draw(uniform, batch["new_update"])
+        else:
+            t = (uniform * steps).long() + 1
+            p = torch.full_like(uniform, 1 / steps)
+
+        # Noisy codes, and the prediction of the clean ones
+        x_t = self.process.corrupt(x, t, batch["u"], batch["other"])
+        condition = self.denoiser.condition(batch["embedding"], batch["dropped"])
+        logits = self.denoiser(x_t, t, condition)  # (B, N, K)
+        log_probs = logits.float().log_softmax(-1)
+
+        # Bound and cross-entropy, (B,)
+        probs = log_probs.exp()
+        divergence = self.process.divergence(probs, x, x_t, t)
+        divergence = divergence.mean(1)
+        target = x.unsqueeze(-1)
+        log_likelihood = log_probs.gather(-1, target).squeeze(-1)
+        entropy = -log_likelihood.mean(1)
+
+        if is_training:
+            self.times.learn(t, divergence.detach())
+        auxiliary_weight = self.config.codes.auxiliary_weight
+        weight = auxiliary_weight * (2 - t / steps)
+        loss = divergence + weight * entropy
+        loss = loss / p
+        bound = divergence / p
+        return {
+            "loss": loss.mean(),
+            "flow_loss": bound.mean(),
+            "code_loss": entropy.mean(),
+            "flow_loss_per_clip": bound.detach(),
+        }
+
+    @torch.inference_mode()
+    def sample(self, prompts: Sequence[Prompt], settings: Sample) -> list[PictureOutput]:
+        """Pictures of the prompts as one batch; what is random in one depends on its own seed alone."""
+        waves = [prompt.speech for prompt in prompts]
+        seeds = [prompt.seed for prompt in prompts]
+        embeddings = self.stage1.listen(waves)
+        codebook = self.autoencoder.module
+        codes = self.sample_codes(embeddings, seeds, settings)
+        pictures = codebook.decode(codes).cpu()
+        outputs = []
+        for wave, picture, embedding in zip(waves, pictures, embeddings):
+            nearest = self.corpus.nearest(embedding)
+            output = PictureOutput(wave, RATE, picture, nearest, embedding)
+            outputs.append(output)
+        return outputs
+
+    def sample_codes(self, embeddings: Tensor, seeds: Sequence[int], settings: Sample) -> Tensor:
+        """Codes (B, N) for embeddings (B, D)."""
+        steps = min(settings.euler_steps, self.process.steps)
+        tokens = self.config.codes.grid**2
+        u = []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            row = torch.rand(steps + 1, tokens, generator=generator)
+            u.append(row)
+        u = torch.stack(u, 1)  # (steps + 1, B, N)
+
+        # Rows with the condition, then the same rows without it, for guidance
+        embeddings = torch.cat([embeddings, embeddings])
+        embeddings = embeddings.to(self.device)
+        rows = torch.arange(len(embeddings), device=self.device)
+        dropped = rows >= len(seeds)
+        condition = self.denoiser.condition(embeddings, dropped)
+
+        def network(x_t: Tensor, t: Tensor) -> Tensor:
+            count = len(x_t)  # B of 2 B rows leave guidance out
+            return self.denoiser(x_t, t, condition[:count])
+
+        u = u.to(self.device)
+        guidance = (settings.cfg_scale, settings.cfg_from, settings.cfg_to)
+        return self.process.sample(network, u, *guidance, settings.truncation)
+
+    def reference(self, corpus: "SpokenImageCorpus", clip: shards.Clip) -> PictureOutput:
+        """The clip's own picture through its codes: no network can be better."""
+        wave = corpus.wave(clip)
+        embedding = corpus.embedding(clip)
+        nearest = corpus.nearest(embedding)
+        codebook = self.autoencoder.module
+        all_codes, _ = read_codes(corpus)
+        codes = all_codes[corpus.number(clip)]
+        codes = codes.unsqueeze(0).to(self.device)
+        picture = codebook.decode(codes)[0].cpu()
+        return PictureOutput(wave, RATE, picture, nearest, embedding)
+
+    @torch.inference_mode()
+    def score(self, made: PictureOutput, corpus: "SpokenImageCorpus", clip: shards.Clip) -> dict[str, float]:
+        """Whether a picture shows what the clip's label says, part by part: by the classifier, and by rule.
+
+        Only drawn shapes have a rule.
+        """
+        _, path = parse_clip_id(clip)
+        label = corpus.labels[path]
+        by_rule = {}
+        if self.config.data.corpus == "shapes":
+            by_rule = attribute_matches(made.picture, label)
+        if not self.config.codes.judge:
+            return by_rule
+        wanted = label.split("-")
+        seen = self.classify(made.picture, corpus)
+        matches = {}
+        if len(seen) == 3:
+            for name, a, b in zip(("colour", "shape", "place"), seen, wanted):
+                matches[f"{name}_match"] = float(a == b)
+        matches["all_match"] = float(seen == wanted)
+        return matches | by_rule
+
+    def classify(self, picture: Tensor, corpus: "SpokenImageCorpus") -> list[str]:
+        """What the classifier sees in a picture, for each part of a label."""
+        batch = picture[None].to(self.device)
+        seen = []
+        parts = vision.label_attributes(corpus.kinds)
+        for names, scores in zip(parts, self.judge(batch)):
+            best = scores.argmax()
+            seen.append(names[best])
+        return seen
+
+    @torch.inference_mode()
+    def features(
+        self, made: PictureOutput, corpus: "SpokenImageCorpus", clip: shards.Clip
+    ) -> dict[str, np.ndarray]:
+        """As stage 1's; and made (D,), the image embedding of the picture itself.
+
+        Where eval.features names a network, also the features of FID and the class shares of IS; where there
+        is a classifier, also the chance that a guess is right.
+        """
+        picture = made.picture.unsqueeze(0)
+        picture = picture.to(self.device)
+        outputs = {"made": self.tower(picture)}
+        if self.config.eval.features:
+            number = corpus.number(clip)
+            real = corpus.picture(number, picture.shape[-1])
+            real = real.unsqueeze(0).to(self.device)
+            outputs["seen"], outputs["shares"] = self.inception(picture)
+            outputs["seen_real"], _ = self.inception(real)
+        features = super().features(made, corpus, clip)
+        for key, output in outputs.items():
+            features[key] = output[0].float().cpu().numpy()
+        if self.config.codes.judge:
+            parts = vision.label_attributes(corpus.kinds)
+            sizes = map(len, parts)
+            features["chance"] = np.array(1 / math.prod(sizes))
+        return features
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.null.device
+
+    # Loaded on first use, cached, not registered as submodules: not saved
+
+    @functools.cached_property
+    def stage1(self) -> SpeechAlign:
+        return align.load_align(self.config.codes.stage1, self.device)
+
+    @functools.cached_property
+    def autoencoder(self) -> frozen.Frozen:
+        network = load_autoencoder(self.corpus)
+        _, kept = read_codes(self.corpus)
+        codebook = PictureDecoder(network, kept)
+        return frozen.Frozen(codebook).to(self.device)
+
+    @functools.cached_property
+    def tower(self) -> frozen.Frozen:
+        return vision.load_image_encoder(self.corpus).to(self.device)
+
+    @functools.cached_property
+    def judge(self) -> frozen.Frozen:
+        parts = vision.label_attributes(self.corpus.kinds)
+        sizes = [len(names) for names in parts]
+        network = vision.AttributeClassifier(sizes)
+        path = classifier_file(self.corpus)
+        return load_weights_frozen(network, path).to(self.device)
+
+    @functools.cached_property
+    def inception(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        return vision.load_fid_network(self.config.eval.features, self.device)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """What Muon trains: matrices and convolutions of blocks, not the modulation by time and condition."""
+        hidden = []
+        for block in self.denoiser.blocks:
+            for name, layer in block.named_children():
+                modulates = name.startswith("by_")
+                if isinstance(layer, nn.Linear) and not modulates:
+                    hidden.append(layer.weight)
+        return hidden
+
+
+class ImageBatches(AlignBatches):
+    """x (B, N) codes; u, other (B, N) for `flow.MaskReplace.corrupt`; t (B,) uniform in [0, 1); embedding
+    (B, D) of the speech; dropped (B,): rows without it; frames (B,); new_update (), in training: whether this
+    is the first micro-batch of its step.
+
+    A description is trained on with any training picture of its label, all languages equally often.
+    """
+
+    def __init__(self, config: Config, corpus: SpokenImageCorpus, tokenizer, rank: int = 0, world: int = 1):
+        super().__init__(config, corpus, tokenizer, rank, world)
+        check_stage1(corpus)
+        self.codes, _ = read_codes(corpus)
+        path = speech_embeddings_file(corpus)
+        self.embeddings = shards.open_features(path, shards.PREPARE_HINT)
+        alike = {}
+        for clip in corpus.clips("train"):
+            label = corpus.label(clip)
+            numbers = alike.setdefault(label, set())
+            numbers.add(corpus.number(clip))
+        self.alike = {}  # the numbers of the training pictures of a label
+        for label, numbers in alike.items():
+            self.alike[label] = sorted(numbers)
+
+    def train(self, step: int, micro: int = 0) -> dict[str, Tensor]:
+        batch = super().train(step, micro)
+        batch["new_update"] = torch.tensor(micro == 0)
+        return batch
+
+    validation = Batches.validation  # single clips are shared out, their times spread evenly
+
+    def row(self, clip: shards.Clip, rng: np.random.Generator, t: float | None = None) -> dict:
+        """A clip and all that is drawn for it.
+
+        t: given, as for validation, the clip keeps its own picture and its embedding.
+        """
+        dropped = False
+        number = self.corpus.number(clip)
+        if t is None:
+            dropped = rng.random() < self.config.flow.text_condition_dropout
+            label = self.corpus.label(clip)
+            number = rng.choice(self.alike[label])
+            t = rng.random()
+        x = self.codes[number]
+        u = rng.random(len(x), dtype=np.float32)
+        other = rng.integers(self.config.codes.kept, size=len(x))
+        return {
+            "x": x,
+            "u": torch.from_numpy(u),
+            "other": torch.from_numpy(other),
+            "t": t,
+            "dropped": dropped,
+            "frames": clip.frames,
+            "embedding": self.embeddings(clip.number)[0],
+        }
+
+    def collate(self, rows: list[dict]) -> dict[str, Tensor]:
+        batch = stack_numbers(rows, ("t", "frames", "dropped"))
+        return batch | stack_tensors(rows, ("x", "u", "other", "embedding"))
+
+
+def prepare_image(config: Config) -> None:
+    """Make what training needs and does not find.
+
+    That is what stage 1 needs, its embeddings of the speech, the codes of the pictures, the classifier.
+    """
+    align.prepare_align(config)
+    corpus = SpokenImageCorpus(config)
+    needed = [speech_embeddings_file(corpus), codes_file(corpus)]
+    if config.codes.judge:
+        needed.append(classifier_file(corpus))
+    if not all(path.exists() for path in needed):
+        asr.run_asset("picture_codes.py", config)
+    check_stage1(corpus)
+
+
+def check_stage1(corpus: SpokenImageCorpus) -> None:
+    """raises UserError if stage 1 did not learn to find the pictures validated on.
+
+    What it cannot tell apart, stage 2 cannot either.
+    """
+    c = corpus.config.codes
+    path = speech_embeddings_file(corpus)
+    speech_of = shards.open_features(path, shards.PREPARE_HINT)
+    numbers = []
+    labels = []
+    speech = []
+    for clip in corpus.clips(corpus.config.eval.split):
+        numbers.append(corpus.number(clip))
+        labels.append(corpus.label(clip))
+        speech.append(speech_of(clip.number))
+    labels = np.array(labels)
+    gallery, first = np.unique(numbers, return_index=True)
+    pictures = [corpus.embeddings(n) for n in gallery]
+    similarity = torch.cat(speech) @ torch.cat(pictures).T
+    gallery_labels = labels[first]
+    right = labels[:, None] == gallery_labels
+    recall = metric.recall_at_k(similarity.numpy(), right, 1)
+    if recall < c.require_r1:
+        percent = 100 * recall
+        found = f"it finds {percent:.1f} % of the pictures (R@1)"
+        needed = f"less than require_r1 {c.require_r1}"
+        raise UserError(f"{c.stage1}: {found}, {needed}; train it longer")
+
+
+def prepare_codes() -> None:
+    config = config_from_command_line(sys.argv[1:])
+    use_cuda = torch.cuda.is_available() and config.device != "cpu"
+    device = torch.device("cuda" if use_cuda else "cpu")
+    c = config.codes
+    corpus = SpokenImageCorpus(config)
+    if not speech_embeddings_file(corpus).exists():
+        embed_speech(corpus, device)
+    check_stage1(corpus)
+    if c.vq == "scratch" and not vq_file(corpus).exists():
+        pictures = vision.training_pictures(corpus, c.picture_size)
+        autoencoder = train_vq(pictures, c.vq_steps)
+        save_tensors(vq_file(corpus), autoencoder.state_dict())
+    if not codes_file(corpus).exists():
+        autoencoder = load_autoencoder(corpus).to(device)
+        codes = encode_pictures(corpus, autoencoder)
+        save_tensors(codes_file(corpus), codes)
+    if c.judge and not classifier_file(corpus).exists():
+        judge = vision.train_attribute_classifier(corpus, c.vq_steps // 3)
+        save_tensors(classifier_file(corpus), judge.state_dict())
+
+
+def embed_speech(corpus: SpokenImageCorpus, device: torch.device) -> None:
+    """Cache stage 1's embeddings of all speech."""
+    c = corpus.config
+    path = c.codes.stage1
+    stage1 = load_align(path, device)
+    trained_against = stage1.config.align.image
+    if trained_against != c.align.image:
+        raise UserError(
+            f"align.image {c.align.image}: stage 1 at {path} was trained against {trained_against}"
+        )
+
+    def encode(numbers: list[int]) -> np.ndarray:
+        clips = [corpus.all_clips[n] for n in numbers]
+        waves = [corpus.wave(clip) for clip in clips]
+        embeddings = stage1.listen(waves).numpy()  # (n, D)
+        return embeddings[:, None]
+
+    lengths = [1] * len(corpus.all_clips)
+    what = f"speech by {path}"
+    shards.cache_features(speech_embeddings_file(corpus), lengths, None, encode, 16, what)
+
+
+if __name__ == "__main__":
+    run_main(prepare_codes)
