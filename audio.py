@@ -1,8 +1,9 @@
-"""Sound in and out: wav files, log-mel, Griffin-Lim; and the picture codec: sound as an RGB picture and back.
+"""Sound in and out: wav files, log-mel, Griffin-Lim.
 
 A wave is a float32 tensor (N,) in [-1, 1]. A log-mel is (T, M), natural log, T = N // hop, frame m centred on
 sample (m + 1/2) hop: exactly what NVIDIA's BigVGAN is trained on (meldataset.py, mel_spectrogram with
 center=False); with Mel.centred on sample m hop: exactly what AudioLDM2's VAE and vocoder are trained on.
+`python audio.py encode|decode|roundtrip` is the picture codec of klein/picture.py.
 """
 
 import functools
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio.functional
 
-from config import Mel, UserError
+from config import Mel, UserError, run_main
 
 LOG_FLOOR = 1e-5  # magnitudes below are clamped: silence is ln 1e-5 = -11.51
 
@@ -146,3 +147,9 @@ def mel_filters(mel: Mel) -> torch.Tensor:
         bins, mel.fmin, mel.fmax, mel.n_mels, mel.sample_rate, norm="slaney", mel_scale="slaney"
     )
     return filters.T.contiguous()
+
+
+if __name__ == "__main__":
+    import system
+
+    run_main(system.find("spectrogram").commands)  # encode, decode, roundtrip: the picture codec is its own

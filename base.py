@@ -1,4 +1,9 @@
-"""TODO."""
+"""The contract: what the loop, the evaluator and the sampler ask of a system, and all they know about one.
+
+A system is a network with its losses and its sampling, and beside it the config, the corpus and the batches
+that it is used with. tts.py has the one that the root is about; every other is a folder. system.py has the
+table of them.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,12 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
-from config import Mel, Sample
-from corpora import shards
+from config import Config, Mel, Sample, UserError
+from corpora.shards import Clip
+from metric import Score
 from tracking import plot
 
 
@@ -20,9 +24,23 @@ class Prompt:
     """What to generate."""
 
     text: str
-    seconds: float = 0.0  # length of the speech; 0 = predicted
+    seconds: float = 0.0  # length of the output; 0 = predicted
     seed: int = 0  # of the initial noise
     speech: Tensor | None = None  # (N,) at 16 kHz, for a system that is prompted with speech
+
+
+class Output(Protocol):
+    """What a system made of a prompt: a wave (N,) at `sample_rate` Hz, on the CPU, and pictures of it."""
+
+    wave: Tensor
+    sample_rate: int
+
+    def draw(self, stem: Path) -> dict[str, str]:
+        """Write its pictures beside `stem`; returns their kinds and file names: {"picture": "000.png",
+        "attention": ...}.
+
+        picture is always one of them; the report also shows attention and confidence.
+        """
 
 
 @dataclass
@@ -49,87 +67,102 @@ class MelOutput:
         return names
 
 
-class Output(Protocol):
-    """What a system made: a wave (N,) at `sample_rate` Hz, on the CPU, and pictures of it."""
-
-    wave: torch.Tensor
-    sample_rate: int
-
-    def draw(self, stem: Path) -> dict[str, str]:
-        """Write its pictures beside `stem`.
-
-        returns: their names by kind, {"picture": "000.png", "attention": ...}; there is always a picture, and
-        the report also shows attention and confidence.
-        """
-
-
 class Corpus(Protocol):
-    """The clips of a packed corpus, as `system` reads them."""
+    """The clips of a packed corpus, as a system reads them."""
 
-    folder: Path  # where it is packed; floors measured on it are kept there
+    folder: Path  # where it is packed; reference scores measured on it are kept there
     plan: str  # digest of what was packed and how
     statistics: tuple[float, ...]  # what the network is built with beside the config, as (mean, std), or ()
 
-    def clips(self, split: str) -> list[shards.Clip]:
+    def clips(self, split: str) -> list[Clip]:
         """Those of train | val | test, always in the same order."""
 
-    def recording(self, clip: shards.Clip) -> tuple[torch.Tensor, int] | None:
-        """The sound as recorded, a wave (N,), and its rate in Hz, equal for all clips; None without one."""
+    def recording(self, clip: Clip) -> tuple[Tensor, int] | None:
+        """The sound as it was recorded, a wave (N,), and its rate in Hz, the same for all clips; None where
+        there is none.
+        """
 
 
 class Batches(Protocol):
-    """Dicts of CPU tensors, in which all that is random is drawn; t (B,) and frames (B,) are in each."""
+    """Batches as dicts of CPU tensors, in which everything random is drawn; t (B,) and frames (B,) are always
+    among them.
+    """
 
-    def train(self, step: int, micro: int = 0) -> dict[str, torch.Tensor]:
+    def train(self, step: int, micro: int = 0) -> dict[str, Tensor]:
         """This rank's part of a micro-batch: a function of (config.seed, step, micro, rank)."""
 
-    def validation(self) -> list[dict[str, torch.Tensor]]:
+    def validation(self) -> list[dict[str, Tensor]]:
         """This rank's share of the clips validated on, the same every time."""
 
 
-class System(Protocol):
-    """What the loop, the evaluator and the sampler ask of a network (an nn.Module), and all they know of it.
+class System(nn.Module):
+    """A network that trains and samples. What a subclass does not say holds as it stands here.
 
     A parameter that is not to be trained has requires_grad False from the start; it is in no checkpoint.
     """
 
-    tokenizer: Callable  # handed on to its batches
-    makes: tuple[str, ...]  # the endings of what it makes: wav, png
-    speaks: bool  # whether it makes speech, of which a recogniser tells how much is understood
-    listens: bool  # whether its prompts are speech, not texts
-    longest: int  # characters that it takes in one go
-    frame_rate: float  # Hz: `frames` of a clip or batch in a second
+    config_class = Config
+    corpus_class: type[Corpus]  # (config) -> Corpus; raises UserError where it is missing or does not fit
+    batches_class: type[Batches]  # (config, corpus, tokenizer, rank, world) -> Batches
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    readers: dict[str, Callable] = {}  # corpora that `python data.py` packs for it; see corpora/prepare.py
+    makes = ("wav",)  # file endings of its outputs, the main one first: wav, png
+    speaks = False  # its outputs are speech, whose words a recogniser counts
+    listens = False  # its prompts are speech, not texts
+    longest = 5000  # characters that it takes in one go
+    scores: dict[str, Score] = {}  # what `score` and `summarize` may return, in the order of the report
+
+    config: Config
+    tokenizer = None  # handed on to its batches
+    frame_rate: float  # Hz: frames of a clip or a batch in a second
+
+    @staticmethod
+    def commands() -> None:
+        """Its own command line, where it has one."""
+
+    @staticmethod
+    def prepare(config: Config) -> None:
+        """Make whatever training needs and does not find: a packed corpus, cached features."""
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A deterministic function of the batch and the weights.
 
-        returns: loss and other scalars to log, each a mean over the batch; flow_loss_per_clip (B,), if given,
-        is binned by t.
+        returns: loss and other scalars, each a mean over the batch, to log; flow_loss_per_clip (B,), if
+        given, is binned by t.
         """
 
     def sample(self, prompts: Sequence[Prompt], settings: Sample) -> list[Output]:
-        """One of each prompt, made as one batch; raises UserError for a prompt that it cannot make."""
+        """One output a prompt, made as one batch; raises UserError for a prompt that it cannot make."""
 
-    def reference(self, corpus: Corpus, clip: shards.Clip) -> Output:
-        """The recorded clip through all but the generative network: what the best network could make."""
+    def reference(self, corpus: Corpus, clip: Clip) -> Output:
+        """The recorded clip through everything but the generative network: what the best network could make."""
 
-    def score(self, made: Output, corpus: Corpus, clip: shards.Clip) -> dict[str, float]:
-        """What was made beside the clip whose text it was made from: distances, and matches that are 0 or 1.
-
-        returns: by keys in metric.SCORES.
+    def score(self, output: Output, corpus: Corpus, clip: Clip) -> dict[str, float]:
+        """An output beside the clip whose text it was made from, by keys of `scores`: distances, and matches
+        that are 0 or 1.
         """
+        return {}
 
-    def features(self, made: Output, corpus: Corpus, clip: shards.Clip) -> dict[str, np.ndarray]:
-        """Arrays from which evaluator.figures computes figures of a whole set; None in a system without."""
+    def features(self, output: Output, corpus: Corpus, clip: Clip) -> dict[str, np.ndarray]:
+        """Arrays from which `summarize` computes figures of a whole set; {} where there are none."""
+        return {}
+
+    def summarize(self, features: dict[str, np.ndarray], folder: Path | None) -> dict[str, float]:
+        """Figures of a set by keys of `scores`, from the stacked `features` of its outputs; pictures of it go
+        into `folder`.
+        """
+        return {}
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The parameters that Muon trains; AdamW has the others. Either may have none."""
+        return []
 
     def load_adapter(self, name: str) -> None:
-        """Put a published LoRA, a hub id or folder, on top of the weights.
-
-        raises UserError if that cannot be.
-        """
+        """Put a published LoRA, a hub id or a folder, on top of the weights."""
+        raise UserError(f"--lora {name}: system {self.config.system} takes no LoRA; leave it out")
 
     def export(self, folder: Path, facts: dict[str, str]) -> None:
-        """Write what other software loads, with facts about it; raises UserError where there is none such."""
+        """Write what other software loads, with the facts about it."""
+        raise UserError(
+            f"{folder}: no other software loads system {self.config.system}; its checkpoint is all there is"
+        )

@@ -316,6 +316,10 @@ class TTSConfig(Config):
         )
         return self
 
+    def packed_format(self) -> dict:
+        """Of packed clips: log-mels."""
+        return dataclasses.asdict(self.mel)
+
     def reference_settings(self) -> dict:
         return {"mel": dataclasses.asdict(self.mel), "vocoder": self.sample.vocoder}
 

@@ -1,16 +1,14 @@
-"""Corpora: read as published, packed into shards, served in batches; and caches of frozen networks' features.
+"""Batches: a packed corpus in length-bucketed batches, in which everything random is drawn.
 
-A packed folder holds rows_*.npy (memory-mapped, some hundred clips one after another: float16 log-mels, or
-int16 waves in frames of `hop` samples), clips_*.jsonl (a header, then a line per clip) and, written last,
-index.json. A file is complete or absent: it is written under another name, flushed, then renamed.
-Everything random in a batch depends on (seed, step, row of the global batch) and on nothing else.
+Everything random in a batch depends on (seed, step, row of the global batch) and on nothing else, and batch
+order is a function of the step. So resume is bitwise, and two ranks are one process with the double batch.
+`python data.py CORPUS --out FOLDER` packs a corpus, as corpora/prepare.py does it.
 """
 
 import collections
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +16,10 @@ import torch
 from torch import Tensor
 
 import audio
+import config as configs
 import flow
 from config import Config, UserError
-from corpora import shards
+from corpora import prepare, shards
 from corpora.shards import PREPARE_HINT, SPLITS, Clip
 from pretrained import text_encoder
 
@@ -142,7 +141,7 @@ class Corpus(ShardedCorpus):
         mel = config.mel
         samples = config.data.max_seconds * mel.sample_rate
         longest = samples / mel.hop  # frames
-        super().__init__(config, asdict(mel), longest)
+        super().__init__(config, config.packed_format(), longest)
         self.statistics = (self.mean, self.std)
 
     def log_mel(self, clip: shards.Clip) -> Tensor:
@@ -322,3 +321,9 @@ def text_features_file(config: Config, corpus: Corpus) -> tuple[Path, list[str]]
     digest = shards.digest([config.model.text_encoder, texts])
     name = f"features_{digest[:8]}.npy"
     return corpus.folder / name, texts
+
+
+if __name__ == "__main__":
+    import system
+
+    configs.run_main(lambda: prepare.main(system.corpora()))

@@ -14,6 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -25,8 +26,8 @@ from base import Prompt
 from config import DEVICES, Config, UserError, run_main
 from corpora import shards
 from device import pick_device
+from metric import Score
 from pretrained import asr
-from speech2image import retrieval
 from text import normalize
 from tracking import logger
 
@@ -35,8 +36,6 @@ N_T_BINS = 10  # of t, for the validation loss
 T_BIN_KEY = re.compile(r"_t\d$")  # a loss in one of them
 # how reference scores are measured: raise it, and those that are stored are measured again
 REFERENCE_SCORES_VERSION = 1
-# depend on what was generated
-DEPENDS_ON_OUTPUTS = re.compile(r"eval/(fad|kad|clap|fid|inception_score|recall_made)")
 
 
 class Evaluator:
@@ -51,7 +50,7 @@ class Evaluator:
         self.snr = math.inf  # dB: of the speech that a system is prompted with
         self.prompts = []
         self.clips = []
-        network_class = system.SYSTEMS[config.system].network
+        network_class = system.find(config.system)
         options = config.eval
         if options.prompts:
             self.prompts = read_prompts(options.prompts)[: options.limit]
@@ -64,6 +63,7 @@ class Evaluator:
                 f"eval.prompts {options.prompts}: system {config.system} listens; "
                 "it is evaluated on its corpus's speech"
             )
+        self.score_table = network_class.scores
         self.recogniser = self.load_recogniser() if network_class.speaks else None
         self.reference_scores = {}
         self.reference_outputs = {}  # of the clips that are shown, by their numbers
@@ -88,11 +88,11 @@ class Evaluator:
             metrics |= word_error_rate_with_interval(rows)
             metrics["eval/recogniser"] = self.recogniser.name
         metrics |= self.reference_scores
-        metrics |= {f"eval/{key}": value for key, value in mean_scores(rows).items()}
-        metrics |= match_rates_by_group(rows)
+        found = mean_scores(rows, self.score_table)
         if features:
-            metrics |= retrieval.set_scores(features, folder)
-        return metrics
+            found |= network.summarize(stack_features(features), folder)
+        metrics |= {f"eval/{key}": value for key, value in found.items()}
+        return metrics | match_rates_by_group(rows, self.score_table)
 
     def sample_share(self, network, folder: Path) -> tuple[list[dict], list[dict]]:
         """Sample, transcribe and write this rank's prompts, longest first in batches of sample_batch.
@@ -115,9 +115,9 @@ class Evaluator:
             for number, output, transcript in zip(numbers, outputs, transcripts):
                 row = self.row(network, number, texts[number], output, transcript, folder)
                 rows.append(row)
-                if network.features and self.clips:
+                if self.clips:
                     found = network.features(output, self.corpus, self.clips[number])
-                    features.append({"number": number, **found})
+                    features += [{"number": number, **found}] if found else []
             bar.update(len(numbers))
         bar.close()
         return rows, features
@@ -164,7 +164,7 @@ class Evaluator:
     def scores(self, network, number: int, output) -> dict[str, float]:
         """Of an output beside its clip; matches also beside another clip, as a control."""
         scores = network.score(output, self.corpus, self.clips[number])
-        matches = {key for key, score in metric.SCORES.items() if score.match}
+        matches = {key for key, score in self.score_table.items() if score.is_match}
         if not matches & scores.keys():
             return scores
         n_clips = len(self.clips)
@@ -263,20 +263,20 @@ class Evaluator:
             recordings[number] = recording
             vocoded[number] = (output.wave, output.sample_rate)
             rows.append(network.score(output, self.corpus, clip))
-            if network.features:
-                found = network.features(output, self.corpus, clip)
-                features.append({"number": number, **found})
+            found = network.features(output, self.corpus, clip)
+            features += [{"number": number, **found}] if found else []
         scores = {}
         if self.recogniser:
             scores |= self.reference_error_rate("ground_truth", recordings)
             scores |= self.reference_error_rate("vocoded", vocoded)
-        for key, value in mean_scores(all_gather(rows, self.world)).items():
+        for key, value in mean_scores(all_gather(rows, self.world), self.score_table).items():
             if value > 1e-3:
                 scores[f"eval/{key}_vocoded"] = value
         features = gather_numbered(features, self.world)
         if features:
-            of_set = retrieval.set_scores(features)
-            scores |= {f"{key}_vocoded": of_set[key] for key in of_set if DEPENDS_ON_OUTPUTS.match(key)}
+            for key, value in network.summarize(stack_features(features), None).items():
+                if key in self.score_table and self.score_table[key].of_outputs:
+                    scores[f"eval/{key}_vocoded"] = value
         return scores
 
     def reference_error_rate(
@@ -343,10 +343,16 @@ def word_error_rate_with_interval(rows: list[dict]) -> dict[str, float]:
     return {"eval/wer": rate, "eval/wer_low": low, "eval/wer_high": high}
 
 
-def mean_scores(rows: list[dict]) -> dict[str, float]:
-    """The mean of each of metric.SCORES, and of its shuffled control, over the rows that have it."""
+def stack_features(features: list[dict]) -> dict[str, np.ndarray]:
+    """Features of outputs as one array (n, ...) of each kind."""
+    kinds = features[0].keys() - {"number"}
+    return {kind: np.stack([found[kind] for found in features]) for kind in kinds}
+
+
+def mean_scores(rows: list[dict], scores: dict[str, Score]) -> dict[str, float]:
+    """The mean of each score, and of its shuffled control, over the rows that have it."""
     means = {}
-    for score in metric.SCORES:
+    for score in scores:
         for key in (score, f"{score}_shuffled"):
             values = [row[key] for row in rows if row.get(key) is not None]
             if values:
@@ -354,7 +360,7 @@ def mean_scores(rows: list[dict]) -> dict[str, float]:
     return means
 
 
-def match_rates_by_group(rows: list[dict]) -> dict[str, float]:
+def match_rates_by_group(rows: list[dict], scores: dict[str, Score]) -> dict[str, float]:
     """How often all was as asked for, by the words of the clips' groups, if there are several.
 
     eval/all_match/en is that of the clips with the word en in their group.
@@ -367,10 +373,11 @@ def match_rates_by_group(rows: list[dict]) -> dict[str, float]:
         return {}
     found = {}
     for word in sorted(words):
-        scores = mean_scores([row for row in rows if word in (row.get("group") or "").split()])
+        of_group = [row for row in rows if word in (row.get("group") or "").split()]
+        means = mean_scores(of_group, scores)
         for key in ("all_match", "all_rule"):
-            if key in scores:
-                found[f"eval/{key}/{word}"] = scores[key]
+            if key in means:
+                found[f"eval/{key}/{word}"] = means[key]
     return found
 
 
@@ -418,7 +425,7 @@ def add_to(sums: dict[str, tuple[float, int]], name: str, value: float, count: i
     sums[name] = (total + value, n_clips + count)
 
 
-def print_scores(found: dict) -> None:
+def print_scores(found: dict, scores: dict[str, Score]) -> None:
     """Print what was found."""
     losses = []
     for key, value in found.items():
@@ -429,13 +436,13 @@ def print_scores(found: dict) -> None:
         print(f"  validation: {'  '.join(losses)}", flush=True)
     if "eval/wer" in found:
         show_error_rate(found)
-    for key, score in metric.SCORES.items():
+    for key, score in scores.items():
         value = found.get(f"eval/{key}")
         if value is None:
             continue
-        values = [f"{score.title} {metric.format_score(key, value)}"]
+        values = [f"{score.title} {metric.format_score(score, value)}"]
         for name, other in metric.reference_values(found, key):
-            values.append(f"{name} {metric.format_score(key, other)}")
+            values.append(f"{name} {metric.format_score(score, other)}")
         print(f"  {'  '.join(values)}", flush=True)
 
 
@@ -565,7 +572,7 @@ def main() -> None:
         if options.snr:
             print(f"speech at {snr:g} dB over white noise")
         found = evaluator.run(network, step)
-        print_scores(found)
+        print_scores(found, network.scores)
         print(json.dumps(found))
 
 

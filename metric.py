@@ -1,9 +1,7 @@
-"""Scores, and what a run leaves behind: metrics.jsonl, a W&B run, and one HTML page that shows all of it.
+"""Scores: pure functions of words and arrays, and how their values are written for reading.
 
-In this order: scores (pure functions of words and arrays), the log, pictures, the report. The report is made
-from the files in a run's folder alone: metrics.jsonl, run.json, config.yaml, and eval/step_*/samples.jsonl
-with the wavs and pngs that it names; any of them may be missing. `python metric.py OUT_DIR` writes
-OUT_DIR/report.html again.
+Source of each at its function. Systems declare which of them they have: `base.System.scores`.
+`python metric.py OUT_DIR` writes the report of a run again (tracking/report.py).
 """
 
 import math
@@ -11,64 +9,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import BOUND
-
-# Scores
+from config import BOUND, run_main
 
 
 class Score(NamedTuple):
-    """How the report shows a score: the mean over the samples, or one figure of the whole set."""
+    """How a score is shown: the mean over the samples, or one figure of the whole set. Systems declare theirs."""
 
     title: str
     unit: str = ""
     note: str = ""
-    match: bool = False  # 1 where a sample is as its prompt asks, else 0: at chance beside another prompt
+    is_match: bool = False  # 1 where a sample is as its prompt asks, else 0: at chance beside another prompt
+    of_outputs: bool = False  # a figure of the set that references have too: what is best possible
 
 
-def recall_scores(name: str, title: str) -> dict[str, Score]:
-    """Recall among the first 1, 5 and 10, by keys: {"recall_1": Score("R@1 speech to picture", ...), ...}."""
-    return {
-        f"{name}_{k}": Score(f"R@{k} {title}", "%", f"the right one is among the first {k}")
-        for k in (1, 5, 10)
-    }
-
-
-SCORES = {
-    "mcd": Score(
-        "mel-cepstral distortion", "dB", "of log-mels, time-warped: a scale of its own; 0 is the recording"
-    ),
-    "lsd": Score("log-spectral distance", "dB", "of the magnitudes at equal loudness; 0 is the recording"),
-    "path_distance": Score(
-        "distance to the colour path", "", "mean over a picture, whose colours go from 0 to 1"
-    ),
-    "all_match": Score("everything as asked for", "%", "all that the prompt says, at once", match=True),
-    "all_rule": Score("everything, by rule", "%", "the same, by a rule that has learned nothing", match=True),
-    "key_match": Score("key as asked for", "%", match=True),
-    "tempo_match": Score("tempo as asked for", "%", match=True),
-    "timbre_match": Score("timbre as asked for", "%", match=True),
-    "colour_match": Score("colour as asked for", "%", match=True),
-    "colour_rule": Score("colour, by rule", "%", match=True),
-    "shape_match": Score("shape as asked for", "%", match=True),
-    "shape_rule": Score("shape, by rule", "%", match=True),
-    "place_match": Score("place as asked for", "%", match=True),
-    "place_rule": Score("place, by rule", "%", match=True),
-    "chance": Score("chance", "%", "that a guess has everything as asked for"),
-    "fad": Score("Fréchet audio distance", "", "of the sets' features; 0 is the recordings"),
-    "kad": Score("kernel audio distance", "", "of the sets' features, times 100; 0 is the recordings"),
-    "clap": Score("CLAP score", "", "mean cosine similarity of sound and prompt"),
-    "fid": Score("Fréchet inception distance", "", "of the sets' features; 0 is the real pictures"),
-    "inception_score": Score("inception score", "", "1 where all pictures are alike"),
-    **recall_scores("recall", "speech to picture"),
-    **recall_scores("recall_back", "picture to speech"),
-    **recall_scores("recall_made", "generated to real"),
-    "cos_matched": Score("mean cosine similarity, matched pairs"),
-    "cos_unmatched": Score("mean cosine similarity, unmatched pairs"),
-    "modality_gap": Score("modality gap", "", "distance of the mean speech and the mean picture"),
-    "language_gap": Score("gap between languages", "%", "best to worst, relative"),
-}
-
-
-def compare_expected(expected: dict[str, str], metrics: list[dict]) -> tuple[list[str], bool]:
+def compare_expected(
+    expected: dict[str, str], metrics: list[dict], scores: dict[str, Score]
+) -> tuple[list[str], bool]:
     """A recipe's `expect`, {"eval/wer": "at most 0.1"}, beside the newest values.
 
     returns: a line for each, and whether none was missed. What was not measured, for want of a recogniser
@@ -80,36 +36,35 @@ def compare_expected(expected: dict[str, str], metrics: list[dict]) -> tuple[lis
     for name, wanted in expected.items():
         side, number = BOUND.fullmatch(wanted).groups()
         bound = float(number)
-        line = f"expected {name} {side} {format_metric(name, bound)}:"
+        line = f"expected {name} {side} {format_metric(name, bound, scores)}:"
         value = newest.get(name)
         if value is None:
             lines.append(f"{line} not measured")
             continue
-        distance = format_metric(name, abs(value - bound))
+        distance = format_metric(name, abs(value - bound), scores)
         met = value <= bound if side == "at most" else value >= bound
         if not met:
             none_missed = False
         verdict = "met" if met else "missed"
-        lines.append(f"{line} {verdict}, {format_metric(name, value)}, by {distance}")
+        lines.append(f"{line} {verdict}, {format_metric(name, value, scores)}, by {distance}")
     return lines, none_missed
 
 
-def format_metric(name: str, value: float) -> str:
+def format_metric(name: str, value: float, scores: dict[str, Score]) -> str:
     """A value of the metric eval/<score>, for reading."""
     key = name.removeprefix("eval/").split("/")[0]
     if key.startswith("wer"):
         return format_percent(value)
-    if key in SCORES:
-        return format_score(key, value)
+    if key in scores:
+        return format_score(scores[key], value)
     return f"{value:.4g}"
 
 
-def format_score(key: str, value: float | None) -> str:
-    """A value of SCORES for reading, "5.43 dB"; "" for None."""
+def format_score(score: Score, value: float | None) -> str:
+    """A value for reading, "5.43 dB"; "" for None."""
     if value is None:
         return ""
-    unit = SCORES[key].unit
-    return format_percent(value) if unit == "%" else f"{value:.3g} {unit}".strip()
+    return format_percent(value) if score.unit == "%" else f"{value:.3g} {score.unit}".strip()
 
 
 def format_percent(share: float | None) -> str:
@@ -310,3 +265,9 @@ def dtw_mean_distance(distance: np.ndarray) -> float:
         length = np.zeros(rows + 1)
         length[here] = steps + 1
     return float(cost[rows] / length[rows])
+
+
+if __name__ == "__main__":
+    from tracking import report
+
+    run_main(report.main)

@@ -165,22 +165,22 @@ class EMA:
 
     def __init__(self, network: nn.Module, decay: float):
         self.decay = decay
-        self.live = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        self.mean = {name: p.detach().clone() for name, p in self.live.items()}
+        self.params = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.shadow = {name: p.detach().clone() for name, p in self.params.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """The decay grows to its value over the first steps, so that the random start is soon forgotten."""
         decay = min(self.decay, (step + 1) / (step + 10))
-        means = list(self.mean.values())
-        torch._foreach_lerp_(means, list(self.live.values()), 1 - decay)
+        means = list(self.shadow.values())
+        torch._foreach_lerp_(means, list(self.params.values()), 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
-        for name, p in self.live.items():
+        for name, p in self.params.items():
             kept = p.detach().clone()
-            p.copy_(self.mean[name])
-            self.mean[name].copy_(kept)
+            p.copy_(self.shadow[name])
+            self.shadow[name].copy_(kept)
 
     def __enter__(self) -> None:
         self.swap()

@@ -1,76 +1,54 @@
-"""The table of systems, and how one is built, saved and loaded.
+"""The table of systems: how one is found, configured, built, loaded with its weights.
 
 `python system.py prepare --config FILE [--key value ...]` makes what a config's training needs: a packed
-corpus, caches; `export` writes what other software loads. A checkpoint holds plain tensors and values: model
-(what is frozen left out), EMA, optimizers, step, config. It is written to a temporary file and renamed, so
-there is never half of one, and read with `weights_only`, so it can run no code.
+corpus, caches; `python system.py export --ckpt RUN --out FOLDER` writes what other software loads.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 
 import config as configs
-import data
-import tts as model
-from base import Batches, Corpus
-from config import Config, TTSConfig, UnknownKey, UserError, run_main
+from base import Batches, Corpus, System
+from config import Config, UnknownKey, UserError, run_main
 from device import hardware_name, move, pick_device, pick_dtype
-from klein import prepare as klein_prepare
-from klein.config import SpectrogramConfig
-from klein.data import PictureBatches, WaveCorpus
-from klein.system import Spectrogram
-from music import data as music_data
-from music.config import MusicConfig
-from music.system import Music
-from speech2image import align, image
-from speech2image.config import SpeechAlignConfig, SpeechImageConfig
-from speech2image.data import SpokenImageCorpus
 from tracking import checkpoint
 
-
-@dataclass(frozen=True)
-class Parts:
-    """What a system is made of."""
-
-    config: type[Config]
-    network: Callable[..., nn.Module]  # (config, *corpus.statistics) -> System
-    corpus: Callable[[Config], Corpus]
-    batches: Callable[..., Batches]  # (config, corpus, tokenizer, rank, world)
-    prepare: Callable[[Config], None]  # makes what training needs and does not find
-
-
+# A line a system: its name in a recipe, and its class. Looked up when it is asked for, so that text-to-speech
+# does not import what others need, and that a system is deleted with its folder and its line.
 SYSTEMS = {
-    "tts": Parts(TTSConfig, model.TextToSpeech, data.Corpus, data.SpeechBatches, model.prepare),
-    "spectrogram": Parts(
-        SpectrogramConfig,
-        Spectrogram,
-        WaveCorpus,
-        PictureBatches,
-        klein_prepare.prepare,
-    ),
-    "music": Parts(MusicConfig, Music, music_data.Corpus, music_data.MusicBatches, music_data.prepare),
-    "speech_align": Parts(
-        SpeechAlignConfig,
-        align.SpeechAlign,
-        SpokenImageCorpus,
-        align.AlignBatches,
-        align.prepare_align,
-    ),
-    "speech_image": Parts(
-        SpeechImageConfig,
-        image.SpeechImage,
-        SpokenImageCorpus,
-        image.ImageBatches,
-        image.prepare_image,
-    ),
+    "tts": "tts:TextToSpeech",
+    "spectrogram": "klein.system:Spectrogram",
+    "music": "music.system:Music",
+    "speech_align": "speech2image.align:SpeechAlign",
+    "speech_image": "speech2image.image:SpeechImage",
 }
+
+
+def find(name: object, where: str = "") -> type[System]:
+    """The class of a system; raises UserError for one that there is not. where: what says so, as a file."""
+    if not isinstance(name, str) or name not in SYSTEMS:
+        close = configs.nearest(str(name), list(SYSTEMS))
+        fault = f"system must be one of {', '.join(SYSTEMS)}, got {name!r}{close}"
+        raise UserError(f"{where}: {fault}" if where else fault)
+    return pkgutil.resolve_name(SYSTEMS[name])
+
+
+def corpora() -> dict[str, tuple[type[Config], dict]]:
+    """What `python data.py` packs, by name: the config of the first system that has it, and its readers."""
+    found = {}
+    for name in SYSTEMS:
+        system = find(name)
+        for corpus in system.readers:
+            found.setdefault(corpus, (system.config_class, system.readers))
+    return found
+
 
 # Configs: only here is it known which class a system's is
 
@@ -98,7 +76,7 @@ def config_from_command_line(words: Sequence[str]) -> Config:
 def from_values(values: dict, where: str, overrides: Sequence[str] = ()) -> Config:
     """The config of the system that plain values name, with overrides on top."""
     name = values["system"]
-    cls = config_class(name, where)
+    cls = find(name, where).config_class
     try:
         config = configs.from_dict(cls, values, where)
         return configs.overridden(config, overrides)
@@ -112,22 +90,13 @@ def from_values(values: dict, where: str, overrides: Sequence[str] = ()) -> Conf
         raise UserError(f"{fault}; {', '.join(owners)} {have}") from e
 
 
-def config_class(name: object, where: str = "") -> type[Config]:
-    """raises UserError for a system that there is not."""
-    if not isinstance(name, str) or name not in SYSTEMS:
-        close = configs.nearest(str(name), list(SYSTEMS))
-        fault = f"system must be one of {', '.join(SYSTEMS)}, got {name!r}{close}"
-        raise UserError(f"{where}: {fault}" if where else fault)
-    return SYSTEMS[name].config
-
-
 def owners_of(name: str) -> list[str]:
     """The systems that have a section or a knob of this name, full or bare."""
     wanted = name.replace("-", "_")
     owners = []
-    for system, parts in SYSTEMS.items():
+    for system in SYSTEMS:
         names = set()
-        for key in configs.keys(parts.config):
+        for key in configs.keys(find(system).config_class):
             names |= {key, *key.split(".")}
         if wanted in names:
             owners.append(system)
@@ -139,25 +108,25 @@ def describe_knobs(words: Sequence[str]) -> str:
     asked = [word for word in words if word not in ("-h", "--help")]
     given = configs.parse_overrides(asked)
     values = named_values(given.get("config", ""), given)
-    return configs.describe(config_class(values["system"]))
+    return configs.describe(find(values["system"]).config_class)
 
 
 # Building
 
 
-def build(config: Config, *statistics: float) -> nn.Module:
+def build(config: Config, *statistics: float) -> System:
     """The network of `config.system`, its weights drawn from `config.seed`; statistics: its corpus's."""
     torch.manual_seed(config.seed)
-    return SYSTEMS[config.system].network(config, *statistics)
+    return find(config.system)(config, *statistics)
 
 
-def open_corpus(config: Config):
+def open_corpus(config: Config) -> Corpus:
     """The packed corpus of `config.data.data_dir`; raises UserError where it is missing or does not fit."""
-    return SYSTEMS[config.system].corpus(config)
+    return find(config.system).corpus_class(config)
 
 
-def open_batches(config: Config, corpus, network: nn.Module, rank: int, world: int):
-    return SYSTEMS[config.system].batches(config, corpus, network.tokenizer, rank, world)
+def open_batches(config: Config, corpus: Corpus, network: System, rank: int, world: int) -> Batches:
+    return network.batches_class(config, corpus, network.tokenizer, rank, world)
 
 
 def load(
@@ -166,7 +135,7 @@ def load(
     overrides: dict[str, dict],
     out_dir: str = "",
     words: Sequence[str] = (),
-) -> tuple[Config, nn.Module, int]:
+) -> tuple[Config, System, int]:
     """A trained system, ready to sample, with its averaged weights.
 
     returns: its config, the network, its step.
@@ -180,7 +149,7 @@ def load(
             raise UserError(f"{path}: holds no checkpoints/step_*.pt")
         path = newest
     state = checkpoint.load_checkpoint(Path(path))
-    cls = config_class(state["config"].get("system"), str(path))
+    cls = find(state["config"].get("system"), str(path)).config_class
     values = configs.without_former(cls, state["config"])
     if out_dir:
         values["out_dir"] = out_dir
@@ -230,7 +199,7 @@ def main() -> None:
     if o.command == "prepare":
         config = config_from_command_line(rest)
         pick_device(config.device)  # what training will refuse is refused before anything is made
-        SYSTEMS[config.system].prepare(config)
+        find(config.system).prepare(config)
     else:
         config, network, step = load(o.ckpt, torch.device("cpu"), {}, words=rest)
         checkpoint.make_folder(o.out)

@@ -133,7 +133,7 @@ def main() -> None:
                 "step": step,
                 "seconds": seconds,
                 "model": checkpoint.trained_weights(network),
-                "ema": ema.mean,
+                "ema": ema.shadow,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
             path = out / "checkpoints" / f"step_{step:07d}.pt"
@@ -149,7 +149,7 @@ def main() -> None:
                     values |= evaluation.run(network, step)
             if rank == 0:
                 writer.log(step, values)
-                evaluator.print_scores(values)
+                evaluator.print_scores(values, network.scores)
                 if eval_due:
                     evaluator.log_media(writer, out, step)
         clock = time.perf_counter()  # saving and evaluating do not count as training
@@ -163,7 +163,7 @@ def main() -> None:
         dist.destroy_process_group()
     if rank == 0 and config.expect and step >= train.steps:
         logged = logger.read_lines(out / "metrics.jsonl")
-        lines, met = metric.compare_expected(config.expect, logged)
+        lines, met = metric.compare_expected(config.expect, logged, network.scores)
         print(*lines, sep="\n", flush=True)
         sys.exit(0 if met else 1)
 

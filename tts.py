@@ -1,10 +1,15 @@
-"""TODO."""
+"""Text to speech: text encoder, alignment, mel flow Transformer, vocoder. System `tts`.
+
+text (B, S, D) has a vector a byte; x (B, T, M) is a normalised log-mel; model.frame_stack frames make one of N
+tokens. When each byte is spoken is learned without an aligner: every byte has a duration, its position is the
+sum of those before it, and the flow loss itself moves the durations, because the text that a frame is given
+is a blur around that position (differentiable, as in EATS, arXiv 2006.03575, and Non-Attentive Tacotron).
+Their sum predicts the length of the speech.
+"""
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,25 +19,38 @@ import audio
 import data
 import flow
 import metric
-from base import MelOutput, Prompt
-from config import Config, Sample, UserError
+from base import MelOutput, Prompt, System
+from config import Config, Sample, TTSConfig
 from corpora import shards, voice
-from corpora.prepare import prepare_speech
+from corpora.prepare import READERS, prepare_recordings
 from data import Corpus
+from metric import Score
 from model import MelTransformer, TextEncoder
 from pretrained import bigvgan
 from pretrained.text_encoder import PhonemeTokenizer, load_text_encoder, tokenize
 
 
-class TextToSpeech(nn.Module):
+class TextToSpeech(System):
     """`forward` returns the losses of a batch, `sample` speech."""
 
-    makes = ("wav",)
+    config_class = TTSConfig
+    corpus_class = data.Corpus
+    batches_class = data.SpeechBatches
+    readers = READERS
     speaks = True
-    listens = False
-    features = None
+    scores = {
+        "mcd": Score(
+            "mel-cepstral distortion",
+            "dB",
+            "of log-mels, time-warped: a scale of its own; 0 is the recording",
+        )
+    }
     longest = 200  # characters spoken in one go: about 13 seconds, the longest that training has seen
     SECONDS_PER_BYTE = 0.065  # of LJSpeech, 5.6 frames: the predicted durations before training
+
+    @staticmethod
+    def prepare(config: Config) -> None:
+        prepare_text_to_speech(config)
 
     def __init__(self, config: Config, mean: float = 0.0, std: float = 1.0):
         """mean, std: of the training set's log-mels; saved in checkpoints."""
@@ -240,17 +258,11 @@ class TextToSpeech(nn.Module):
         """The recorded clip's log-mel, and what the vocoder makes of it."""
         return self.artifact(clip.text, corpus.log_mel(clip))
 
-    def score(self, made: MelOutput, corpus: "Corpus", clip: shards.Clip) -> dict[str, float]:
-        """made: generated from the clip's text."""
-        generated = made.log_mel.numpy()
+    def score(self, output: MelOutput, corpus: "Corpus", clip: shards.Clip) -> dict[str, float]:
+        """output: generated from the clip's text."""
+        generated = output.log_mel.numpy()
         recorded = corpus.log_mel(clip).numpy()
         return {"mcd": metric.mel_cepstral_distortion(generated, recorded)}
-
-    def load_adapter(self, name: str) -> None:
-        raise UserError(f"--lora {name}: system tts takes no LoRA; leave it out")
-
-    def export(self, folder: Path, facts: dict[str, str]) -> None:
-        raise UserError(f"{folder}: no other software loads system tts; its checkpoint is all there is")
 
     @functools.cached_property
     def vocoder(self) -> Callable[[Tensor], Tensor]:
@@ -274,10 +286,9 @@ def first_rows(condition: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
     return {name: value[:rows] for name, value in condition.items()}
 
 
-def prepare(config: Config) -> None:
+def prepare_text_to_speech(config: Config) -> None:
     """Make what a config's training needs and does not find: the packed corpus, the features of its texts."""
-    form = asdict(config.mel)
-    prepare_speech(config, form, cut=lambda _, clips, __: clips)  # clips that are too long stay whole
+    prepare_recordings(config, config.packed_format())
     corpus = Corpus(config)
     path, texts = data.text_features_file(config, corpus)
     name = config.model.text_encoder

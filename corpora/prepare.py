@@ -1,11 +1,10 @@
-"""TODO."""
+"""Packing: a corpus as published becomes shards of log-mels or waves, once."""
 
 import argparse
 import functools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +12,23 @@ import soundfile
 import torch
 
 import audio
-from config import Config, Mel, TTSConfig, UserError, load, run_main
+from config import Config, Mel, UserError, load
 from corpora import demo, shards, speech, voice
 from corpora.shards import Clip
-from music.config import MusicConfig
-from music.data import read_music
 
+Reader = Callable[[Path], tuple[list[Clip], list[str]]]  # folder -> clips, what is wrong with those left out
+Cut = Callable[[Config, list[Clip], Path], list[Clip]]  # config, clips, folder to pack into -> shorter clips
+READERS = {
+    "ljspeech": speech.read_ljspeech,
+    "librispeech": speech.read_librispeech,
+    "demo": None,  # spoken, not read
+}
 SHORTEST_SEC = 0.1  # shorter recordings are not packed
 LONGEST_SEC = 60.0  # nor are longer ones, except music; data.max_seconds decides which packed clips are used
 
 
-def prepare_speech(
-    config: Config, format: dict, cut: Callable[[Config, list[Clip], Path], list[Clip]]
+def prepare_recordings(
+    config: Config, format: dict, readers: dict[str, Reader] = READERS, cut: Cut | None = None
 ) -> None:
     """Pack data.corpus, unless that is done. cut: splits clips that are too long; may write to the folder."""
     root = Path(config.data.data_dir)
@@ -32,13 +36,14 @@ def prepare_speech(
     is_packed = out == root or (out.exists() and not root.exists())  # the recordings may be gone by now
     if config.data.corpus != "demo" and is_packed:
         return
-    corpus, clips, skipped = read_corpus(config)
-    clips = cut(config, clips, out)
+    corpus, clips, skipped = read_corpus(config, readers)
+    if cut:
+        clips = cut(config, clips, out)
     read = functools.partial(read_clip, out, corpus, format)
     shards.pack(out, corpus, clips, skipped, format, read, config.data.workers)
 
 
-def read_corpus(config: Config) -> tuple[dict, list[Clip], list[str]]:
+def read_corpus(config: Config, readers: dict[str, Reader]) -> tuple[dict, list[Clip], list[str]]:
     """A description of data.corpus, its clips, not packed yet, and what is wrong with those left out.
 
     It is downloaded first where data.download says so.
@@ -52,7 +57,6 @@ def read_corpus(config: Config) -> tuple[dict, list[Clip], list[str]]:
         return corpus, demo.demo_clips(settings.grammar, settings.sentences), []
     if settings.download and not root.exists():
         speech.download(settings.corpus, root)
-    readers = {"ljspeech": speech.read_ljspeech, "librispeech": speech.read_librispeech, "music": read_music}
     clips, skipped = readers[settings.corpus](root)
     return {"name": settings.corpus, "resample": settings.corpus != "ljspeech"}, clips, skipped
 
@@ -111,26 +115,21 @@ def read_recording(clip: Clip, sample_rate: int, resample: bool) -> torch.Tensor
     return wave
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Pack a corpus.", epilog="--key value for any knob of config.py."
-    )
-    parser.add_argument("corpus", choices=("ljspeech", "librispeech", "music", "demo"))
-    parser.add_argument("--out", required=True, help="where the shards go")
-    parser.add_argument(
-        "--root",
-        "--json",
-        default="",
-        help="the corpus as published: a folder; music: that of a table, or a JSON list",
-    )
-    parser.add_argument("--download", action="store_true", help="fetch it into --root if that is missing")
-    parser.add_argument(
-        "--shard", default="0/1", help="i/n: make every n-th shard only; n machines share --out"
-    )
-    parser.add_argument(
-        "--resample", action="store_true", help="recordings at another sample rate, instead of skipping them"
-    )
-    parser.add_argument("--strict", action="store_true", help="refuse what would be skipped")
+def main(corpora: dict[str, tuple[type[Config], dict[str, Reader]]]) -> None:
+    """The command line of `python data.py`. corpora: by name, whose config a corpus has and who reads it."""
+    about = "Pack a corpus."
+    knobs = "--key value for any knob of its config."
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=about, epilog=knobs)
+    add = parser.add_argument
+    add("corpus", choices=list(corpora))
+    add("--out", required=True, help="where the shards go")
+    root_help = "the corpus as published: a folder; music: that of a table, or a JSON list"
+    add("--root", "--json", default="", help=root_help)
+    add("--download", action="store_true", help="fetch it into --root if that is missing")
+    add("--shard", default="0/1", help="i/n: make every n-th shard only; n machines share --out")
+    resample_help = "recordings at another sample rate, instead of skipping them"
+    add("--resample", action="store_true", help=resample_help)
+    add("--strict", action="store_true", help="refuse what would be skipped")
     options, rest = parser.parse_known_args()
     match = re.fullmatch(r"(\d+)/(\d+)", options.shard)
     if not match or int(match[1]) >= int(match[2]):
@@ -138,19 +137,13 @@ def main() -> None:
     overrides = [f"--corpus={options.corpus}", f"--data_dir={options.root or options.out}"]
     if options.download:
         overrides.append("--download=true")
-    is_music = options.corpus == "music"
-    config = load(MusicConfig if is_music else TTSConfig, "", overrides + rest)
-    corpus, clips, skipped = read_corpus(config)
-    format = asdict(config.mel)
-    if is_music:  # waves
-        format = {key: format[key] for key in ("sample_rate", "hop")}
+    config_class, readers = corpora[options.corpus]
+    config = load(config_class, "", overrides + rest)
+    corpus, clips, skipped = read_corpus(config, readers)
     if options.resample:
         corpus["resample"] = True
     out = Path(options.out)
+    format = config.packed_format()
     read = functools.partial(read_clip, out, corpus, format)
     share = int(match[1]), int(match[2])
     shards.pack(out, corpus, clips, skipped, format, read, config.data.workers, options.strict, share)
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,4 +1,9 @@
-"""TODO."""
+"""The file format of packed corpora, and caches of what frozen networks make of them.
+
+A packed folder holds rows_*.npy (memory-mapped, some hundred clips one after another: float16 log-mels, or
+int16 waves in frames of `hop` samples), clips_*.jsonl (a header, then a line per clip) and, written last,
+index.json. A file is complete or absent: it is written under another name, flushed, then renamed.
+"""
 
 import collections
 import contextlib
@@ -27,7 +32,7 @@ DEMO_CLIPS_PER_SHARD = 32
 
 SPLITS = ("train", "val", "test")
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
 PREPARE_HINT = "run `python system.py prepare --config ...`"
 
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Corpora of speech as they are published: LJSpeech, LibriSpeech; fetched, read, split."""
 
 import re
 import tarfile

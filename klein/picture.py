@@ -1,4 +1,9 @@
-"""TODO."""
+"""The picture codec: sound as an RGB picture of its magnitude spectrogram, and back; and its commands.
+
+A picture is (3, H, W) in [0, 1], as sonic-plantain paints it: row 0 is 0 Hz, frame m is centred on sample m
+hop, T = N // hop + 1. Colour map: [-80, 0] dB run along seven edges of the RGB cube. p: a Picture, the codec's
+parameters.
+"""
 
 import argparse
 import itertools
@@ -6,7 +11,6 @@ import json
 import math
 import os
 import tempfile
-import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -15,12 +19,9 @@ import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 
 import audio
-from config import UserError, from_dict, run_main
+from config import UserError, from_dict
+from corpora.pictures import read_picture
 from klein.config import Picture
-
-# The picture codec. A picture is (3, H, W) in [0, 1], as sonic-plantain paints it: row 0 is 0 Hz, frame m is
-# centred on sample m hop, T = N // hop + 1. Colour map: [-80, 0] dB run along seven edges of the RGB cube.
-# p: a Picture, the codec's parameters.
 
 FLOOR_DB = -80.0  # black; quieter is black too
 COLORMAP = (  # corners of the RGB cube in the order of the colour map
@@ -34,7 +35,6 @@ COLORMAP = (  # corners of the RGB cube in the order of the colour map
     (1, 1, 1),  # white
 )
 PNG_CHUNK = "nanoaudio"  # tEXt chunk of a PNG: the Picture and other facts, as JSON
-BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # pictures that are too large
 DAMAGE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)  # in that JSON
 
 
@@ -223,19 +223,8 @@ def load_png(path: str) -> tuple[torch.Tensor, Picture | None, dict]:
 
     raises UserError for a file that is no picture, or another one than its parameters say.
     """
-    try:
-        with (
-            warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-            Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image,
-        ):
-            chunk = image.info.get(PNG_CHUNK, "")
-            rgb = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, *BOMBS) as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{path}: not a readable picture ({reason})") from e
-    pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    pixels = pixels.view(rgb.height, rgb.width, 3)
-    picture = pixels.permute(2, 0, 1) / 255
+    picture, info = read_picture(path)
+    chunk = info.get(PNG_CHUNK, "")
     if not chunk:
         return picture, None, {}
     try:
@@ -418,7 +407,3 @@ def read_source(source: str, given: dict) -> tuple[torch.Tensor, Picture]:
 def exact_duration_sec(samples: int, sample_rate: int) -> float:
     """The duration for which int(seconds * sample_rate) is `samples` again."""
     return math.nextafter(samples / sample_rate, math.inf)
-
-
-if __name__ == "__main__":
-    run_main(main)

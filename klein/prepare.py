@@ -7,10 +7,10 @@ from tqdm import tqdm
 import metric
 from config import Config, UserError
 from corpora import shards
-from corpora.prepare import prepare_speech
+from corpora.prepare import prepare_recordings
 from klein import picture, pipeline, segment
 from klein.data import WaveCorpus, all_clips, features_file, latents_file, token_mask, wave_format
-from klein.system import vae_roundtrip
+from klein.output import vae_roundtrip
 from pretrained import frozen
 from pretrained.asr import load, normalise
 
@@ -22,8 +22,7 @@ def prepare(config: Config) -> None:
     """
     k = config.klein
     p = config.picture
-    form = wave_format(p)
-    prepare_speech(config, form, segment.segment_clips)
+    prepare_recordings(config, wave_format(p), cut=segment.segment_clips)
     corpus = WaveCorpus(config)
     clips = all_clips(corpus)
     if not clips:

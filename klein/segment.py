@@ -207,7 +207,7 @@ def align_words(recogniser: Recogniser, clip: shards.Clip, longest: float) -> di
         timed["seconds"] = info.duration
         if info.duration > longest:
             wave = audio.load_wav(clip.wav, rate)
-            timed["words"] = recogniser.align(clip.text, wave, rate)
+            timed["words"] = align_text(recogniser.model, clip.text, wave, rate)
     return timed
 
 

@@ -10,19 +10,16 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from matplotlib.image import imsave
 
 import flow
-from base import Prompt
+from base import Prompt, System
 from config import Config, Sample, UserError
 from corpora import shards
-from klein import picture as klein_picture
-from klein import pipeline
+from klein import picture, pipeline, prepare
 from klein.adapter import (
     ATTRIBUTION,
     LORA_WEIGHTS,
@@ -33,48 +30,36 @@ from klein.adapter import (
     write_peft,
     write_tensors,
 )
-from klein.config import Picture
-from klein.data import WaveCorpus, format_prompt, token_mask
+from klein.config import SpectrogramConfig
+from klein.data import PictureBatches, WaveCorpus, format_prompt, token_mask
 from klein.lora import add_attention_lora, lora_layers
-from klein.picture import at_matched_gain, decode, log_spectral_distance, reconstruct_wave, save_png
+from klein.output import PictureOutput, decode_picture, vae_roundtrip
+from klein.picture import at_matched_gain, log_spectral_distance
+from metric import Score
 from pretrained import frozen
 
-MODEL_CARD = Path(__file__).parent / "assets" / "klein_model_card.md"
+MODEL_CARD = Path(__file__).parent / "model_card.md"
 CHARACTERS_PER_SEC = 15  # of read English speech: how many characters fit on a picture
 
 
-@dataclass
-class PictureOutput:
-    """A generated picture (3, H, W) in [0, 1] and the wave (N,) at `sample_rate` Hz that was decoded from it.
-
-    path_distance (F, T): how far each colour lies from the colour path, 0 (certain) to 0.71 (a guess).
-    """
-
-    wave: torch.Tensor
-    sample_rate: int
-    picture: torch.Tensor
-    path_distance: torch.Tensor
-    picture_config: Picture
-    text: str
-
-    def draw(self, stem: Path) -> dict[str, str]:
-        """Write the picture, its settings inside, and a confidence map; returns the file names by kind."""
-        picture = stem.with_name(stem.name + ".png")
-        save_png(picture, self.picture, self.picture_config, text=self.text)
-        confidence = stem.with_name(stem.name + ".confidence.png")
-        distance = self.path_distance.numpy()
-        # bright is certain; 0.71 is the largest distance there is
-        imsave(confidence, distance, vmin=0, vmax=0.71, cmap="magma_r")
-        return {"picture": picture.name, "confidence": confidence.name}
-
-
-class Spectrogram(nn.Module):
+class Spectrogram(System):
     """FLUX.2 Klein with LoRA: losses out of `forward`, pictures and their waves out of `sample`."""
 
+    config_class = SpectrogramConfig
+    corpus_class = WaveCorpus
+    batches_class = PictureBatches
     makes = ("wav", "png")
     speaks = True
-    listens = False
-    features = None
+    scores = {
+        "lsd": Score(
+            "log-spectral distance", "dB", "of the magnitudes at equal loudness; 0 is the recording"
+        ),
+        "path_distance": Score(
+            "distance to the colour path", "", "mean over a picture, whose colours go from 0 to 1"
+        ),
+    }
+    prepare = staticmethod(prepare.prepare)
+    commands = staticmethod(picture.main)
 
     def __init__(self, config: Config):
         super().__init__()
@@ -314,20 +299,3 @@ def position_ids(rows: int, columns: int, text_tokens: int) -> torch.Tensor:
     """(rows * columns * text_tokens, 4), for Klein's RoPE: time (0), row, column and place in the text."""
     axes = [torch.arange(length) for length in (1, rows, columns, text_tokens)]
     return torch.cartesian_prod(*axes)
-
-
-def decode_picture(picture: torch.Tensor, p: Picture, text: str) -> PictureOutput:
-    """Decode a picture (3, H, W) in [0, 1] on the CPU; first rounded to 8 bits, as it is in the PNG."""
-    picture = picture.float().cpu()
-    picture = (255 * picture).round() / 255
-    db, path_distance = decode(picture, p)  # (F, T) both
-    wave = reconstruct_wave(db, p)
-    return PictureOutput(wave, p.sample_rate, picture, path_distance, p, text)
-
-
-def vae_roundtrip(vae: frozen.Frozen, wave: torch.Tensor, p: Picture, text: str) -> PictureOutput:
-    """Encode a wave (N,) to a picture, pass that through the VAE and decode it."""
-    picture = klein_picture.encode(wave, p)  # (3, H, W)
-    tokens = vae.module.encode(picture[None])  # (1, N, C)
-    pictures = vae.module.decode(tokens, p.canvas_height, p.canvas_width)
-    return decode_picture(pictures[0], p, text)

@@ -145,6 +145,10 @@ class MusicConfig(Config):
 
     fixed: ClassVar[tuple[str, ...]] = ("mel", "model", "music", "flow.predict", "flow.min_t")
 
+    def packed_format(self) -> dict:
+        """Of packed clips: waves, in rows of a mel frame."""
+        return {"sample_rate": self.mel.sample_rate, "hop": self.mel.hop}
+
     @model_validator(mode="after")
     def check_network(self):
         u = self.music

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Batches of captioned music, its corpora, and caches of what frozen networks make of captions and crops."""
 
 import csv
 import functools
@@ -14,61 +14,42 @@ from torch import Tensor
 
 import audio
 import data
-from config import Config, Mel, UserError
+from config import Config, UserError
 from corpora import shards, speech
-from corpora.prepare import prepare_speech
+from corpora.prepare import prepare_recordings
 from corpora.shards import SPLITS, Clip
 from data import Batches
 from music.clap import load_clap
 from music.latents import Codec
-from pretrained import asr, text_encoder
+from music.pieces import prepare_pieces
+from pretrained import text_encoder
 
 
-def read_music(path: Path) -> tuple[list[Clip], list[str]]:
-    """The recordings and captions of a JSON list, [{"wav", "label"}], or of a folder's *.csv (file, caption).
+class MusicCorpus(data.ShardedCorpus):
+    """Music as waves of any length."""
 
-    Paths are relative to the list or table.
-    returns: the clips, and those without a caption.
-    raises UserError for a recording that is missing: nobody trains on silence.
-    """
-    table = path if path.suffix == ".json" else min(path.glob("*.csv"), default=path / "captions.csv")
-    try:
-        clips = read_captions(table)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as e:
-        raise UserError(
-            f'{table}: missing, or not [{{"wav": ..., "label": ...}}, ...], '
-            f"or no table of file and caption ({e!r})"
-        ) from e
-    missing = [clip.wav for clip in clips if not Path(clip.wav).is_file()]
-    if missing:
-        raise UserError(
-            f"{missing[0]} is missing, as {len(missing)} of {len(clips)} recordings in {table}: "
-            "fetch them, or strike them out"
-        )
-    captioned = [clip for clip in clips if clip.text]
-    skipped = [f"{clip.wav}: empty caption" for clip in clips if not clip.text]
-    return speech.ensure_validation_split(path, captioned), skipped
+    def __init__(self, config: Config):
+        form = config.packed_format()
+        super().__init__(config, form, math.inf)
+        self.mel = config.mel
 
+    @functools.cached_property
+    def statistics(self) -> tuple[float, float]:
+        """Mean and deviation of log-mels: of at most 256 training pieces, with the peak of each at 0.5."""
+        clips = self.clips("train")
+        stride = math.ceil(len(clips) / 256)
+        minute = 60 * self.rate
+        log_mels = []
+        for clip in clips[::stride]:
+            wave = self.wave(clip)[:minute]
+            peak = wave.abs().max().clamp_min(1e-9)
+            wave = 0.5 * wave / peak
+            log_mel = audio.log_mel(wave, self.mel)  # (T, M)
+            log_mels.append(log_mel)
+        x = torch.cat(log_mels).double()
+        mean = x.mean().item()
+        return mean, x.std().item()
 
-def read_captions(table: Path) -> list[Clip]:
-    """The entries of a JSON list or CSV table as clips; raises what goes wrong while one reads it."""
-    is_json = table.suffix == ".json"
-    wav_key = "wav" if is_json else "file"
-    caption_key = "label" if is_json else "caption"
-    with open(table, encoding="utf-8-sig", newline="") as f:
-        entries = json.load(f) if is_json else list(csv.DictReader(f))
-    folder = table.parent.resolve()
-    clips = []
-    for n, entry in enumerate(entries):
-        wav = Path(entry[wav_key])
-        split = entry.get("split") or "train"
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r} is none of {SPLITS}")
-        clips.append(Clip(f"{n:05d}-{wav.stem}", entry[caption_key].strip(), split, str(folder / wav)))
-    return clips
-
-
-Corpus = MusicCorpus
 
 # Batches
 
@@ -80,7 +61,7 @@ class MusicBatches(Batches):
     (B, V), unless it is pooled from the features. S is a multiple of 8.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, tokenizer, rank: int = 0, world: int = 1):
+    def __init__(self, config: Config, corpus: MusicCorpus, tokenizer, rank: int = 0, world: int = 1):
         super().__init__(config, corpus, tokenizer, rank, world)
         self.read = {}
         for name, (path, items) in cache_files(config, corpus).items():
@@ -167,7 +148,7 @@ def collate_captions(
 def prepare(config: Config) -> None:
     """Make what training needs and does not find: packed pieces, and caches of their captions and crops."""
     prepare_music(config)
-    corpus = Corpus(config)
+    corpus = MusicCorpus(config)
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
     device = torch.device("cuda" if on_cuda else "cpu")
     codec = Codec(config, *corpus.statistics, device)
@@ -187,7 +168,7 @@ def prepare(config: Config) -> None:
         fill_cache(path, items, lengths, encoders[name], name)
 
 
-def encode_crops(config: Config, corpus: Corpus, codec: "Codec", clip: shards.Clip) -> Tensor:
+def encode_crops(config: Config, corpus: MusicCorpus, codec: "Codec", clip: shards.Clip) -> Tensor:
     """music.crops random crops of a piece: mean and standard deviation of their tokens, (crops * N, 2 C)."""
     wave = corpus.wave(clip)
     rng = np.random.default_rng((config.seed, clip.number))
@@ -223,7 +204,7 @@ def open_cache(path: Path, items: list) -> Callable:
     return read
 
 
-def cache_files(config: Config, corpus: Corpus) -> dict[str, tuple[Path, list]]:
+def cache_files(config: Config, corpus: MusicCorpus) -> dict[str, tuple[Path, list]]:
     """The caches that training reads: features and vectors of captions, latents of clips.
 
     returns for each its file, named by a digest of all that its content depends on, and its items.
@@ -290,39 +271,13 @@ def caption_encoders(config: Config, device: torch.device) -> dict[str, Callable
 # Music: its corpus
 
 
-class MusicCorpus(data.ShardedCorpus):
-    """Music as waves of any length."""
-
-    def __init__(self, config: Config):
-        form = music_format(config.mel)
-        super().__init__(config, form, math.inf)
-        self.mel = config.mel
-
-    @functools.cached_property
-    def statistics(self) -> tuple[float, float]:
-        """Mean and deviation of log-mels: of at most 256 training pieces, with the peak of each at 0.5."""
-        clips = self.clips("train")
-        stride = math.ceil(len(clips) / 256)
-        minute = 60 * self.rate
-        log_mels = []
-        for clip in clips[::stride]:
-            wave = self.wave(clip)[:minute]
-            peak = wave.abs().max().clamp_min(1e-9)
-            wave = 0.5 * wave / peak
-            log_mel = audio.log_mel(wave, self.mel)  # (T, M)
-            log_mels.append(log_mel)
-        x = torch.cat(log_mels).double()
-        mean = x.mean().item()
-        return mean, x.std().item()
-
-
 def prepare_music(config: Config) -> None:
     """Pack data.corpus, unless that was done: `music` as recorded, or `pieces`, which are generated here."""
-    form = music_format(config.mel)
+    form = config.packed_format()
     if config.data.corpus != "pieces":
-        prepare_speech(config, form, lambda _, clips, __: clips)
+        prepare_recordings(config, form, READERS)
     elif not pieces_are_packed(config, form):
-        asr.run_asset("music_pieces.py", config)  # which refuses a folder that holds another corpus
+        prepare_pieces(config)  # which refuses a folder that holds another corpus
 
 
 def pieces_are_packed(config: Config, form: dict) -> bool:
@@ -337,6 +292,51 @@ def pieces_are_packed(config: Config, form: dict) -> bool:
     return index["clips"]["train"] == config.data.sentences
 
 
-def music_format(mel: Mel) -> dict:
-    """The format of packed music: waves in rows of one frame."""
-    return {"sample_rate": mel.sample_rate, "hop": mel.hop}
+# Recordings with captions
+
+
+def read_music(path: Path) -> tuple[list[Clip], list[str]]:
+    """The recordings and captions of a JSON list, [{"wav", "label"}], or of a folder's *.csv (file, caption).
+
+    Paths are relative to the list or table.
+    returns: the clips, and those without a caption.
+    raises UserError for a recording that is missing: nobody trains on silence.
+    """
+    table = path if path.suffix == ".json" else min(path.glob("*.csv"), default=path / "captions.csv")
+    try:
+        clips = read_captions(table)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as e:
+        raise UserError(
+            f'{table}: missing, or not [{{"wav": ..., "label": ...}}, ...], '
+            f"or no table of file and caption ({e!r})"
+        ) from e
+    missing = [clip.wav for clip in clips if not Path(clip.wav).is_file()]
+    if missing:
+        raise UserError(
+            f"{missing[0]} is missing, as {len(missing)} of {len(clips)} recordings in {table}: "
+            "fetch them, or strike them out"
+        )
+    captioned = [clip for clip in clips if clip.text]
+    skipped = [f"{clip.wav}: empty caption" for clip in clips if not clip.text]
+    return speech.ensure_validation_split(path, captioned), skipped
+
+
+def read_captions(table: Path) -> list[Clip]:
+    """The entries of a JSON list or CSV table as clips; raises what goes wrong while one reads it."""
+    is_json = table.suffix == ".json"
+    wav_key = "wav" if is_json else "file"
+    caption_key = "label" if is_json else "caption"
+    with open(table, encoding="utf-8-sig", newline="") as f:
+        entries = json.load(f) if is_json else list(csv.DictReader(f))
+    folder = table.parent.resolve()
+    clips = []
+    for n, entry in enumerate(entries):
+        wav = Path(entry[wav_key])
+        split = entry.get("split") or "train"
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is none of {SPLITS}")
+        clips.append(Clip(f"{n:05d}-{wav.stem}", entry[caption_key].strip(), split, str(folder / wav)))
+    return clips
+
+
+READERS = {"music": read_music}

@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import random
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import Config, run_main
+from config import Config
 from corpora import prepare, shards
 from music import analysis
 from music.analysis import KEYS, ROOTS, TEMPI, TIMBRES
-from music.data import music_format
 from pretrained.asr import RATE
-from system import config_from_command_line
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}  # semitones above the root
 CAPTIONS = ("A {tempo} {timbre} in {key}.", "{key}, {tempo}, {timbre}.", "{timbre}, {key}, {tempo}.")
@@ -262,12 +257,5 @@ def measure_templates() -> None:
         part.write_text(json.dumps(values) + "\n")
 
 
-def main() -> None:
-    if sys.argv[1:] == ["learn"]:
-        measure_templates()
-    else:
-        prepare_pieces(config_from_command_line(sys.argv[1:]))
-
-
 if __name__ == "__main__":
-    run_main(main)
+    measure_templates()

@@ -22,12 +22,14 @@ from torch import Tensor
 import audio
 import flow
 import metric
-from base import MelOutput, Prompt
+from base import MelOutput, Prompt, System
 from config import Config, Sample, UserError
 from corpora import shards
+from metric import Score
 from music import analysis, latents
 from music.clap import load_clap
-from music.data import Corpus, caption_encoders, collate_captions
+from music.config import MusicConfig
+from music.data import READERS, MusicBatches, MusicCorpus, caption_encoders, collate_captions, prepare
 from music.latents import Codec
 from music.model import MMDiT, choose_size, load_published
 from pretrained import frozen, text_encoder
@@ -58,16 +60,37 @@ def multidiffusion(network: Callable, window: int) -> Callable:
     return whole
 
 
-class Music(nn.Module):
+class Music(System):
     """Losses out of `forward`, music out of `sample`.
 
     Frozen networks are loaded once, when they are needed; they are not submodules.
     """
 
-    makes = ("wav",)
-    speaks = False
-    listens = False
+    config_class = MusicConfig
+    corpus_class = MusicCorpus
+    batches_class = MusicBatches
     longest = 1000  # characters of a caption
+    scores = {
+        "all_match": Score(
+            "everything as asked for", "%", "all that the prompt says, at once", is_match=True
+        ),
+        "key_match": Score("key as asked for", "%", is_match=True),
+        "tempo_match": Score("tempo as asked for", "%", is_match=True),
+        "timbre_match": Score("timbre as asked for", "%", is_match=True),
+        "chance": Score("chance", "%", "that a guess has everything as asked for"),
+        "fad": Score(
+            "Fréchet audio distance", "", "of the sets' features; 0 is the recordings", of_outputs=True
+        ),
+        "kad": Score(
+            "kernel audio distance",
+            "",
+            "of the sets' features, times 100; 0 is the recordings",
+            of_outputs=True,
+        ),
+        "clap": Score("CLAP score", "", "mean cosine similarity of sound and prompt", of_outputs=True),
+    }
+    readers = READERS
+    prepare = staticmethod(prepare)
 
     def __init__(self, config: Config, mean: float = 0.0, std: float = 1.0):
         """mean, std: of the training set's log-mels, for the patches that stand in for a VAE."""
@@ -217,7 +240,7 @@ class Music(nn.Module):
             wave = audio.griffin_lim(log_mel, mel)
         return MelOutput(text, wave, mel.sample_rate, log_mel.cpu(), mel)
 
-    def reference(self, corpus: Corpus, clip: shards.Clip) -> MelOutput:
+    def reference(self, corpus: MusicCorpus, clip: shards.Clip) -> MelOutput:
         """A crop of a recorded piece, always the same one, encoded, decoded and vocoded."""
         wave = corpus.wave(clip)
         rng = np.random.default_rng(clip.number)
@@ -225,12 +248,12 @@ class Music(nn.Module):
         tokens = mean.to(self.mean.device)
         return self.artifact(clip.text, tokens, self.codec.frames)
 
-    def score(self, made: MelOutput, corpus: Corpus, clip: shards.Clip) -> dict[str, float]:
+    def score(self, output: MelOutput, corpus: MusicCorpus, clip: shards.Clip) -> dict[str, float]:
         """Whether key, tempo and timbre are the caption's, 1 or 0; {} where it does not name them."""
-        measured = analysis.measure(made.wave, made.sample_rate)
+        measured = analysis.measure(output.wave, output.sample_rate)
         return analysis.caption_match(measured, clip.text)
 
-    def features(self, made: MelOutput, corpus: Corpus, clip: shards.Clip) -> dict[str, np.ndarray]:
+    def features(self, output: MelOutput, corpus: MusicCorpus, clip: shards.Clip) -> dict[str, np.ndarray]:
         """Embeddings (D,) of sample, recording and caption by the ClapModel eval.features, or chance."""
         name = self.config.eval.features
         device = self.mean.device
@@ -241,24 +264,24 @@ class Music(nn.Module):
         rng = np.random.default_rng(clip.number)
         length = self.codec.frames * self.config.mel.hop
         real = latents.random_crop(wave, length, rng)
-        rate = made.sample_rate
+        rate = output.sample_rate
         clap = load_clap("eval.features", name, device)
         return {
-            "made": clap.listen(made.wave, rate),
+            "generated": clap.listen(output.wave, rate),
             "real": clap.listen(real, rate),
             "text": clap.place(clip.text),
         }
 
-    def summary(self, features: dict[str, np.ndarray], folder: Path | None) -> dict[str, float]:
+    def summarize(self, features: dict[str, np.ndarray], folder: Path | None) -> dict[str, float]:
         """fad, kad: Fréchet and kernel distance to recordings; clap: mean cosine of sample and caption."""
-        if not features:
-            return {}
-        made = features["made"]
+        if "real" not in features:
+            return {"chance": float(features["chance"].mean())}
+        generated = features["generated"]
         real = features["real"]
-        cosines = (made * features["text"]).sum(1)
+        cosines = (generated * features["text"]).sum(1)
         return {
-            "fad": metric.frechet_distance(made, real),
-            "kad": metric.kernel_distance(made, real),
+            "fad": metric.frechet_distance(generated, real),
+            "kad": metric.kernel_distance(generated, real),
             "clap": float(cosines.mean()),
         }
 
@@ -273,9 +296,6 @@ class Music(nn.Module):
                 if isinstance(layer, nn.Linear) and not name.endswith(".lin"):
                     matrices.append(layer.weight)
         return matrices
-
-    def load_adapter(self, name: str) -> None:
-        raise UserError(f"--lora {name}: system music takes no LoRA; leave it out")
 
     def export(self, folder: Path, facts: dict[str, str]) -> None:
         """Write music.pt, which FluxMusic's own programs load, and music.weights."""

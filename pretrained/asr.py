@@ -1,30 +1,23 @@
 """Speech recognition: Whisper or PocketSphinx, neither of them trained on the voice that it judges.
 
-`load` returns one of them. Below it are groups that will have files of their own: when each word is spoken,
-and cutting recordings between words; CLAP; music, its corpus and the analysis of its key, tempo and timbre;
-encoders of speech with the contrastive loss, after SpeechCLIP (arXiv 2210.00705). A wave is (N,) float32.
+`load` returns one of them. A wave is (N,) float32.
 """
 
 import hashlib
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 from whisper.model import Whisper
 
 import audio
-from config import Config, UserError, to_dict
-from corpora import shards
-from klein import segment
-from pretrained import whisper_weights as pretrained_whisper_weights
+from config import UserError
+from pretrained import whisper_weights
 
-RATE = pretrained_whisper_weights.RATE  # Hz: Whisper and HuBERT take 16 kHz
+RATE = whisper_weights.RATE  # Hz: Whisper and HuBERT take 16 kHz
 HOP = 320  # samples a frame of HuBERT: 50 a second
-normalise = pretrained_whisper_weights.normalize_transcript
+normalise = whisper_weights.normalize_transcript
 
 
 class Recogniser:
@@ -49,12 +42,8 @@ class Recogniser:
         for start in range(0, len(waves), batch_size):
             batch = waves[start : start + batch_size]
             batch = [audio.resample(wave, sample_rate, RATE) for wave in batch]
-            texts += pretrained_whisper_weights.transcribe(self.model, batch)
+            texts += whisper_weights.transcribe(self.model, batch)
         return texts
-
-    def align(self, text: str, wave: Tensor, sample_rate: int) -> "list[Word]":
-        """See `align_text`."""
-        return segment.align_text(self.model, text, wave, sample_rate)
 
 
 class PocketSphinx:
@@ -96,18 +85,7 @@ def load(name: str, device: torch.device, quiet: bool = False) -> Recogniser | P
         return PocketSphinx()
     if device.type == "mps":
         device = torch.device("cpu")  # Whisper has a sparse buffer, which Metal does not support
-    model, source, why = pretrained_whisper_weights.load_any(name, device, "eval.recogniser")
+    model, source, why = whisper_weights.load_any(name, device, "eval.recogniser")
     if why and not quiet:
         print(f"recogniser: {why}", flush=True)
     return Recogniser(model, source) if model else None
-
-
-def run_asset(script: str, config: Config) -> None:
-    """Run a script of assets/ that makes what a config needs; raises its UserError."""
-    path = shards.ASSETS / script
-    command = [sys.executable, path, "--config=/dev/stdin"]
-    settings = yaml.safe_dump(to_dict(config))
-    process = subprocess.run(command, input=settings, text=True, stderr=subprocess.PIPE)
-    if process.returncode:
-        error = process.stderr.strip()
-        raise UserError(error.rpartition("error: ")[2])

@@ -1,7 +1,6 @@
 """TODO."""
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +14,11 @@ from torch import Tensor
 
 import data
 from base import Prompt
-from config import Config, Sample, UserError, from_checkpoint, run_main
+from config import Config, Sample, UserError, from_checkpoint
 from corpora import shards
 from data import Batches
 from model import zero_init
-from pretrained import asr
-from speech2image import corpora, vision
+from speech2image import corpora, retrieval, vision
 from speech2image.config import SpeechAlignConfig
 from speech2image.data import (
     HOP,
@@ -29,20 +27,27 @@ from speech2image.data import (
     SpokenImageCorpus,
     Stage,
     corpus_format,
+    find_checkpoint,
     image_embeddings_file,
     image_encoder_file,
-    newest_checkpoint,
     stack_numbers,
     stack_tensors,
 )
 from speech2image.speech import HubertEncoder, MelEncoder, augment, draw_spans, info_nce, normalize_waveform
-from system import config_from_command_line
 
 # Stage 1: speech and pictures in one embedding space
 
 
 class SpeechAlign(Stage):
     """`forward` returns the contrastive loss, `sample` the training pictures nearest to what is said."""
+
+    config_class = SpeechAlignConfig
+    corpus_class = SpokenImageCorpus
+    scores = retrieval.SCORES
+
+    @staticmethod
+    def prepare(config: Config) -> None:
+        prepare_align(config)
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -129,12 +134,6 @@ class SpeechAlign(Stage):
         nearest = corpus.nearest(embedding)
         return PictureOutput(wave, RATE, picture, nearest, embedding)
 
-    def score(self, made: PictureOutput, corpus: "SpokenImageCorpus", clip: shards.Clip) -> dict[str, float]:
-        return {}  # a picture that was found is not judged: `features` has what retrieval is scored by
-
-    def hidden_matrices(self) -> list[nn.Parameter]:
-        return []  # AdamW trains everything, as in the paper
-
 
 def gather_ranks(rows: Tensor) -> Tensor:
     """(B, ...) of each rank -> (B of all ranks, ...), with gradients."""
@@ -145,7 +144,7 @@ def gather_ranks(rows: Tensor) -> Tensor:
 def load_align(path: str, device: torch.device) -> SpeechAlign:
     """A trained stage 1, frozen, with its EMA weights; path: a checkpoint, or a run, for its newest one."""
     try:
-        state = torch.load(newest_checkpoint(Path(path)), map_location="cpu", weights_only=True)
+        state = torch.load(find_checkpoint(Path(path)), map_location="cpu", weights_only=True)
         config = from_checkpoint(SpeechAlignConfig, state["config"], path)
         network = SpeechAlign(config)
         network.load_state_dict({**state["model"], **state["ema"]})
@@ -207,13 +206,16 @@ class AlignBatches(Batches):
         return batch
 
 
+SpeechAlign.batches_class = AlignBatches
+
+
 # What training needs, and where it is kept
 
 
 def prepare_align(config: Config) -> None:
     """Make what training needs and does not find: the packed corpus, the image embeddings of its pictures."""
     if not is_prepared(config):
-        asr.run_asset("spoken_pictures.py", config)
+        prepare_pictures(config)
 
 
 def is_prepared(config: Config) -> bool:
@@ -229,8 +231,8 @@ def is_prepared(config: Config) -> bool:
     return image_embeddings_file(corpus).exists()
 
 
-def prepare_pictures() -> None:
-    config = config_from_command_line(sys.argv[1:])
+def prepare_pictures(config: Config) -> None:
+    """Pack the speech, train the image encoder where align.image is scratch, embed the pictures."""
     corpora.pack_spoken_pictures(config)
     corpus = SpokenImageCorpus(config)
     use_cuda = torch.cuda.is_available() and config.device != "cpu"
@@ -253,7 +255,3 @@ def prepare_pictures() -> None:
     path = image_embeddings_file(corpus)
     lengths = [1] * len(corpus.names)
     shards.cache_features(path, lengths, None, encode, 32, f"pictures by {image}")
-
-
-if __name__ == "__main__":
-    run_main(prepare_pictures)

@@ -7,7 +7,6 @@ missing, `python system.py prepare` runs it.
 
 import functools
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -154,9 +153,6 @@ def load_autoencoder(corpus: SpokenImageCorpus) -> nn.Module:
     if vq == "scratch":
         return load_weights_frozen(FSQAutoencoder(), vq_file(corpus)).module
     return frozen.Frozen(DiffusersVQ(vq)).module
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

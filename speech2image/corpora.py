@@ -12,7 +12,6 @@ It packs the speech of config.data, trains the image tower where align.image is 
 import functools
 import json
 import pickletools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +22,6 @@ from corpora import prepare, shards
 from pretrained import frozen
 from speech2image.data import HOP, RATE, corpus_format, parse_clip_id, read_picture
 from speech2image.shapes import list_shapes
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def list_flickr8k(root: Path, language: str) -> list[dict]:

@@ -24,10 +24,12 @@ from matplotlib.image import imsave
 from torch import Tensor
 
 import data
+from base import System
 from config import Config, UserError
-from corpora import shards
-from klein.picture import load_png
+from corpora import pictures, shards
 from pretrained import asr, frozen
+from speech2image import retrieval
+from tracking.checkpoint import newest_checkpoint
 
 # Pictures, and files of tensors
 
@@ -54,7 +56,7 @@ def resize_and_crop(pictures: Tensor, size: int) -> Tensor:
 @functools.lru_cache(maxsize=2000)
 def read_picture(path: str) -> Tensor:
     """(3, H, W) in [0, 1]. raises UserError for what is no picture."""
-    return load_png(path)[0]
+    return pictures.read_picture(path)[0]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -98,15 +100,14 @@ class PictureOutput:
         return names
 
 
-class Stage(nn.Module):
+class Stage(System):
     """What both systems have in common."""
 
+    corpus_class: type["SpokenImageCorpus"]
     makes = ("png",)
-    speaks = False
     listens = True
     longest = 0
     frame_rate = RATE / HOP
-    tokenizer = None
 
     def __init__(self, config: Config):
         super().__init__()
@@ -118,24 +119,23 @@ class Stage(nn.Module):
         return SpokenImageCorpus(self.config)
 
     def features(
-        self, made: PictureOutput, corpus: "SpokenImageCorpus", clip: shards.Clip
+        self, output: PictureOutput, corpus: "SpokenImageCorpus", clip: shards.Clip
     ) -> dict[str, np.ndarray]:
         """For retrieval: embeddings of speech and image (D,), numbers of picture and label, the group."""
         return {
-            "speech": made.embedding.numpy(),
+            "speech": output.embedding.numpy(),
             "image": corpus.embedding(clip).numpy(),
             "picture": np.array(corpus.number(clip)),
             "label": np.array(corpus.label(clip)),
             "group": np.array(clip.group),
         }
 
-    def load_adapter(self, name: str) -> None:
-        raise UserError(f"--lora {name}: system {self.config.system} takes no LoRA; leave it out")
-
-    def export(self, folder: Path, facts: dict[str, str]) -> None:
-        system = self.config.system
-        missing = f"no other software loads system {system}; its checkpoint is all there is"
-        raise UserError(f"{folder}: {missing}")
+    def summarize(self, features: dict[str, np.ndarray], folder: Path | None) -> dict[str, float]:
+        """Retrieval among the pictures; see `retrieval.retrieval`."""
+        if folder:
+            queries = features.get("generated", features["speech"])
+            retrieval.draw_embedding_space(queries, features["image"], folder / "summary.png")
+        return retrieval.retrieval(features, "speech")
 
 
 # Corpus and batches
@@ -281,9 +281,9 @@ def parse_clip_id(clip: shards.Clip) -> tuple[str, str]:
     return label, path
 
 
-def newest_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
     """The newest checkpoint of a run's folder, or the file itself."""
-    return max(path.glob("checkpoints/step_*.pt"), default=path)
+    return newest_checkpoint(str(path)) or path
 
 
 def cache_path(corpus: SpokenImageCorpus, name: str, content: list) -> Path:
@@ -313,7 +313,7 @@ def speech_embeddings_file(corpus: SpokenImageCorpus) -> Path:
     c = corpus.config
     path = Path(c.codes.stage1)
     try:
-        checkpoint = newest_checkpoint(path).read_bytes()
+        checkpoint = find_checkpoint(path).read_bytes()
     except OSError as e:
         hint = "no checkpoint of system speech_align there; train that first"
         raise UserError(f"codes.stage1 {path}: {hint}") from e

@@ -2,8 +2,8 @@
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 
 import metric
 from base import Prompt
-from config import Config, Sample, UserError, run_main
+from config import Config, Sample, UserError
 from corpora import shards
 from data import Batches
-from pretrained import asr, frozen
-from speech2image import align, diffusion, vision
+from metric import Score
+from pretrained import frozen
+from speech2image import align, diffusion, retrieval, vision
 from speech2image.align import AlignBatches, SpeechAlign, load_align
 from speech2image.codes import (
     PictureDecoder,
@@ -28,6 +29,7 @@ from speech2image.codes import (
     train_vq,
     vq_file,
 )
+from speech2image.config import SpeechImageConfig
 from speech2image.data import (
     RATE,
     PictureOutput,
@@ -42,13 +44,40 @@ from speech2image.data import (
 )
 from speech2image.model import CodeTransformer
 from speech2image.shapes import attribute_matches
-from system import config_from_command_line
+
+SCORES = {
+    "all_match": Score("everything as asked for", "%", "all that the prompt says, at once", is_match=True),
+    "all_rule": Score(
+        "everything, by rule", "%", "the same, by a rule that has learned nothing", is_match=True
+    ),
+    "colour_match": Score("colour as asked for", "%", is_match=True),
+    "colour_rule": Score("colour, by rule", "%", is_match=True),
+    "shape_match": Score("shape as asked for", "%", is_match=True),
+    "shape_rule": Score("shape, by rule", "%", is_match=True),
+    "place_match": Score("place as asked for", "%", is_match=True),
+    "place_rule": Score("place, by rule", "%", is_match=True),
+    "chance": Score("chance", "%", "that a guess has everything as asked for"),
+    "fid": Score(
+        "Fréchet inception distance", "", "of the sets' features; 0 is the real pictures", of_outputs=True
+    ),
+    "inception_score": Score("inception score", "", "1 where all pictures are alike", of_outputs=True),
+    **retrieval.recall_scores("recall_made", "generated to real", of_outputs=True),
+    **retrieval.SCORES,
+}
 
 # Stage 2: from the embedding of the speech to the codes of a picture, by VQ-Diffusion
 
 
 class SpeechImage(Stage):
     """`forward` returns losses, `sample` pictures."""
+
+    config_class = SpeechImageConfig
+    corpus_class = SpokenImageCorpus
+    scores = SCORES
+
+    @staticmethod
+    def prepare(config: Config) -> None:
+        prepare_image(config)
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -159,7 +188,9 @@ class SpeechImage(Stage):
         return PictureOutput(wave, RATE, picture, nearest, embedding)
 
     @torch.inference_mode()
-    def score(self, made: PictureOutput, corpus: "SpokenImageCorpus", clip: shards.Clip) -> dict[str, float]:
+    def score(
+        self, output: PictureOutput, corpus: "SpokenImageCorpus", clip: shards.Clip
+    ) -> dict[str, float]:
         """Whether a picture shows what the clip's label says, part by part: by the classifier, and by rule.
 
         Only drawn shapes have a rule.
@@ -168,11 +199,11 @@ class SpeechImage(Stage):
         label = corpus.labels[path]
         by_rule = {}
         if self.config.data.corpus == "shapes":
-            by_rule = attribute_matches(made.picture, label)
+            by_rule = attribute_matches(output.picture, label)
         if not self.config.codes.judge:
             return by_rule
         wanted = label.split("-")
-        seen = self.classify(made.picture, corpus)
+        seen = self.classify(output.picture, corpus)
         matches = {}
         if len(seen) == 3:
             for name, a, b in zip(("colour", "shape", "place"), seen, wanted):
@@ -192,30 +223,44 @@ class SpeechImage(Stage):
 
     @torch.inference_mode()
     def features(
-        self, made: PictureOutput, corpus: "SpokenImageCorpus", clip: shards.Clip
+        self, output: PictureOutput, corpus: "SpokenImageCorpus", clip: shards.Clip
     ) -> dict[str, np.ndarray]:
         """As stage 1's; and made (D,), the image embedding of the picture itself.
 
         Where eval.features names a network, also the features of FID and the class shares of IS; where there
         is a classifier, also the chance that a guess is right.
         """
-        picture = made.picture.unsqueeze(0)
+        picture = output.picture.unsqueeze(0)
         picture = picture.to(self.device)
-        outputs = {"made": self.tower(picture)}
+        embeddings = {"generated": self.tower(picture)}
         if self.config.eval.features:
             number = corpus.number(clip)
             real = corpus.picture(number, picture.shape[-1])
             real = real.unsqueeze(0).to(self.device)
-            outputs["seen"], outputs["shares"] = self.inception(picture)
-            outputs["seen_real"], _ = self.inception(real)
-        features = super().features(made, corpus, clip)
-        for key, output in outputs.items():
-            features[key] = output[0].float().cpu().numpy()
+            embeddings["seen"], embeddings["shares"] = self.inception(picture)
+            embeddings["seen_real"], _ = self.inception(real)
+        features = super().features(output, corpus, clip)
+        for key, rows in embeddings.items():
+            features[key] = rows[0].float().cpu().numpy()
         if self.config.codes.judge:
             parts = vision.label_attributes(corpus.kinds)
             sizes = map(len, parts)
             features["chance"] = np.array(1 / math.prod(sizes))
         return features
+
+    def summarize(self, features: dict[str, np.ndarray], folder: Path | None) -> dict[str, float]:
+        """As stage 1's, of the speech and of what was generated; FID and IS where their network is named."""
+        scores = super().summarize(features, folder)
+        generated = retrieval.retrieval(features, "generated")
+        for k in (1, 5, 10):
+            scores[f"recall_made_{k}"] = generated[f"recall_{k}"]
+        if "chance" in features:
+            scores["chance"] = float(features["chance"].mean())
+        if "seen" in features:
+            scores["fid"] = metric.frechet_distance(features["seen"], features["seen_real"])
+            if features["shares"].size:
+                scores["inception_score"] = metric.inception_score(features["shares"])
+        return scores
 
     @property
     def device(self) -> torch.device:
@@ -321,6 +366,9 @@ class ImageBatches(AlignBatches):
         return batch | stack_tensors(rows, ("x", "u", "other", "embedding"))
 
 
+SpeechImage.batches_class = ImageBatches
+
+
 def prepare_image(config: Config) -> None:
     """Make what training needs and does not find.
 
@@ -332,7 +380,7 @@ def prepare_image(config: Config) -> None:
     if config.codes.judge:
         needed.append(classifier_file(corpus))
     if not all(path.exists() for path in needed):
-        asr.run_asset("picture_codes.py", config)
+        prepare_codes(config)
     check_stage1(corpus)
 
 
@@ -365,8 +413,8 @@ def check_stage1(corpus: SpokenImageCorpus) -> None:
         raise UserError(f"{c.stage1}: {found}, {needed}; train it longer")
 
 
-def prepare_codes() -> None:
-    config = config_from_command_line(sys.argv[1:])
+def prepare_codes(config: Config) -> None:
+    """Embed the speech by stage 1, train the VQ and the classifier where they are scratch, encode pictures."""
     use_cuda = torch.cuda.is_available() and config.device != "cpu"
     device = torch.device("cuda" if use_cuda else "cpu")
     c = config.codes
@@ -407,7 +455,3 @@ def embed_speech(corpus: SpokenImageCorpus, device: torch.device) -> None:
     lengths = [1] * len(corpus.all_clips)
     what = f"speech by {path}"
     shards.cache_features(speech_embeddings_file(corpus), lengths, None, encode, 16, what)
-
-
-if __name__ == "__main__":
-    run_main(prepare_codes)

@@ -1,52 +1,35 @@
-"""TODO."""
+"""Retrieval: how well speech finds its picture among all, and a picture of the space that both are in."""
 
 from pathlib import Path
 
 import numpy as np
 
 import metric
+from metric import Score
 from tracking import plot
 
 
-def set_scores(features: list[dict], folder: Path | None = None) -> dict[str, float]:
-    """Scores of a whole set, from what `System.features` gave for each sample.
-
-    folder: where pictures of the set go, if there are to be any. The features, by key:
-    speech, image, picture, label, group: for retrieval, with image in the space of speech.
-    made: of what was generated; with image, in that space, for the same retrieval.
-    made, real, text: of sounds by CLAP. seen, seen_real, shares: of pictures by Inception.
-    """
-    f = {}
-    for key in features[0].keys() - {"number"}:
-        f[key] = np.stack([sample[key] for sample in features])
+def recall_scores(name: str, title: str, of_outputs: bool = False) -> dict[str, Score]:
+    """Recall among the first 1, 5 and 10, by keys: {"recall_1": Score("R@1 speech to picture", ...), ...}."""
     scores = {}
-    if "chance" in f:
-        scores["chance"] = float(f["chance"].mean())
-    if "image" in f:
-        scores |= retrieval(f, "speech")
-    if "image" in f and "made" in f:
-        of_generated = retrieval(f, "made")
-        for k in (1, 5, 10):
-            scores[f"recall_made_{k}"] = of_generated[f"recall_{k}"]
-    if "image" in f and folder:
-        queries = f.get("made", f["speech"])
-        draw_embedding_space(queries, f["image"], folder / "summary.png")
-    if "real" in f:
-        made = f["made"]
-        real = f["real"]
-        scores["fad"] = metric.frechet_distance(made, real)
-        scores["kad"] = metric.kernel_distance(made, real)
-        cosines = (made * f["text"]).sum(1)
-        scores["clap"] = float(cosines.mean())
-    if "seen" in f:
-        scores["fid"] = metric.frechet_distance(f["seen"], f["seen_real"])
-        if f["shares"].size:
-            scores["inception_score"] = metric.inception_score(f["shares"])
-    return {f"eval/{key}": value for key, value in scores.items()}
+    for k in (1, 5, 10):
+        note = f"the right one is among the first {k}"
+        scores[f"{name}_{k}"] = Score(f"R@{k} {title}", "%", note, of_outputs=of_outputs)
+    return scores
+
+
+SCORES = {
+    **recall_scores("recall", "speech to picture"),
+    **recall_scores("recall_back", "picture to speech"),
+    "cos_matched": Score("mean cosine similarity, matched pairs"),
+    "cos_unmatched": Score("mean cosine similarity, unmatched pairs"),
+    "modality_gap": Score("modality gap", "", "distance of the mean speech and the mean picture"),
+    "language_gap": Score("gap between languages", "%", "best to worst, relative"),
+}
 
 
 def retrieval(f: dict[str, np.ndarray], kind: str) -> dict[str, float]:
-    """Scores of the queries f[kind] (n, D) among the pictures f["image"] (n, D), by keys of metric.SCORES.
+    """Scores of the queries f[kind] (n, D) among the pictures f["image"] (n, D), by keys of SCORES.
 
     f["picture"] (n,): the picture's number; each is in the gallery once.
     f["label"] (n,): a picture is right for a query that has its label.

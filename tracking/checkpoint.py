@@ -1,4 +1,9 @@
-"""TODO."""
+"""Checkpoints: save, load, resume; and the record of a run.
+
+A checkpoint holds plain tensors and values: model (what is frozen left out), EMA, optimizers, step, config.
+It is written to a temporary file and renamed, so there is never half of one, and read with `weights_only`,
+so it can run no code.
+"""
 
 import datetime
 import json
@@ -20,7 +25,8 @@ from config import Config, UserError
 from device import hardware_name
 from optim import EMA
 
-# Checkpoints
+ROOT = Path(__file__).resolve().parents[1]
+NOT_SOURCE = ("tests", "out", "data", ".venv")  # folders of the root
 
 
 def save_checkpoint(path: Path, state: dict, keep: int) -> None:
@@ -59,7 +65,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def resume(
-    config: Config, network: nn.Module, average: EMA, optimizers: list[torch.optim.Optimizer]
+    config: Config, network: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]
 ) -> tuple[int, float]:
     """Load the newest checkpoint of config.out_dir, if any; returns its step and the seconds trained."""
     path = newest_checkpoint(config.out_dir)
@@ -68,7 +74,7 @@ def resume(
     state = load_checkpoint(path)
     load_weights(network, state["model"], str(path))
     check_unchanged(config, state["config"], str(path))
-    for name, value in average.mean.items():
+    for name, value in ema.shadow.items():
         value.copy_(state["ema"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         peaks = [group["peak_lr"] for group in optimizer.param_groups]
@@ -127,10 +133,7 @@ def load_weights(network: nn.Module, found: dict[str, torch.Tensor], where: str)
 def record_run(config: Config, dtype: str, network: nn.Module, device: torch.device, world: int) -> None:
     """Print what is about to run, and keep what repeating it takes: config.yaml, run.json and the source."""
     out = Path(config.out_dir)
-    here = Path(__file__).parent
-    make_folder(out / "source" / "corpora")
-    for source in (*here.glob("*.py"), *here.glob("corpora/*.py")):
-        shutil.copy(source, out / "source" / source.relative_to(here))
+    copy_source(out / "source")
     values = yaml.safe_dump(configs.to_dict(config), sort_keys=False)
     (out / "config.yaml").write_text(values)
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -146,6 +149,9 @@ def record_run(config: Config, dtype: str, network: nn.Module, device: torch.dev
     }
     if frozen:
         run["frozen_parameters"] = frozen
+    run["scores"] = {
+        key: score._asdict() for key, score in network.scores.items()
+    }  # how the report shows them
     for name in ("torch", "transformers", "openai-whisper", "numpy"):
         run["versions"][name] = version(name)
     (out / "run.json").write_text(json.dumps(run, indent=1))
@@ -157,6 +163,17 @@ def record_run(config: Config, dtype: str, network: nn.Module, device: torch.dev
     )
 
 
+def copy_source(folder: Path) -> None:
+    """All of the source, so that a run can be repeated: every Python file and the data that they read."""
+    for part in ["*.py", "*/*.py", "assets/*", "configs/*.yaml", "pyproject.toml", "requirements.lock"]:
+        for source in ROOT.glob(part):
+            if source.parts[len(ROOT.parts)] in NOT_SOURCE:
+                continue
+            target = folder / source.relative_to(ROOT)
+            make_folder(target.parent)
+            shutil.copy(source, target)
+
+
 def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +183,6 @@ def make_folder(folder: Path) -> None:
 
 def commit() -> str:
     """What the source is, as git calls it."""
-    here = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    found = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"

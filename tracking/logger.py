@@ -1,4 +1,4 @@
-"""TODO."""
+"""The log of a run: one JSON object a line in metrics.jsonl, and the same to W&B."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Pictures: spectrograms and attention as PNG, charts as SVG."""
 
 import io
 import math

@@ -1,4 +1,9 @@
-"""TODO."""
+"""The report: one HTML page that shows all of a run.
+
+It is made from the files in the run's folder alone: metrics.jsonl, run.json, config.yaml, and
+eval/step_*/samples.jsonl with the wavs and pngs that it names; any of them may be missing.
+`python metric.py OUT_DIR` writes OUT_DIR/report.html again.
+"""
 
 import base64
 import json
@@ -10,14 +15,12 @@ import jinja2
 import numpy as np
 
 import metric
-from config import UserError, run_main
-from metric import SCORES
+from config import UserError
+from metric import Score
 from tracking import logger, plot
 from tracking.plot import BLUE, GREY, ORANGE, Chart, Line
 
-TEMPLATE = Path(__file__).parent / "assets" / "report.html"
-
-# The report
+TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
 
 
 def write_report(out_dir: str, shown: int = 8) -> Path:
@@ -35,17 +38,19 @@ def write_report(out_dir: str, shown: int = 8) -> Path:
     config = logger.read_text(out / "config.yaml")
     system = re.search(r"^system:\s*(\S+)", config, re.MULTILINE)
     metrics = [row for row in logger.read_lines(out / "metrics.jsonl") if "step" in row]
+    scores = read_scores(run)
     origin = {"command": run.get("command"), "commit": run.get("commit")} | (run.get("versions") or {})
     content = {
         "title": f"{system[1] if system else 'nanoaudio'} · {out.resolve().name}",
         "facts": headline(metrics, run),
         "newest": metric.newest_values(metrics),
-        "charts": all_charts(metrics),
+        "charts": all_charts(metrics, scores),
         "origin": {name: value for name, value in origin.items() if value},
         "config": config,
-        **newest_evaluation(out, shown),
+        **newest_evaluation(out, shown, scores),
+        "scores": scores,
     }
-    content |= {"SCORES": SCORES, "percent": metric.format_percent, "with_unit": metric.format_score}
+    content |= {"percent": metric.format_percent, "with_unit": metric.format_score}
     content |= {"wer_notes": wer_notes, "score_notes": score_notes, "remarks": describe_scores}
     content |= {"compared": align_transcript, "data_uri": data_uri}
     template = TEMPLATE.read_text(encoding="utf-8")
@@ -54,7 +59,15 @@ def write_report(out_dir: str, shown: int = 8) -> Path:
     return out / "report.html"
 
 
-def newest_evaluation(out: Path, shown: int) -> dict:
+def read_scores(run: dict) -> dict[str, Score]:
+    """What run.json says of the scores of its system; {} where it says nothing, as those of older runs."""
+    scores = {}
+    for key, fields in (run.get("scores") or {}).items():
+        scores[key] = Score(**fields)
+    return scores
+
+
+def newest_evaluation(out: Path, shown: int, scores: dict[str, Score]) -> dict:
     """The newest evaluation of a run, as the template shows it: `shown` samples, and a table of all."""
     folders = {}
     for path in out.glob("eval/step_*/samples.jsonl"):
@@ -72,7 +85,7 @@ def newest_evaluation(out: Path, shown: int) -> dict:
         "summaries": sorted(folder.glob("summary*.png")),
         "worst_first": worst_first(entries),
         "known": known,
-        "measured": [key for key in SCORES if key in known],
+        "measured": [key for key in scores if key in known],
     }
 
 
@@ -105,15 +118,15 @@ def wer_notes(newest: dict) -> list[str]:
     return notes
 
 
-def score_notes(newest: dict, key: str) -> list[str]:
+def score_notes(newest: dict, key: str, score: Score) -> list[str]:
     """What a score is, and what it is to be compared with."""
-    notes = [
-        f"{name}: {metric.format_score(key, value)}" for name, value in metric.reference_values(newest, key)
-    ]
-    return [SCORES[key].note, *notes]
+    notes = [score.note]
+    for name, value in metric.reference_values(newest, key):
+        notes.append(f"{name}: {metric.format_score(score, value)}")
+    return notes
 
 
-def describe_scores(entry: dict) -> list[str]:
+def describe_scores(entry: dict, scores: dict[str, Score]) -> list[str]:
     """What the scores of a line of samples.jsonl say, in words."""
     said = []
     errors = entry.get("errors")
@@ -124,10 +137,10 @@ def describe_scores(entry: dict) -> list[str]:
         said.append(f"{errors} error{plural} in {entry.get('words')} words")
     missed = []
     values = []
-    for key, score in SCORES.items():
+    for key, score in scores.items():
         value = entry.get(key)
-        if value is not None and not score.match:
-            values.append(f"{score.title} {metric.format_score(key, value)}")
+        if value is not None and not score.is_match:
+            values.append(f"{score.title} {metric.format_score(score, value)}")
         elif value is not None and value < 1:
             missed.append(key.removesuffix("_match").replace("_", " by "))
     if missed:
@@ -187,7 +200,7 @@ def data_uri(folder: Path, name: str | None) -> str:
     return f"data:{media_type};base64,{content}"
 
 
-def all_charts(metrics: list[dict]) -> list[Chart]:
+def all_charts(metrics: list[dict], scores: dict[str, Score]) -> list[Chart]:
     """Losses, word error rate with its floors, loss by t, scores, throughput: those that the run logged."""
     newest = metric.newest_values(metrics)
     has_flow = "train/flow_loss" in newest or "val/flow_loss" in newest
@@ -197,7 +210,7 @@ def all_charts(metrics: list[dict]) -> list[Chart]:
         loss_chart(metrics, "Duration loss", "duration_loss"),
         word_error_chart(metrics, newest),
         loss_by_t_chart(metrics),
-        *[score_chart(metrics, newest, key) for key in SCORES],
+        *[score_chart(metrics, newest, key, score) for key, score in scores.items()],
         throughput_chart(metrics),
     ]
     return [drawn for drawn in charts if drawn]
@@ -237,9 +250,8 @@ def loss_by_t_chart(metrics: list[dict]) -> Chart | None:
     return plot.draw_chart("Validation loss by t", "0 is data, 1 is noise", lines, zero=True, x_label="t")
 
 
-def score_chart(metrics: list[dict], newest: dict, key: str) -> Chart | None:
+def score_chart(metrics: list[dict], newest: dict, key: str, score: Score) -> Chart | None:
     """A score beside the first two that it is to be compared with."""
-    score = SCORES[key]
     title = score.title.capitalize()
     if score.unit:
         title += f", {score.unit}"
@@ -282,7 +294,3 @@ def main() -> None:
     if len(sys.argv) != 2:
         raise UserError("usage: python metric.py OUT_DIR")
     print(write_report(sys.argv[1]))
-
-
-if __name__ == "__main__":
-    run_main(main)
