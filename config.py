@@ -641,6 +641,8 @@ def describe_knob(cls: type, name: str, prefix: str = "") -> str:
     default = getattr(cls, name, "")
     if isinstance(default, tuple):
         default = " ".join(default)
+    elif isinstance(default, bool):
+        default = str(default).lower()
     kind = describe_kind(fields_of(cls)[name])
     comment = comments(cls)[name]
     return textwrap.fill(

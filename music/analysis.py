@@ -1,22 +1,20 @@
-"""TODO."""
+"""Key, tempo and timbre of any sound, measured, and whether they are those of a piece's caption."""
 
 import functools
 import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import audio
-from corpora import shards
 from pretrained.asr import RATE
 
-# Music analysis: key, tempo and timbre of any sound, and whether they are those of a caption
-# of assets/music_pieces.py
-
+TEMPLATES = Path(__file__).with_name("pieces.json")  # made by `python -m music.pieces`
 ROOTS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}  # semitones above C
 TEMPI = {"slow": 72, "medium": 108, "fast": 162}  # beats a minute: none is twice another
 TIMBRES = ("flute", "violin", "trumpet", "marimba", "banjo")
@@ -78,9 +76,8 @@ def measure(wave: Tensor, sample_rate: int) -> dict[str, str]:
 
 @functools.cache
 def reference_features() -> dict[str, Tensor]:
-    """Means over pieces of known caption, from assets/music_pieces.json: chroma by mode, timbre features."""
-    path = shards.ASSETS / "music_pieces.json"
-    statistics = json.loads(path.read_text())
+    """Means over pieces of known caption, from music/pieces.json: chroma by mode, timbre features."""
+    statistics = json.loads(TEMPLATES.read_text())
     for name, values in statistics.items():
         statistics[name] = torch.tensor(values)
     return statistics

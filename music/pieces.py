@@ -58,8 +58,7 @@ def prepare_pieces(config: Config) -> None:
     folder = Path(config.data.data_dir)
     corpus = {"name": "pieces", "seconds": seconds}
     clips = list_pieces(config.data.sentences)
-    form = music_format(mel)
-    shards.pack(folder, corpus, clips, [], form, read, config.data.workers)
+    shards.pack(folder, corpus, clips, [], config.packed_format(), read, config.data.workers)
 
 
 def list_pieces(count: int) -> list[shards.Clip]:
@@ -253,7 +252,7 @@ def measure_templates() -> None:
     for name, template in templates.items():
         rounded = template.double().round(decimals=5)
         values[name] = rounded.tolist()
-    with shards.atomic_write(shards.ASSETS / "music_pieces.json") as part:
+    with shards.atomic_write(analysis.TEMPLATES) as part:
         part.write_text(json.dumps(values) + "\n")
 
 

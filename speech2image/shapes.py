@@ -23,7 +23,7 @@ from corpora import shards
 from corpora.voice import speak_espeak
 from speech2image.data import RATE
 
-ASSET = Path(__file__).parent / "assets" / "shapes.yaml"
+ASSET = Path(__file__).with_name("shapes.yaml")
 SHAPES = yaml.safe_load(ASSET.read_text(encoding="utf-8"))
 ATTRIBUTES = list(SHAPES["attributes"].values())  # colours, shapes, places
 COMBINATIONS = list(np.ndindex(*map(len, ATTRIBUTES)))  # 120 of them
