@@ -76,7 +76,7 @@ class Module:
         return found
 
     def imports(self) -> set[str]:
-        """Dotted names of what it imports, also inside functions; `from a import b` counts as a and as a.b."""
+        """Dotted names of what it imports, also in functions; `from a import b` counts as a and as a.b."""
         commands = set()  # what `python FILE.py` runs stands above all rooms
         for node in self.tree.body:
             if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
@@ -128,11 +128,45 @@ def arrows(found: list[Module]) -> list[tuple[str, str]]:
     return edges
 
 
+def known_by(system: str, found: list[Module]) -> list[str]:
+    """The modules outside its folder that name a system's modules: what is to be opened to delete it."""
+    names = []
+    for module in found:
+        imported = any(name.split(".")[0] == system for name in module.imports())
+        if module.system != system and (imported or f'"{system}.' in module.source):
+            names.append(module.name)
+    return names
+
+
 def fields_of_text_to_speech(root: Path) -> str:
     """How many knobs a user of text-to-speech meets."""
-    code = COUNT_FIELDS if "def keys(" in (root / "config.py").read_text() else "print('?')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", COUNT_FIELDS], cwd=root, capture_output=True, text=True)
     return done.stdout.strip() or "?"
+
+
+def figures(root: Path, found: list[Module]) -> dict[str, str]:
+    """The tree as a whole."""
+    system_of = {module.name: module.system for module in found}
+    between = []
+    for source, target in arrows(found):
+        if system_of[source] and system_of[target] not in ("", system_of[source]):
+            between.append(source)
+    functions = [max(module.functions().values(), default=0) for module in found]
+    wide = [len(module.wide_lines(100)) for module in found]
+    of_speech = [module.code_lines for module in found if not module.system]
+    rows = {
+        "densest module": f"{max(module.density for module in found):.1f} nodes a line",
+        "lines over 100 characters": str(sum(wide)),
+        "longest function but the loop": f"{max(functions)} lines",
+    }
+    for system in SYSTEMS:
+        rows[f"modules to open to delete {system}"] = ", ".join(known_by(system, found)) or "none"
+    return rows | {
+        "config fields of text-to-speech": fields_of_text_to_speech(root),
+        "import arrows between systems": str(len(between)),
+        "code lines of text-to-speech and the loop": f"{sum(of_speech):,}",
+        "code lines in all": f"{sum(module.code_lines for module in found):,}",
+    }
 
 
 def main() -> None:
@@ -143,28 +177,9 @@ def main() -> None:
         wide = len(module.wide_lines(100))
         longest = max(module.functions().values(), default=0)
         print(f"| {module.name} | {module.code_lines} | {module.density:.1f} | {wide} | {longest} |")
-    edges = arrows(found)
-    system_of = {module.name: module.system for module in found}
-    between = [
-        edge for edge in edges if system_of[edge[0]] and system_of[edge[1]] not in ("", system_of[edge[0]])
-    ]
-    print("\n| | |\n|---|---|")
-    print(f"| densest module | {max(module.density for module in found):.1f} nodes a line |")
-    print(f"| lines over 100 characters | {sum(len(module.wide_lines(100)) for module in found)} |")
-    print(
-        f"| longest function but the loop | {max(max(m.functions().values(), default=0) for m in found)} lines |"
-    )
-    for system in SYSTEMS:
-        known_by = sorted(
-            {source for source, target in edges if system_of[target] == system != system_of[source]}
-        )
-        print(f"| modules to open to delete {system} | {len(known_by)}: {', '.join(known_by)} |")
-    print(f"| config fields of text-to-speech | {fields_of_text_to_speech(root)} |")
-    print(f"| import arrows between systems | {len(between)} |")
-    print(
-        f"| code lines of text-to-speech and the loop | {sum(m.code_lines for m in found if not m.system)} |"
-    )
-    print(f"| code lines in all | {sum(m.code_lines for m in found)} |")
+    print("\n| the tree | |\n|---|---|")
+    for name, value in figures(root, found).items():
+        print(f"| {name} | {value} |")
 
 
 if __name__ == "__main__":
