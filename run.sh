@@ -6,7 +6,7 @@
 #   ./run.sh --gpus N                  on N GPUs, a rank on each, or not at all; 0 = the CPU
 #   ./run.sh --device mps              on the GPU of a Mac
 #   ./run.sh --config configs/x.yaml   another recipe
-#   ./run.sh --batch_size 32 ...       --key value for any knob of config.py
+#   ./run.sh --batch_size 32 ...       --key value for any knob: train.py --help lists them
 #   ./run.sh --wandb-url URL           log to a W&B server of your own
 #   ./run.sh --nodes N --node_rank R --master HOST[:PORT]     the same on each of N machines, R from 0; HOST is machine 0
 #   ./run.sh --print ...               print the commands instead of running them

@@ -8,12 +8,10 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINK = re.compile(r"\[`([\w.]+)`\]\(([\w/]+\.py)\)")
-
-    question: LINK.findall(way) for question, way in re.findall(r"^- \*(.+?)\* (.+)$", README, re.MULTILINE)
-}
 WALK = re.compile(r"^- \*(.+?)\* (.+)$", re.MULTILINE)
 WALKS = {question: LINK.findall(way) for question, way in WALK.findall(README)}
-COMMANDS = re.findall(r"^python (?:-m ([\w.]+)|([\w/.]+\.py)) (.*?)(?: +#.*)?$", README, re.MULTILINE)
+COMMAND = re.compile(r"^python (?:-m ([\w.]+)|([\w/.]+\.py)) (.*?)(?: +#.*)?$", re.MULTILINE)
+COMMANDS = COMMAND.findall(README)
 
 
 def definitions(path: str) -> set[str]:
