@@ -7,28 +7,15 @@ import functools
 import random
 import re
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import yaml
 
-from config import UserError
+from config import Config, UserError
 from corpora import voice
-from corpora.shards import Clip
+from corpora.shards import ASSETS, SPLITS, Clip
 
-
-def demo_clips(grammar: str, sentences: int) -> list[Clip]:
-    """The demo's clips. Recordings of the first 64 and of all held-out ones are kept, to listen to."""
-    clips = []
-    for n, sentence in enumerate(demo_sentences(grammar, sentences)):
-        is_kept = n < 64 or sentence.split != "train"
-        wav = f"wavs/{sentence.id}.wav" if is_kept else None
-        clips.append(Clip(*sentence, wav))
-    return clips
-
-
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
 HELD_OUT = 64  # sentences to validate on, and as many to test on
 
 
@@ -36,6 +23,28 @@ class Sentence(NamedTuple):
     id: str
     text: str
     split: str  # train | val | test
+
+
+def read_demo(config: Config) -> tuple[dict, list[Clip], list[str]]:
+    """A description of the demo, its clips, and [], as corpora/prepare.py wants them.
+
+    Recordings of the first 64 and of all held-out ones are kept, to listen to.
+    """
+    settings = config.data
+    speaker = voice.find_voice(settings.voice)  # maybe not the one asked for: the description says which
+    corpus = {
+        "name": "demo",
+        "grammar": settings.grammar,
+        "sentences": settings.sentences,
+        "voice": speaker.name,
+        "weights": speaker.sha256[:12],
+    }
+    clips = []
+    for n, sentence in enumerate(demo_sentences(settings.grammar, settings.sentences)):
+        is_kept = n < 64 or sentence.split != "train"
+        wav = f"wavs/{sentence.id}.wav" if is_kept else None
+        clips.append(Clip(*sentence, wav))
+    return corpus, clips, []
 
 
 def speak(text: str, sample_rate: int, name: str) -> torch.Tensor:
@@ -74,17 +83,15 @@ def demo_sentences(grammar: str, count: int) -> list[Sentence]:
 def ljspeech_sentences(count: int) -> list[Sentence]:
     """The first `count` of LJSpeech's to train on, then all to validate on, and all to test on."""
     lines = (ASSETS / "ljspeech_sentences.txt").read_text(encoding="utf-8").splitlines()
-    train = []
-    val = []
-    test = []
-    splits = {"train": train, "val": val, "test": test}
+    splits = {split: [] for split in SPLITS}
     for line in lines:
         if not line.startswith("#"):
             split, name, text = line.split("|")
             splits[split].append(Sentence(name, text, split))
+    train = splits["train"]
     if count > len(train):
         raise UserError(f"data.sentences {count}: of LJSpeech's there are {len(train)} here")
-    return train[:count] + val + test
+    return train[:count] + splits["val"] + splits["test"]
 
 
 def distinct_sentences(grammar: str, count: int, held_out: bool) -> list[str]:
