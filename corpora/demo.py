@@ -7,7 +7,6 @@ import functools
 import random
 import re
 import zlib
-from typing import NamedTuple
 
 import torch
 import yaml
@@ -17,12 +16,6 @@ from corpora import voice
 from corpora.shards import ASSETS, SPLITS, Clip
 
 HELD_OUT = 64  # sentences to validate on, and as many to test on
-
-
-class Sentence(NamedTuple):
-    id: str
-    text: str
-    split: str  # train | val | test
 
 
 def read_demo(config: Config) -> tuple[dict, list[Clip], list[str]]:
@@ -40,10 +33,9 @@ def read_demo(config: Config) -> tuple[dict, list[Clip], list[str]]:
         "weights": speaker.sha256[:12],
     }
     clips = []
-    for n, sentence in enumerate(demo_sentences(settings.grammar, settings.sentences)):
-        is_kept = n < 64 or sentence.split != "train"
-        wav = f"wavs/{sentence.id}.wav" if is_kept else None
-        clips.append(Clip(*sentence, wav))
+    for n, clip in enumerate(demo_sentences(settings.grammar, settings.sentences)):
+        is_kept = n < 64 or clip.split != "train"
+        clips.append(clip._replace(wav=f"wavs/{clip.id}.wav") if is_kept else clip)
     return corpus, clips, []
 
 
@@ -61,7 +53,7 @@ def speak(text: str, sample_rate: int, name: str) -> torch.Tensor:
     return wave[start : last + margin + 1]
 
 
-def demo_sentences(grammar: str, count: int) -> list[Sentence]:
+def demo_sentences(grammar: str, count: int) -> list[Clip]:
     """`count` sentences to train on, then 64 to validate and 64 to test on; more begin with the same ones.
 
     grammar: matrix | ljspeech. raises UserError where there are not so many.
@@ -70,24 +62,19 @@ def demo_sentences(grammar: str, count: int) -> list[Sentence]:
         return ljspeech_sentences(count)
     texts = distinct_sentences(grammar, count, held_out=False)
     texts += distinct_sentences(grammar, 2 * HELD_OUT, held_out=True)
-    splits = ["train"] * count
-    splits += ["val"] * HELD_OUT
-    splits += ["test"] * HELD_OUT
-    sentences = []
-    for n, (text, split) in enumerate(zip(texts, splits, strict=True)):
-        name = f"{grammar}-{n:05d}"
-        sentences.append(Sentence(name, text, split))
-    return sentences
+    splits = ["train"] * count + ["val"] * HELD_OUT + ["test"] * HELD_OUT
+    numbered = enumerate(zip(texts, splits, strict=True))
+    return [Clip(f"{grammar}-{n:05d}", text, split) for n, (text, split) in numbered]
 
 
-def ljspeech_sentences(count: int) -> list[Sentence]:
+def ljspeech_sentences(count: int) -> list[Clip]:
     """The first `count` of LJSpeech's to train on, then all to validate on, and all to test on."""
     lines = (ASSETS / "ljspeech_sentences.txt").read_text(encoding="utf-8").splitlines()
     splits = {split: [] for split in SPLITS}
     for line in lines:
         if not line.startswith("#"):
             split, name, text = line.split("|")
-            splits[split].append(Sentence(name, text, split))
+            splits[split].append(Clip(name, text, split))
     train = splits["train"]
     if count > len(train):
         raise UserError(f"data.sentences {count}: of LJSpeech's there are {len(train)} here")

@@ -150,9 +150,7 @@ class BigVGAN(nn.Module):
         x = self.activation_post(x)
         x = self.conv_post(x)  # (..., 1, T * hop)
         x = x.squeeze(-2)
-        if self.tanh:
-            return x.tanh()
-        return x.clamp(-1, 1)
+        return x.tanh() if self.tanh else x.clamp(-1, 1)
 
 
 class AMPBlock1(nn.Module):
@@ -160,15 +158,9 @@ class AMPBlock1(nn.Module):
 
     def __init__(self, width: int, kernel: int, dilations: list[int], beta: bool):
         super().__init__()
-        self.convs1 = nn.ModuleList()
-        self.convs2 = nn.ModuleList()
-        self.activations = nn.ModuleList()
-        for dilation in dilations:
-            self.convs1.append(same_conv1d(width, width, kernel, dilation))
-        for _ in dilations:
-            self.convs2.append(same_conv1d(width, width, kernel))
-        for _ in range(2 * len(dilations)):
-            self.activations.append(Activation(width, beta))
+        self.convs1 = nn.ModuleList(same_conv1d(width, width, kernel, d) for d in dilations)
+        self.convs2 = nn.ModuleList(same_conv1d(width, width, kernel) for _ in dilations)
+        self.activations = nn.ModuleList(Activation(width, beta) for _ in range(2 * len(dilations)))
 
     def forward(self, x: Tensor) -> Tensor:
         first_acts = self.activations[::2]
@@ -186,16 +178,13 @@ class AMPBlock2(nn.Module):
 
     def __init__(self, width: int, kernel: int, dilations: list[int], beta: bool):
         super().__init__()
-        self.convs = nn.ModuleList()
-        self.activations = nn.ModuleList()
-        for dilation in dilations:
-            self.convs.append(same_conv1d(width, width, kernel, dilation))
-            self.activations.append(Activation(width, beta))
+        self.convs = nn.ModuleList(same_conv1d(width, width, kernel, d) for d in dilations)
+        self.activations = nn.ModuleList(Activation(width, beta) for _ in dilations)
 
     def forward(self, x: Tensor) -> Tensor:
-        for convolution, activation in zip(self.convs, self.activations):
-            h = activation(x)
-            x = x + convolution(h)
+        for conv, act in zip(self.convs, self.activations):
+            h = act(x)
+            x = x + conv(h)
         return x
 
 
@@ -220,15 +209,11 @@ class Snake(nn.Module):
     def __init__(self, width: int, beta: bool):
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(width))
-        self.beta = None
-        if beta:
-            self.beta = nn.Parameter(torch.zeros(width))
+        self.beta = nn.Parameter(torch.zeros(width)) if beta else None
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.alpha.exp()[:, None]  # (C, 1)
-        b = a
-        if self.beta is not None:
-            b = self.beta.exp()[:, None]
+        b = a if self.beta is None else self.beta.exp()[:, None]
         sine = torch.sin(a * x)
         return x + sine.square() / (b + 1e-9)
 
@@ -243,8 +228,7 @@ class LowPassFilter(nn.Module):
         beta = 0.1102 * (attenuation - 8.7)
         window = torch.kaiser_window(12, periodic=False, beta=beta)
         time = (torch.arange(12) - 5.5) / 2
-        taps = torch.sinc(time)
-        taps = window * taps
+        taps = window * torch.sinc(time)
         taps = taps / taps.sum()
         self.register_buffer("filter", taps[None, None])
 

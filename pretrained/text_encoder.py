@@ -33,8 +33,8 @@ def load_text_encoder(name: str) -> tuple[nn.Module, Callable, int]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=offline)
     except Exception as e:  # each library has its own exceptions for a missing or damaged file
         raise UserError(f"text encoder {name}: cannot be loaded ({frozen.one_line(e)}); {hint}") from e
-    if report["missing_keys"]:
-        missing = min(report["missing_keys"])
+    missing = frozen.first_missing(report)
+    if missing:
         raise UserError(f"text encoder {name}: its weights lack {missing}; {hint}")
     ids = tokenize(tokenizer, ["the"])[0]
     if tokenizer.unk_token_id in ids:  # without files, AutoTokenizer makes up an empty vocabulary

@@ -71,19 +71,19 @@ class NotDownloaded(UserError):
     """A published model that is neither kept here nor to be had."""
 
 
-def load(name: str, device: torch.device, knob: str) -> Whisper:
+def load(name: str, device: torch.device, option: str) -> Whisper:
     """A Whisper by name ("base.en") or .pt file, and no other in its place.
 
-    knob: what errors call the name.
+    option: what errors call the name.
     raises NotDownloaded, and UserError for an unknown name, a missing file, or one that is no checkpoint.
     """
     is_file = name.endswith(".pt")
     if is_file and not Path(name).exists():
-        raise UserError(f"{knob} {name}: no such file")
+        raise UserError(f"{option} {name}: no such file")
     if not is_file and name not in whisper.available_models():
-        others = ", pocketsphinx," if knob == "eval.recogniser" else ""
+        others = ", pocketsphinx," if option == "eval.recogniser" else ""
         known = ", ".join(whisper.available_models())
-        raise UserError(f"{knob} {name!r} is neither a .pt file{others} nor one of {known}")
+        raise UserError(f"{option} {name!r} is neither a .pt file{others} nor one of {known}")
     if name == "tiny.en" and find_package():
         return load_package(device)
     try:
@@ -97,10 +97,10 @@ def load(name: str, device: torch.device, knob: str) -> Whisper:
         raise NotDownloaded(f"Whisper {name} cannot be downloaded ({reason})") from e
 
 
-def load_any(name: str, device: torch.device, knob: str) -> tuple[Whisper | None, str, str]:
+def load_any(name: str, device: torch.device, option: str) -> tuple[Whisper | None, str, str]:
     """The Whisper `name`, else tiny.en from the package, else None; its name; why it is another, or ""."""
     try:
-        return load(name, device, knob), name, ""
+        return load(name, device, option), name, ""
     except NotDownloaded as e:
         if find_package():
             return load_package(device), "tiny.en", f"{e}; tiny.en from {PACKAGE} listens instead"
