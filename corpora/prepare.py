@@ -20,8 +20,8 @@ from config import Config, Mel, UserError, load
 from corpora import demo, shards, speech
 from corpora.shards import Clip
 
-Reader = Callable[[Config], tuple[dict, list[Clip], list[str]]]
-FolderReader = Callable[[Path], tuple[list[Clip], list[str]]]
+Reader = Callable[[Config], tuple[dict, list[Clip], list[str]]]  # -> description, clips, what is left out
+FolderReader = Callable[[Path], tuple[list[Clip], list[str]]]  # as of a corpus that nothing else describes
 Cut = Callable[[Config, list[Clip], Path], list[Clip]]  # config, clips, folder to pack into -> shorter clips
 
 SHORTEST_SEC = 0.1  # shorter recordings are not packed
@@ -59,7 +59,7 @@ def prepare_recordings(
     root = Path(config.data.data_dir)
     out = shards.packed_dir(config, format)
     is_packed = out == root or (out.exists() and not root.exists())  # the recordings may be gone by now
-    if config.data.corpus != "demo" and is_packed:
+    if is_packed and config.data.corpus != "demo":  # of the demo, packing tells whether it is the same one
         return
     corpus, clips, skipped = readers[config.data.corpus](config)
     if cut:
@@ -135,7 +135,7 @@ def main(corpora: dict[str, tuple[type[Config], dict[str, Reader]]]) -> None:
     add("--root", "--json", default="", help=root_help)
     add("--download", action="store_true", help="fetch it into --root if that is missing")
     add("--shard", default="0/1", help="i/n: make every n-th shard only; n machines share --out")
-    resample_help = "recordings at another sample rate, instead of skipping them"
+    resample_help = "convert recordings at another sample rate, instead of skipping them"
     add("--resample", action="store_true", help=resample_help)
     add("--strict", action="store_true", help="refuse what would be skipped")
     options, rest = parser.parse_known_args()

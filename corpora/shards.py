@@ -72,10 +72,12 @@ def pack(
 ) -> None:
     """Write the missing shards of a share, and the index once no shard of any share is missing.
 
-    corpus: its description. skipped: lines about what could not become a clip. format: of the frames; a
-    reader must ask for the same. read: a clip's frames (T, M); None: it is too long, which is counted;
-    UserError: it is skipped, by name. strict: no index where anything was skipped. share: (i, n), every n-th
-    shard from the i-th.
+    corpus: its description.
+    skipped: lines about what could not become a clip.
+    format: of the frames; who opens the folder must ask for the same.
+    read: a clip's frames (T, M); None: it is too long, which is counted; UserError: it is skipped, by name.
+    strict: no index where anything was skipped.
+    share: (i, n), every n-th shard from the i-th.
     """
     # what the clips are, not where their recordings lie
     contents = [[clip.id, clip.text, clip.split, clip.start, clip.stop] for clip in clips]
@@ -257,8 +259,9 @@ def cache_features(
     """Write the features that `encode` computes of items 0, 1, ... to `path`, unless that is done.
 
     What was interrupted is continued. Features are kept as float16.
-    path: .npy, named by everything its content depends on. lengths: rows of each item. width: of a row; None:
-    as `encode` makes them.
+    path: .npy, named by everything its content depends on.
+    lengths: rows of each item.
+    width: of a row; None: as `encode` makes them.
     encode: the numbers of `batch_size` items of similar length -> their rows (length, width).
     what: for the progress bar and errors.
     """

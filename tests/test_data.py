@@ -216,11 +216,8 @@ def test_shares_of_several_machines_make_what_one_makes(raw, tmp_path, small_sha
     pack_recordings(raw, tmp_path / "one", workers=2)
     pack_recordings(raw, tmp_path / "two", workers=1, share=(0, 2))
     assert not (tmp_path / "two/index.json").exists() and "still to be made" in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / "two").glob("rows*")} == {
-        "rows_00000.npy",
-        "rows_00002.npy",
-        "rows_00004.npy",
-    }
+    made = {p.name for p in (tmp_path / "two").glob("rows*")}
+    assert made == {f"rows_0000{n}.npy" for n in (0, 2, 4)}
     pack_recordings(raw, tmp_path / "two", workers=1, share=(1, 2))
     assert index_of(tmp_path / "one") == index_of(tmp_path / "two")
 
@@ -297,19 +294,14 @@ def test_the_archive_is_fetched_and_unpacked_as_the_root(raw, tmp_path, monkeypa
 def write_librispeech(root: Path, speakers: int, utterances: int = 3, rate: int = 16000) -> None:
     """Noise of 0.4 to 0.8 s in LibriSpeech's layout: `speakers` of one chapter each."""
     for speaker in range(100, 100 + speakers):
-        folder, rng = (
-            root / "LibriSpeech/train-clean-100" / str(speaker) / "7",
-            np.random.default_rng(speaker),
-        )
+        folder = root / "LibriSpeech/train-clean-100" / str(speaker) / "7"
         folder.mkdir(parents=True)
+        rng = np.random.default_rng(speaker)
         lines = [f"{speaker}-7-{n:04d} I SAID IT'S NUMBER {speaker} I'M {n}\n" for n in range(utterances)]
         (folder / f"{speaker}-7.trans.txt").write_text("".join(lines))
         for n in range(utterances):
-            soundfile.write(
-                folder / f"{speaker}-7-{n:04d}.flac",
-                0.1 * rng.standard_normal(int(rate * rng.uniform(0.4, 0.8))),
-                rate,
-            )
+            wave = 0.1 * rng.standard_normal(int(rate * rng.uniform(0.4, 0.8)))
+            soundfile.write(folder / f"{speaker}-7-{n:04d}.flac", wave, rate)
 
 
 def test_librispeech_is_read_from_any_folder_above_it_as_sentences(tmp_path):
@@ -381,19 +373,14 @@ def speech_like_lengths() -> np.ndarray:
 @pytest.mark.parametrize("count, batch", [(13_100, 64), (64, 64), (64, 16), (10, 16), (1, 3)])
 def test_an_epoch_shows_every_clip_once_and_fills_up_its_last_batch(count, batch):
     lengths, steps = speech_like_lengths()[:count], -(-count // batch)
-    for epoch in (0, 1):
-        shown = np.concatenate(
-            [
-                data.length_bucketed_batch(lengths, epoch * steps + step, batch, seed=1)
-                for step in range(steps)
-            ]
-        )
+    epochs = []
+    for first in (0, steps):
+        batches = [data.length_bucketed_batch(lengths, first + n, batch, seed=1) for n in range(steps)]
+        shown = np.concatenate(batches)
         times = np.bincount(shown, minlength=count)
         assert len(shown) == steps * batch and times.min() >= 1 and times.max() - times.min() <= 1
-    assert count < 2 or not np.array_equal(
-        shown,
-        np.concatenate([data.length_bucketed_batch(lengths, step, batch, seed=1) for step in range(steps)]),
-    )
+        epochs.append(shown)
+    assert count < 2 or not np.array_equal(*epochs)
 
 
 def test_the_schedule_is_a_function_of_its_arguments_and_sorted():
@@ -508,18 +495,16 @@ def test_rows_of_the_wrong_shape_or_beyond_float16_are_refused(items, tmp_path):
         shards.cache_features(tmp_path / "x.npy", [1], None, lambda _: [np.full((1, 2), 1e6)], 4, "items")
     with pytest.raises(UserError, match=r"item 0 is \(2, 2\) instead of"):
         shards.cache_features(tmp_path / "y.npy", [1], None, lambda _: [np.zeros((2, 2))], 4, "items")
+    nowhere = tmp_path / "nowhere" / "x.npy"
     with pytest.raises(UserError, match="cannot be written"):
-        shards.cache_features(
-            tmp_path / "nowhere" / "x.npy", [1], None, lambda _: [np.zeros((1, 2))], 4, "items"
-        )
+        shards.cache_features(nowhere, [1], None, lambda _: [np.zeros((1, 2))], 4, "items")
 
 
 def test_times_of_validation_are_spread_evenly_wherever_one_begins():
     for first in (0, 5, 1000):
-        assert (
-            np.histogram([data.low_discrepancy_time(n) for n in range(first, first + 20)], 5, (0, 1))[0].min()
-            >= 3
-        )
+        times = [data.low_discrepancy_time(n) for n in range(first, first + 20)]
+        counts, _ = np.histogram(times, 5, (0, 1))
+        assert counts.min() >= 3
     assert 0 < data.low_discrepancy_time(0) < 1
 
 

