@@ -1,8 +1,8 @@
-"""Batches: a packed corpus in length-bucketed batches, in which everything random is drawn.
+"""A packed corpus in length-bucketed batches, in which everything random is drawn.
 
 Everything random in a batch depends on (seed, step, row of the global batch) and on nothing else, and batch
 order is a function of the step. So resume is bitwise, and two ranks are one process with the double batch.
-`python data.py CORPUS --out FOLDER` packs a corpus, as corpora/prepare.py does it.
+`python data.py CORPUS --out FOLDER` packs a corpus: corpora/prepare.py.
 """
 
 import collections
@@ -24,6 +24,8 @@ from corpora.shards import PREPARE_HINT, SPLITS, Clip
 from pretrained import text_encoder
 
 ORDER, TRAIN, VALIDATION = range(3)  # which random stream of the batches: part of its seed
+
+Batch = dict[str, Tensor]
 
 
 class ShardedCorpus:
@@ -65,73 +67,17 @@ class ShardedCorpus:
         """The clips of train | val | test in the corpus's order; data.overfit: the first of all clips."""
         return self.splits[split]
 
-    def rows(self, clip: Clip) -> torch.Tensor:
+    def frames(self, clip: Clip) -> Tensor:
         """(T, M) float32."""
-        frames = self.shards[clip.shard]
-        frames = frames[clip.offset : clip.offset + clip.frames]
+        frames = self.shards[clip.shard][clip.offset : clip.offset + clip.frames]
         return torch.from_numpy(frames.astype(np.float32))
 
-    def wave(self, clip: Clip) -> torch.Tensor:
+    def wave(self, clip: Clip) -> Tensor:
         """(N,) float32 at `rate` Hz, where the frames are samples."""
-        return self.rows(clip).flatten() / 32767
+        return self.frames(clip).flatten() / 32767
 
-    def recording(self, clip: Clip) -> tuple[torch.Tensor, int]:
+    def recording(self, clip: Clip) -> tuple[Tensor, int]:
         return self.wave(clip), self.rate
-
-
-def length_bucketed_batch(lengths: np.ndarray, step: int, batch_size: int, seed: int) -> np.ndarray:
-    """The clips of the global batch of a step: indices (batch_size,), shortest first; a pure function.
-
-    An epoch shows every clip once: sorted by length, with 2 % of jitter, so that neighbours need little
-    padding and still differ from epoch to epoch, cut into batches, and these shuffled. The last batch is
-    filled up with clips that are shown again.
-    """
-    count = len(lengths)
-    steps = math.ceil(count / batch_size)  # per epoch
-    epoch, position = divmod(step, steps)
-    rng = np.random.default_rng((seed, ORDER, epoch))
-    clips = rng.permutation(count)
-    clips = np.resize(clips, steps * batch_size)
-    jitter = rng.uniform(0.98, 1.02, len(clips))
-    order = np.argsort(lengths[clips] * jitter)
-    batches = clips[order].reshape(steps, batch_size)
-    batch_order = rng.permutation(steps)
-    chosen = batches[batch_order[position]]
-    by_length = np.argsort(lengths[chosen], kind="stable")
-    return chosen[by_length]
-
-
-def prefetch(make: Callable, steps: Iterable[int], workers: int) -> Iterator:
-    """make(step) for each of `steps`, in order, computed ahead by `workers` threads; 0: only on demand."""
-    futures = collections.deque()
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for step in steps:
-            futures.append(pool.submit(make, step))
-            if len(futures) > workers:
-                yield futures.popleft().result()
-        for future in futures:
-            yield future.result()
-
-
-def low_discrepancy_time(number: int) -> float:
-    """A time in (0, 1) for each validation clip: always the same, and any few of them spread evenly."""
-    time = number * (math.sqrt(5) - 1) / 2 % 1
-    return min(max(time, 0.001), 0.999)
-
-
-def pad(rows: list[torch.Tensor], multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tensors (N, ...) -> (B, N', ...) filled up with 0, N' a multiple; and the mask (B, N')."""
-    count = len(rows)
-    longest = max(len(row) for row in rows)
-    size = math.ceil(longest / multiple) * multiple
-    width = rows[0].shape[1:]
-    padded = rows[0].new_zeros(count, size, *width)  # (B, N', ...)
-    mask = torch.zeros(count, size, dtype=torch.bool)  # (B, N')
-    for n, row in enumerate(rows):
-        length = len(row)
-        padded[n, :length] = row
-        mask[n, :length] = True
-    return padded, mask
 
 
 class Corpus(ShardedCorpus):
@@ -144,19 +90,16 @@ class Corpus(ShardedCorpus):
         super().__init__(config, config.packed_format(), longest)
         self.statistics = (self.mean, self.std)
 
-    def log_mel(self, clip: shards.Clip) -> Tensor:
+    def log_mel(self, clip: Clip) -> Tensor:
         """(T, M), natural log, float32."""
-        return self.rows(clip)
+        return self.frames(clip)
 
-    def recording(self, clip: shards.Clip) -> tuple[Tensor, int] | None:
+    def recording(self, clip: Clip) -> tuple[Tensor, int] | None:
         """The original recording, (N,), and its rate in Hz; None where it was not kept."""
         if not clip.wav or not Path(clip.wav).exists():
             return None
         wave = audio.load_wav(clip.wav, self.rate)
         return wave, self.rate
-
-
-Batch = dict[str, Tensor]
 
 
 class Batches:
@@ -187,8 +130,9 @@ class Batches:
         global_size = size * self.world * self.config.train.grad_accum
         order = length_bucketed_batch(self.lengths, step, global_size, seed)
         share = micro * self.world + self.rank
+        first = share * size
         rows = []
-        for n in range(share * size, share * size + size):
+        for n in range(first, first + size):
             clip = clips[order[n]]
             rng = np.random.default_rng((seed, TRAIN, step, n))
             row = self.row(clip, rng)
@@ -210,11 +154,7 @@ class Batches:
             row = self.row(clips[n], rng, t)
             rows.append(row)
         size = self.config.train.batch_size
-        batches = []
-        for start in range(0, len(rows), size):
-            batch = self.collate(rows[start : start + size])
-            batches.append(batch)
-        return batches
+        return [self.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def draw_time(self, rng: np.random.Generator) -> float:
         """A training time t."""
@@ -244,7 +184,7 @@ class SpeechBatches(Batches):
         # the first call sets the tokenizer's options: not thread-safe
         text_encoder.tokenize(tokenizer, [""])
 
-    def row(self, clip: shards.Clip, rng: np.random.Generator, t: float | None = None) -> dict:
+    def row(self, clip: Clip, rng: np.random.Generator, t: float | None = None) -> dict:
         """A clip and all that is drawn for it.
 
         t: for validation, where the text is kept and no silence appended; None = drawn.
@@ -303,24 +243,75 @@ class SpeechBatches(Batches):
 def open_text_features(config: Config, corpus: Corpus) -> Callable[[str], Tensor]:
     """The frozen text encoder's cached features: a function from a text of the corpus, or "", to (S, E)."""
     path, texts = text_features_file(config, corpus)
-    read = shards.open_features(path, shards.PREPARE_HINT)
+    read = shards.open_features(path, PREPARE_HINT)
     numbers = {text: number for number, text in enumerate(texts)}
-
-    def features(text: str) -> Tensor:
-        return read(numbers[text])
-
-    return features
+    return lambda text: read(numbers[text])
 
 
 def text_features_file(config: Config, corpus: Corpus) -> tuple[Path, list[str]]:
     """The cache, named by a digest of what is in it, and the texts in it."""
     texts = {""}
-    for split in shards.SPLITS:
+    for split in SPLITS:
         texts |= {clip.text for clip in corpus.clips(split)}
     texts = sorted(texts)
     digest = shards.digest([config.model.text_encoder, texts])
     name = f"features_{digest[:8]}.npy"
     return corpus.folder / name, texts
+
+
+def length_bucketed_batch(lengths: np.ndarray, step: int, batch_size: int, seed: int) -> np.ndarray:
+    """The clips of the global batch of a step: indices (batch_size,), shortest first; a pure function.
+
+    An epoch shows every clip once: sorted by length, with 2 % of jitter, so that neighbours need little
+    padding and still differ from epoch to epoch, cut into batches, and these shuffled. The last batch is
+    filled up with clips that are shown again.
+    """
+    count = len(lengths)
+    steps = math.ceil(count / batch_size)  # per epoch
+    epoch, position = divmod(step, steps)
+    rng = np.random.default_rng((seed, ORDER, epoch))
+    clips = rng.permutation(count)
+    clips = np.resize(clips, steps * batch_size)
+    jitter = rng.uniform(0.98, 1.02, len(clips))
+    order = np.argsort(lengths[clips] * jitter)
+    batches = clips[order].reshape(steps, batch_size)
+    batch_order = rng.permutation(steps)
+    chosen = batches[batch_order[position]]
+    by_length = np.argsort(lengths[chosen], kind="stable")
+    return chosen[by_length]
+
+
+def low_discrepancy_time(number: int) -> float:
+    """A time in (0, 1) for each validation clip: always the same, and any few of them spread evenly."""
+    time = number * (math.sqrt(5) - 1) / 2 % 1
+    return min(max(time, 0.001), 0.999)
+
+
+def pad(rows: list[Tensor], multiple: int) -> tuple[Tensor, Tensor]:
+    """Tensors (N, ...) -> (B, N', ...) filled up with 0, N' a multiple; and the mask (B, N')."""
+    count = len(rows)
+    longest = max(len(row) for row in rows)
+    size = math.ceil(longest / multiple) * multiple
+    width = rows[0].shape[1:]
+    padded = rows[0].new_zeros(count, size, *width)  # (B, N', ...)
+    mask = torch.zeros(count, size, dtype=torch.bool)  # (B, N')
+    for n, row in enumerate(rows):
+        length = len(row)
+        padded[n, :length] = row
+        mask[n, :length] = True
+    return padded, mask
+
+
+def prefetch(make: Callable, steps: Iterable[int], workers: int) -> Iterator:
+    """make(step) for each of `steps`, in order, computed ahead by `workers` threads; 0: only on demand."""
+    futures = collections.deque()
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for step in steps:
+            futures.append(pool.submit(make, step))
+            if len(futures) > workers:
+                yield futures.popleft().result()
+        for future in futures:
+            yield future.result()
 
 
 if __name__ == "__main__":

@@ -50,6 +50,16 @@ def pick_device(wanted: str) -> torch.device:
     raise UserError(f"device {wanted}: {reason}; to use the CPU: --device cpu, or ./run.sh --gpus 0")
 
 
+def preparing_device(config_device: str) -> torch.device:
+    """Where frozen networks compute what training will read: on a GPU that torch sees, else on the CPU.
+
+    config_device: auto | cpu | cuda | mps; Metal is not used here. A GPU that cannot be used is no error:
+    `pick_device` has refused it by then.
+    """
+    on_gpu = config_device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
 def pick_dtype(device: torch.device) -> str:
     """bf16 on a GPU that has it, and on a CPU whose instructions make it a quarter faster; else fp32."""
     if device.type == "cuda":

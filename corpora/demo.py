@@ -7,35 +7,36 @@ import functools
 import random
 import re
 import zlib
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import yaml
 
-from config import UserError
+from config import Config, UserError
 from corpora import voice
-from corpora.shards import Clip
+from corpora.shards import ASSETS, SPLITS, Clip
 
-
-def demo_clips(grammar: str, sentences: int) -> list[Clip]:
-    """The demo's clips. Recordings of the first 64 and of all held-out ones are kept, to listen to."""
-    clips = []
-    for n, sentence in enumerate(demo_sentences(grammar, sentences)):
-        is_kept = n < 64 or sentence.split != "train"
-        wav = f"wavs/{sentence.id}.wav" if is_kept else None
-        clips.append(Clip(*sentence, wav))
-    return clips
-
-
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
 HELD_OUT = 64  # sentences to validate on, and as many to test on
 
 
-class Sentence(NamedTuple):
-    id: str
-    text: str
-    split: str  # train | val | test
+def read_demo(config: Config) -> tuple[dict, list[Clip], list[str]]:
+    """A description of the demo, its clips, and [], as corpora/prepare.py wants them.
+
+    Recordings of the first 64 and of all held-out ones are kept, to listen to.
+    """
+    settings = config.data
+    speaker = voice.find_voice(settings.voice)  # maybe not the one asked for: the description says which
+    corpus = {
+        "name": "demo",
+        "grammar": settings.grammar,
+        "sentences": settings.sentences,
+        "voice": speaker.name,
+        "weights": speaker.sha256[:12],
+    }
+    clips = []
+    for n, clip in enumerate(demo_sentences(settings.grammar, settings.sentences)):
+        is_kept = n < 64 or clip.split != "train"
+        clips.append(clip._replace(wav=f"wavs/{clip.id}.wav") if is_kept else clip)
+    return corpus, clips, []
 
 
 def speak(text: str, sample_rate: int, name: str) -> torch.Tensor:
@@ -52,7 +53,7 @@ def speak(text: str, sample_rate: int, name: str) -> torch.Tensor:
     return wave[start : last + margin + 1]
 
 
-def demo_sentences(grammar: str, count: int) -> list[Sentence]:
+def demo_sentences(grammar: str, count: int) -> list[Clip]:
     """`count` sentences to train on, then 64 to validate and 64 to test on; more begin with the same ones.
 
     grammar: matrix | ljspeech. raises UserError where there are not so many.
@@ -61,30 +62,23 @@ def demo_sentences(grammar: str, count: int) -> list[Sentence]:
         return ljspeech_sentences(count)
     texts = distinct_sentences(grammar, count, held_out=False)
     texts += distinct_sentences(grammar, 2 * HELD_OUT, held_out=True)
-    splits = ["train"] * count
-    splits += ["val"] * HELD_OUT
-    splits += ["test"] * HELD_OUT
-    sentences = []
-    for n, (text, split) in enumerate(zip(texts, splits, strict=True)):
-        name = f"{grammar}-{n:05d}"
-        sentences.append(Sentence(name, text, split))
-    return sentences
+    splits = ["train"] * count + ["val"] * HELD_OUT + ["test"] * HELD_OUT
+    numbered = enumerate(zip(texts, splits, strict=True))
+    return [Clip(f"{grammar}-{n:05d}", text, split) for n, (text, split) in numbered]
 
 
-def ljspeech_sentences(count: int) -> list[Sentence]:
+def ljspeech_sentences(count: int) -> list[Clip]:
     """The first `count` of LJSpeech's to train on, then all to validate on, and all to test on."""
     lines = (ASSETS / "ljspeech_sentences.txt").read_text(encoding="utf-8").splitlines()
-    train = []
-    val = []
-    test = []
-    splits = {"train": train, "val": val, "test": test}
+    splits = {split: [] for split in SPLITS}
     for line in lines:
         if not line.startswith("#"):
             split, name, text = line.split("|")
-            splits[split].append(Sentence(name, text, split))
+            splits[split].append(Clip(name, text, split))
+    train = splits["train"]
     if count > len(train):
         raise UserError(f"data.sentences {count}: of LJSpeech's there are {len(train)} here")
-    return train[:count] + val + test
+    return train[:count] + splits["val"] + splits["test"]
 
 
 def distinct_sentences(grammar: str, count: int, held_out: bool) -> list[str]:

@@ -1,4 +1,8 @@
-"""Packing: a corpus as published becomes shards of log-mels or waves, once."""
+"""Packing: a corpus as published, or as spoken by corpora/demo.py, becomes shards of log-mels or waves, once.
+
+A reader takes a config and lists the corpus that it names: what it is, its clips with the paths of their
+recordings, and what is wrong with those left out. Systems bring readers of their own.
+"""
 
 import argparse
 import functools
@@ -13,18 +17,39 @@ import torch
 
 import audio
 from config import Config, Mel, UserError, load
-from corpora import demo, shards, speech, voice
+from corpora import demo, shards, speech
 from corpora.shards import Clip
 
-Reader = Callable[[Path], tuple[list[Clip], list[str]]]  # folder -> clips, what is wrong with those left out
+Reader = Callable[[Config], tuple[dict, list[Clip], list[str]]]  # -> description, clips, what is left out
+FolderReader = Callable[[Path], tuple[list[Clip], list[str]]]  # as of a corpus that nothing else describes
 Cut = Callable[[Config, list[Clip], Path], list[Clip]]  # config, clips, folder to pack into -> shorter clips
-READERS = {
-    "ljspeech": speech.read_ljspeech,
-    "librispeech": speech.read_librispeech,
-    "demo": None,  # spoken, not read
-}
+
 SHORTEST_SEC = 0.1  # shorter recordings are not packed
-LONGEST_SEC = 60.0  # nor are longer ones, except music; data.max_seconds decides which packed clips are used
+LONGEST_SEC = 60.0  # nor are longer ones as log-mels; data.max_seconds decides which packed clips are used
+
+
+def published(read: FolderReader, resample: bool = True) -> Reader:
+    """The reader of a corpus in a folder, which is downloaded first where data.download says so.
+
+    read: folder -> clips, what is wrong with those left out.
+    resample: whether recordings at another sample rate are converted, not skipped.
+    """
+
+    def read_published(config: Config) -> tuple[dict, list[Clip], list[str]]:
+        root = Path(config.data.data_dir)
+        if config.data.download and not root.exists():
+            speech.download(config.data.corpus, root)
+        clips, skipped = read(root)
+        return {"name": config.data.corpus, "resample": resample}, clips, skipped
+
+    return read_published
+
+
+READERS = {
+    "ljspeech": published(speech.read_ljspeech, resample=False),
+    "librispeech": published(speech.read_librispeech),
+    "demo": demo.read_demo,
+}
 
 
 def prepare_recordings(
@@ -34,31 +59,13 @@ def prepare_recordings(
     root = Path(config.data.data_dir)
     out = shards.packed_dir(config, format)
     is_packed = out == root or (out.exists() and not root.exists())  # the recordings may be gone by now
-    if config.data.corpus != "demo" and is_packed:
+    if is_packed and config.data.corpus != "demo":  # of the demo, packing tells whether it is the same one
         return
-    corpus, clips, skipped = read_corpus(config, readers)
+    corpus, clips, skipped = readers[config.data.corpus](config)
     if cut:
         clips = cut(config, clips, out)
     read = functools.partial(read_clip, out, corpus, format)
     shards.pack(out, corpus, clips, skipped, format, read, config.data.workers)
-
-
-def read_corpus(config: Config, readers: dict[str, Reader]) -> tuple[dict, list[Clip], list[str]]:
-    """A description of data.corpus, its clips, not packed yet, and what is wrong with those left out.
-
-    It is downloaded first where data.download says so.
-    """
-    settings = config.data
-    root = Path(settings.data_dir)
-    if settings.corpus == "demo":
-        speaker = voice.find_voice(settings.voice)  # maybe not the one asked for: the description says which
-        corpus = {"name": "demo", "grammar": settings.grammar, "sentences": settings.sentences}
-        corpus |= {"voice": speaker.name, "weights": speaker.sha256[:12]}
-        return corpus, demo.demo_clips(settings.grammar, settings.sentences), []
-    if settings.download and not root.exists():
-        speech.download(settings.corpus, root)
-    clips, skipped = readers[settings.corpus](root)
-    return {"name": settings.corpus, "resample": settings.corpus != "ljspeech"}, clips, skipped
 
 
 def read_clip(out: Path, corpus: dict, format: dict, clip: Clip) -> np.ndarray | None:
@@ -67,8 +74,9 @@ def read_clip(out: Path, corpus: dict, format: dict, clip: Clip) -> np.ndarray |
     raises UserError for a recording that is too short or unusable.
     """
     rate = format["sample_rate"]
-    longest = format.get("seconds", math.inf if corpus["name"] == "music" else LONGEST_SEC)
-    if corpus["name"] == "demo":
+    is_mel = "n_mels" in format
+    longest = format.get("seconds", LONGEST_SEC if is_mel else math.inf)
+    if "voice" in corpus:
         wave = demo.speak(clip.text, rate, corpus["voice"])
         if clip.wav:
             (out / "wavs").mkdir(exist_ok=True)
@@ -82,7 +90,7 @@ def read_clip(out: Path, corpus: dict, format: dict, clip: Clip) -> np.ndarray |
         raise UserError(f"{len(wave) / rate:.2f} s is below {SHORTEST_SEC} s")
     if len(wave) > longest * rate + 1:  # + 1: a cut is rounded
         return None
-    if "n_mels" in format:
+    if is_mel:
         log_mel = audio.log_mel(wave, Mel(**format))
         return log_mel.numpy().astype(np.float16)
     return wave_to_frames(wave, format["hop"])
@@ -127,7 +135,7 @@ def main(corpora: dict[str, tuple[type[Config], dict[str, Reader]]]) -> None:
     add("--root", "--json", default="", help=root_help)
     add("--download", action="store_true", help="fetch it into --root if that is missing")
     add("--shard", default="0/1", help="i/n: make every n-th shard only; n machines share --out")
-    resample_help = "recordings at another sample rate, instead of skipping them"
+    resample_help = "convert recordings at another sample rate, instead of skipping them"
     add("--resample", action="store_true", help=resample_help)
     add("--strict", action="store_true", help="refuse what would be skipped")
     options, rest = parser.parse_known_args()
@@ -139,7 +147,7 @@ def main(corpora: dict[str, tuple[type[Config], dict[str, Reader]]]) -> None:
         overrides.append("--download=true")
     config_class, readers = corpora[options.corpus]
     config = load(config_class, "", overrides + rest)
-    corpus, clips, skipped = read_corpus(config, readers)
+    corpus, clips, skipped = readers[options.corpus](config)
     if options.resample:
         corpus["resample"] = True
     out = Path(options.out)

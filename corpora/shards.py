@@ -1,4 +1,4 @@
-"""The file format of packed corpora, and caches of what frozen networks make of them.
+"""Packed corpora: their file format, and caches of what frozen networks make of them.
 
 A packed folder holds rows_*.npy (memory-mapped, some hundred clips one after another: float16 log-mels, or
 int16 waves in frames of `hop` samples), clips_*.jsonl (a header, then a line per clip) and, written last,
@@ -23,12 +23,12 @@ import torch
 from tqdm import tqdm
 
 from config import Config, UserError
-from corpora import voice
+from corpora.espeak import VoiceError
 
-FORMAT_VERSION = 2  # version of the packed folder's file format
-CLIPS_PER_SHARD = 512  # clips per shard
-# clips per shard of the demo, whose clips are synthesised: small, to share the work evenly
-DEMO_CLIPS_PER_SHARD = 32
+FORMAT_VERSION = 2  # of the packed folder's file format
+CLIPS_PER_SHARD = 512
+DEMO_CLIPS_PER_SHARD = 32  # few, to share the work evenly: its clips are synthesised
+MADE = ("demo", "pieces")  # corpora that are made in data.data_dir, not read from it
 
 SPLITS = ("train", "val", "test")
 
@@ -39,115 +39,21 @@ PREPARE_HINT = "run `python system.py prepare --config ...`"
 class Clip(NamedTuple):
     id: str
     text: str
-    split: str
-    wav: str | None  # path of the recording; None where none was kept
+    split: str  # train | val | test
+    wav: str | None = None  # path of the recording; None where none was kept
     start: float = 0.0  # of the clip within the recording, seconds
     stop: float = 0.0  # seconds; 0 = end of the recording
-    frames: int = 0  # number of rows; this and the fields below are known once the clip is packed
+    frames: int = 0  # this and the fields below are known once the clip is packed
     shard: int = 0
-    offset: int = 0  # rows before it in its shard
+    offset: int = 0  # frames before it in its shard
     number: int = 0  # clips before it in the corpus
     group: str = ""  # scores are also reported per group: a language and a voice, "en f3"
-
-
-def cache_features(
-    path: Path,
-    lengths: list[int],
-    width: int | None,
-    encode: Callable[[list[int]], Iterable[np.ndarray]],
-    batch_size: int,
-    what: str,
-) -> None:
-    """Write the features that `encode` computes of items 0, 1, ... to `path`, unless that is done.
-
-    What was interrupted is continued. Features are kept as float16.
-    path: .npy, named by everything its content depends on. lengths: rows of each item. width: of a row; None:
-    as `encode` makes them.
-    encode: the numbers of `batch_size` items of similar length -> their rows (length, width).
-    what: for the progress bar and errors.
-    """
-    if path.exists():
-        return
-    order = sorted(range(len(lengths)), key=lambda n: lengths[n])
-    sorted_lengths = [lengths[n] for n in order]
-    stops = np.cumsum(sorted_lengths)  # where each item ends in the file
-    starts = stops - sorted_lengths
-    unfinished = path.with_suffix(".unfinished")
-    progress = path.with_suffix(".done")  # how many items are written
-    try:
-        target = open_unfinished(unfinished, sum(lengths), width)
-        done = int(progress.read_text()) if target is not None and progress.exists() else 0
-        for first in tqdm(range(done, len(order), batch_size), desc=what, disable=None):
-            items = order[first : first + batch_size]
-            last = first + len(items) - 1
-            features = list(encode(items))
-            for n, rows in zip(items, features, strict=True):
-                check_features(rows, lengths[n], width, f"{what}: item {n}")
-            if first == 0:
-                target = create_unfinished(unfinished, (int(stops[-1]), features[0].shape[1]), what)
-            target[starts[first] : stops[last]] = np.concatenate(features)
-            target.flush()
-            with atomic_write(progress) as part:
-                part.write_text(str(last + 1))
-        spans = np.stack([starts, stops], 1)[np.argsort(order)]
-        with atomic_write(path.with_suffix(".spans.npy")) as part, open(part, "wb") as f:
-            np.save(f, spans)
-        os.replace(unfinished, path)
-        progress.unlink()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e})") from e
-
-
-def open_unfinished(path: Path, length: int, width: int | None) -> np.ndarray | None:
-    """The interrupted cache, to be continued; None: none there, or cut short, or of another shape."""
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        rows = np.load(path, mmap_mode="r+")
-        if rows.shape == (length, width or rows.shape[1]):
-            return rows
-    return None
-
-
-def create_unfinished(path: Path, shape: tuple[int, int], what: str) -> np.ndarray:
-    """A new cache to write to; raises UserError where the disk has no room for it."""
-    needed = 2 * shape[0] * shape[1]  # bytes
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise UserError(
-            f"{path.with_suffix('.npy')}: {what} need {needed / 1e9:.1f} GB, "
-            f"the disk has {free / 1e9:.1f} GB left"
-        )
-    return np.lib.format.open_memmap(path, "w+", "<f2", shape)
-
-
-def check_features(rows: np.ndarray, length: int, width: int | None, what: str) -> None:
-    """raises UserError for rows of another shape, or with numbers that float16 does not have."""
-    fits_float16 = (np.abs(rows) < 65504).all()
-    if rows.shape != (length, width or rows.shape[1]) or not fits_float16:
-        raise UserError(f"{what} is {rows.shape} instead of {length, width}, or too large for float16")
-
-
-def open_features(path: Path, remedy: str) -> Callable[[int], torch.Tensor]:
-    """Open a feature cache: a function from an item's number to its rows (S, D), float32.
-
-    raises UserError, which ends with `remedy`, where it is missing or damaged.
-    """
-    try:
-        spans = np.load(path.with_suffix(".spans.npy"))
-        values = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{path}: missing, or damaged and to be deleted; {remedy}") from e
-
-    def rows(number: int) -> torch.Tensor:
-        start, stop = spans[number]
-        return torch.from_numpy(values[start:stop].astype(np.float32))
-
-    return rows
 
 
 def packed_dir(config: Config, format: dict) -> Path:
     """data.data_dir itself where it is packed or will be synthesised; else a folder named by its content."""
     root = Path(config.data.data_dir)
-    if config.data.corpus in ("demo", "pieces") or (root / "index.json").exists():
+    if config.data.corpus in MADE or (root / "index.json").exists():
         return root
     content = [str(root.resolve()), format, config.data.align]
     return Path("data/packed", f"{root.resolve().stem}-{digest(content)[:8]}")
@@ -166,10 +72,12 @@ def pack(
 ) -> None:
     """Write the missing shards of a share, and the index once no shard of any share is missing.
 
-    corpus: its description. skipped: lines about what could not become a clip. format: of the frames; a
-    reader must ask for the same. read: a clip's frames (T, M); None: it is too long, which is counted;
-    UserError: it is skipped, by name. strict: no index where anything was skipped. share: (i, n), every n-th
-    shard from the i-th.
+    corpus: its description.
+    skipped: lines about what could not become a clip.
+    format: of the frames; who opens the folder must ask for the same.
+    read: a clip's frames (T, M); None: it is too long, which is counted; UserError: it is skipped, by name.
+    strict: no index where anything was skipped.
+    share: (i, n), every n-th shard from the i-th.
     """
     # what the clips are, not where their recordings lie
     contents = [[clip.id, clip.text, clip.split, clip.start, clip.stop] for clip in clips]
@@ -219,7 +127,7 @@ def pack_shard(out: Path, fingerprint: str, read: Callable, shard: int, clips: l
     for clip in clips:
         try:
             frames = read(clip)
-        except voice.VoiceError:
+        except VoiceError:
             raise
         except UserError as e:
             skipped.append(f"{clip.id}: {e}")
@@ -245,11 +153,6 @@ def pack_shard(out: Path, fingerprint: str, read: Callable, shard: int, clips: l
     with atomic_write(clips_file) as part:
         part.write_text(text, encoding="utf-8")
     return len(clips)
-
-
-def shard_files(folder: Path, shard: int) -> tuple[Path, Path]:
-    """The files of a shard: its frames, its clips."""
-    return folder / f"rows_{shard:05d}.npy", folder / f"clips_{shard:05d}.jsonl"
 
 
 def write_index(
@@ -335,6 +238,112 @@ def read_shard(folder: Path, shard: int, fingerprint: str) -> tuple[dict, list[C
     except (OSError, ValueError, LookupError, TypeError, EOFError):
         return None
     return (header, clips, frames) if is_wanted and is_complete else None
+
+
+def shard_files(folder: Path, shard: int) -> tuple[Path, Path]:
+    """The files of a shard: its frames, its clips."""
+    return folder / f"rows_{shard:05d}.npy", folder / f"clips_{shard:05d}.jsonl"
+
+
+# Caches of features: an array (T, D) for each of many items
+
+
+def cache_features(
+    path: Path,
+    lengths: list[int],
+    width: int | None,
+    encode: Callable[[list[int]], Iterable[np.ndarray]],
+    batch_size: int,
+    what: str,
+) -> None:
+    """Write the features that `encode` computes of items 0, 1, ... to `path`, unless that is done.
+
+    What was interrupted is continued. Features are kept as float16.
+    path: .npy, named by everything its content depends on.
+    lengths: rows of each item.
+    width: of a row; None: as `encode` makes them.
+    encode: the numbers of `batch_size` items of similar length -> their rows (length, width).
+    what: for the progress bar and errors.
+    """
+    if path.exists():
+        return
+    order = sorted(range(len(lengths)), key=lambda n: lengths[n])
+    sorted_lengths = [lengths[n] for n in order]
+    stops = np.cumsum(sorted_lengths)  # where each item ends in the file
+    starts = stops - sorted_lengths
+    unfinished = path.with_suffix(".unfinished")
+    progress = path.with_suffix(".done")  # how many items are written
+    try:
+        target = open_unfinished(unfinished, sum(lengths), width)
+        done = int(progress.read_text()) if target is not None and progress.exists() else 0
+        for first in tqdm(range(done, len(order), batch_size), desc=what, disable=None):
+            items = order[first : first + batch_size]
+            last = first + len(items) - 1
+            features = list(encode(items))
+            for n, rows in zip(items, features, strict=True):
+                check_features(rows, lengths[n], width, f"{what}: item {n}")
+            if first == 0:
+                target = create_unfinished(unfinished, (int(stops[-1]), features[0].shape[1]), what)
+            target[starts[first] : stops[last]] = np.concatenate(features)
+            target.flush()
+            with atomic_write(progress) as part:
+                part.write_text(str(last + 1))
+        spans = np.stack([starts, stops], 1)[np.argsort(order)]
+        with atomic_write(path.with_suffix(".spans.npy")) as part, open(part, "wb") as f:
+            np.save(f, spans)
+        os.replace(unfinished, path)
+        progress.unlink()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e})") from e
+
+
+def open_unfinished(path: Path, length: int, width: int | None) -> np.ndarray | None:
+    """The interrupted cache, to be continued; None: none there, or cut short, or of another shape."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        rows = np.load(path, mmap_mode="r+")
+        if rows.shape == (length, width or rows.shape[1]):
+            return rows
+    return None
+
+
+def create_unfinished(path: Path, shape: tuple[int, int], what: str) -> np.ndarray:
+    """A new cache to write to; raises UserError where the disk has no room for it."""
+    needed = 2 * shape[0] * shape[1]  # bytes
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise UserError(
+            f"{path.with_suffix('.npy')}: {what} need {needed / 1e9:.1f} GB, "
+            f"the disk has {free / 1e9:.1f} GB left"
+        )
+    return np.lib.format.open_memmap(path, "w+", "<f2", shape)
+
+
+def check_features(rows: np.ndarray, length: int, width: int | None, what: str) -> None:
+    """raises UserError for rows of another shape, or with numbers that float16 does not have."""
+    fits_float16 = (np.abs(rows) < 65504).all()
+    if rows.shape != (length, width or rows.shape[1]) or not fits_float16:
+        raise UserError(f"{what} is {rows.shape} instead of {length, width}, or too large for float16")
+
+
+def open_features(path: Path, hint: str) -> Callable[[int], torch.Tensor]:
+    """Open a feature cache: a function from an item's number to its rows (S, D), float32.
+
+    raises UserError, which ends with `hint`, where it is missing or damaged.
+    """
+    try:
+        spans = np.load(path.with_suffix(".spans.npy"))
+        values = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"{path}: missing, or damaged and to be deleted; {hint}") from e
+
+    def rows(number: int) -> torch.Tensor:
+        start, stop = spans[number]
+        return torch.from_numpy(values[start:stop].astype(np.float32))
+
+    return rows
+
+
+# Files
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import audio
 import data
 from config import Config, UserError
 from corpora import shards, speech
-from corpora.prepare import prepare_recordings
+from corpora.prepare import prepare_recordings, published
 from corpora.shards import SPLITS, Clip
 from data import Batches
 from music.clap import load_clap
@@ -339,4 +339,4 @@ def read_captions(table: Path) -> list[Clip]:
     return clips
 
 
-READERS = {"music": read_music}
+READERS = {"music": published(read_music)}

@@ -20,6 +20,22 @@ HOP = 320  # samples a frame of HuBERT: 50 a second
 normalise = whisper_weights.normalize_transcript
 
 
+def load(name: str, device: torch.device, quiet: bool = False) -> "Recogniser | PocketSphinx | None":
+    """A Whisper model by name ("base.en") or .pt file, or "pocketsphinx".
+
+    A model that cannot be downloaded is replaced by tiny.en from the package index, or by None if that is
+    missing too. One line says so, unless `quiet`. raises UserError as whisper_weights.load.
+    """
+    if name == "pocketsphinx":
+        return PocketSphinx()
+    if device.type == "mps":
+        device = torch.device("cpu")  # Whisper has a sparse buffer, which Metal does not support
+    model, source, why = whisper_weights.load_any(name, device, "eval.recogniser")
+    if why and not quiet:
+        print(f"recogniser: {why}", flush=True)
+    return Recogniser(model, source) if model else None
+
+
 class Recogniser:
     """A Whisper model, kept loaded: `transcribe` takes waves in batches, at temperature 0, in English."""
 
@@ -73,19 +89,3 @@ class PocketSphinx:
             hypothesis = self.decoder.hyp()
             texts.append(hypothesis.hypstr if hypothesis else "")
         return texts
-
-
-def load(name: str, device: torch.device, quiet: bool = False) -> Recogniser | PocketSphinx | None:
-    """A Whisper model by name ("base.en") or .pt file, or "pocketsphinx".
-
-    A model that cannot be downloaded is replaced by tiny.en from the package index, or by None if that is
-    missing too. One line says so, unless `quiet`. raises UserError as whisper_weights.load.
-    """
-    if name == "pocketsphinx":
-        return PocketSphinx()
-    if device.type == "mps":
-        device = torch.device("cpu")  # Whisper has a sparse buffer, which Metal does not support
-    model, source, why = whisper_weights.load_any(name, device, "eval.recogniser")
-    if why and not quiet:
-        print(f"recogniser: {why}", flush=True)
-    return Recogniser(model, source) if model else None

@@ -1,26 +1,27 @@
-"""TODO."""
+"""Vocoders: Griffin-Lim, or BigVGAN (Lee et al. 2023), written out here; both by one name.
+
+Layout and equations as in NVIDIA/BigVGAN@7d2b454 (v2.4, MIT), so that its published weights load key for key.
+Log-mels are (T, M), natural log; waves are (T * hop,).
+"""
 
 import functools
 import json
 import math
-import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 import audio
 from config import Mel, UserError
 from pretrained import frozen
 from pretrained.frozen import Frozen
 
-# Vocoders
 
-
-def load_vocoder(
-    name: str, mel: Mel, device: torch.device | str
-) -> typing.Callable[[torch.Tensor], torch.Tensor]:
+def load_vocoder(name: str, mel: Mel, device: torch.device | str) -> Callable[[Tensor], Tensor]:
     """A vocoder: log-mel (T, M), natural log -> wave (T * hop,) in [-1, 1], float32 on the CPU.
 
     name: griffinlim | hub id or folder of a BigVGAN, which must have been trained on `mel`.
@@ -31,7 +32,7 @@ def load_vocoder(
         network = Frozen(load_bigvgan(name, mel)).to(device)
     device_type = torch.device(device).type
 
-    def vocode(log_mel: torch.Tensor) -> torch.Tensor:
+    def vocode(log_mel: Tensor) -> Tensor:
         # no autocast: in bf16 the phase of Snake's sine is noise
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
             log_mel = log_mel.to(device, torch.float32)
@@ -137,7 +138,7 @@ class BigVGAN(nn.Module):
         self.conv_post = same_conv1d(width, 1, 7, bias=bias)
         self.tanh = config.get("use_tanh_at_final", True)
 
-    def forward(self, log_mel: torch.Tensor) -> torch.Tensor:
+    def forward(self, log_mel: Tensor) -> Tensor:
         x = log_mel.transpose(-1, -2)  # (..., M, T)
         x = self.conv_pre(x)  # (..., C, T)
         for i, up in enumerate(self.ups):
@@ -149,9 +150,7 @@ class BigVGAN(nn.Module):
         x = self.activation_post(x)
         x = self.conv_post(x)  # (..., 1, T * hop)
         x = x.squeeze(-2)
-        if self.tanh:
-            return x.tanh()
-        return x.clamp(-1, 1)
+        return x.tanh() if self.tanh else x.clamp(-1, 1)
 
 
 class AMPBlock1(nn.Module):
@@ -159,17 +158,11 @@ class AMPBlock1(nn.Module):
 
     def __init__(self, width: int, kernel: int, dilations: list[int], beta: bool):
         super().__init__()
-        self.convs1 = nn.ModuleList()
-        self.convs2 = nn.ModuleList()
-        self.activations = nn.ModuleList()
-        for dilation in dilations:
-            self.convs1.append(same_conv1d(width, width, kernel, dilation))
-        for _ in dilations:
-            self.convs2.append(same_conv1d(width, width, kernel))
-        for _ in range(2 * len(dilations)):
-            self.activations.append(Activation(width, beta))
+        self.convs1 = nn.ModuleList(same_conv1d(width, width, kernel, d) for d in dilations)
+        self.convs2 = nn.ModuleList(same_conv1d(width, width, kernel) for _ in dilations)
+        self.activations = nn.ModuleList(Activation(width, beta) for _ in range(2 * len(dilations)))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         first_acts = self.activations[::2]
         second_acts = self.activations[1::2]
         for conv1, conv2, act1, act2 in zip(self.convs1, self.convs2, first_acts, second_acts):
@@ -185,16 +178,13 @@ class AMPBlock2(nn.Module):
 
     def __init__(self, width: int, kernel: int, dilations: list[int], beta: bool):
         super().__init__()
-        self.convs = nn.ModuleList()
-        self.activations = nn.ModuleList()
-        for dilation in dilations:
-            self.convs.append(same_conv1d(width, width, kernel, dilation))
-            self.activations.append(Activation(width, beta))
+        self.convs = nn.ModuleList(same_conv1d(width, width, kernel, d) for d in dilations)
+        self.activations = nn.ModuleList(Activation(width, beta) for _ in dilations)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for convolution, activation in zip(self.convs, self.activations):
-            h = activation(x)
-            x = x + convolution(h)
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, act in zip(self.convs, self.activations):
+            h = act(x)
+            x = x + conv(h)
         return x
 
 
@@ -207,7 +197,7 @@ class Activation(nn.Module):
         self.upsample = LowPassFilter()
         self.downsample = nn.ModuleDict({"lowpass": LowPassFilter()})
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.upsample.upsample(x)  # (..., C, 2 T)
         x = self.act(x)
         return self.downsample["lowpass"].downsample(x)  # (..., C, T)
@@ -219,15 +209,11 @@ class Snake(nn.Module):
     def __init__(self, width: int, beta: bool):
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(width))
-        self.beta = None
-        if beta:
-            self.beta = nn.Parameter(torch.zeros(width))
+        self.beta = nn.Parameter(torch.zeros(width)) if beta else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         a = self.alpha.exp()[:, None]  # (C, 1)
-        b = a
-        if self.beta is not None:
-            b = self.beta.exp()[:, None]
+        b = a if self.beta is None else self.beta.exp()[:, None]
         sine = torch.sin(a * x)
         return x + sine.square() / (b + 1e-9)
 
@@ -237,18 +223,16 @@ class LowPassFilter(nn.Module):
 
     def __init__(self):
         super().__init__()
-        attenuation = (
-            2.285 * 5 * math.pi * 1.2 + 7.95
-        )  # dB, 6 taps a side, transition 0.3 (Kaiser 1974): 51.0
+        # dB, 6 taps a side, transition 0.3 (Kaiser 1974): 51.0
+        attenuation = 2.285 * 5 * math.pi * 1.2 + 7.95
         beta = 0.1102 * (attenuation - 8.7)
         window = torch.kaiser_window(12, periodic=False, beta=beta)
         time = (torch.arange(12) - 5.5) / 2
-        taps = torch.sinc(time)
-        taps = window * taps
+        taps = window * torch.sinc(time)
         taps = taps / taps.sum()
         self.register_buffer("filter", taps[None, None])
 
-    def upsample(self, x: torch.Tensor) -> torch.Tensor:
+    def upsample(self, x: Tensor) -> Tensor:
         """x (..., C, T) -> (..., C, 2 T)."""
         channels = x.shape[-2]
         kernels = self.filter.expand(channels, -1, -1)
@@ -257,7 +241,7 @@ class LowPassFilter(nn.Module):
         x = F.conv_transpose1d(x, kernels, stride=2, padding=15, groups=channels)
         return 2 * x
 
-    def downsample(self, x: torch.Tensor) -> torch.Tensor:
+    def downsample(self, x: Tensor) -> Tensor:
         """x (..., C, 2 T) -> (..., C, T)."""
         channels = x.shape[-2]
         kernels = self.filter.expand(channels, -1, -1)

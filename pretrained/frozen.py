@@ -1,8 +1,7 @@
-"""Published networks: text encoders, vocoders, the parts of FLUX.2 Klein, loaded by name and frozen.
+"""Published networks: loaded by name, and frozen.
 
 A network comes from a local folder or from the Hugging Face hub, by one name. What is wrong with either is a
-UserError, and offline it is raised at once. BigVGAN is written out below: layout and equations as in
-NVIDIA/BigVGAN@7d2b454 (v2.4, MIT), so that its published weights load key for key.
+UserError, and offline it is raised at once.
 """
 
 import functools
@@ -75,9 +74,6 @@ def local_files_only(base: str) -> bool:
     return not Path(base).is_dir() and hub_unreachable()
 
 
-# Where the files are
-
-
 def find_file(name: str, filename: str) -> Path:
     """`filename` in the folder `name`, or in the hub repository of that name, cached if the hub is away."""
     if Path(name).is_dir():
@@ -89,7 +85,8 @@ def find_file(name: str, filename: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(name, filename, local_files_only=hub_unreachable()))
     except Exception as e:  # the hub's client changed its HTTP library, and its errors, before
         raise UserError(
-            f"{name}: neither a folder nor to be had from the hub ({one_line(e)}); give a folder with {filename}"
+            f"{name}: neither a folder nor to be had from the hub ({one_line(e)}); "
+            f"give a folder with {filename}"
         ) from e
 
 

@@ -1,20 +1,21 @@
-"""TODO."""
+"""Text encoders: a T5 or ByT5 by name, frozen; or a small ByT5 from scratch; and their tokenizers.
 
-import typing
+An encoder is called with ids (B, S) and a mask (B, S), True at tokens, and gives (B, S, D) float32.
+"""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 import transformers
 
 from config import UserError
-from corpora import voice
+from corpora import espeak
 from pretrained import frozen
 from pretrained.frozen import Frozen
 
-# Text encoders
 
-
-def load_text_encoder(name: str) -> tuple[nn.Module, typing.Callable, int]:
+def load_text_encoder(name: str) -> tuple[nn.Module, Callable, int]:
     """A text encoder, on the CPU: encoder(ids (B, S), mask (B, S) bool) -> (B, S, width) float32.
 
     name: hub id or folder of a T5 or ByT5, frozen, bf16 once moved to a GPU | scratch: a small ByT5, random
@@ -32,8 +33,8 @@ def load_text_encoder(name: str) -> tuple[nn.Module, typing.Callable, int]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=offline)
     except Exception as e:  # each library has its own exceptions for a missing or damaged file
         raise UserError(f"text encoder {name}: cannot be loaded ({frozen.one_line(e)}); {hint}") from e
-    if report["missing_keys"]:
-        missing = min(report["missing_keys"])
+    missing = frozen.first_missing(report)
+    if missing:
         raise UserError(f"text encoder {name}: its weights lack {missing}; {hint}")
     ids = tokenize(tokenizer, ["the"])[0]
     if tokenizer.unk_token_id in ids:  # without files, AutoTokenizer makes up an empty vocabulary
@@ -42,7 +43,7 @@ def load_text_encoder(name: str) -> tuple[nn.Module, typing.Callable, int]:
     return encoder, tokenizer, t5.config.d_model
 
 
-def scratch_text_encoder() -> tuple[nn.Module, typing.Callable, int]:
+def scratch_text_encoder() -> tuple[nn.Module, Callable, int]:
     """What `load_text_encoder` returns, for a small random ByT5."""
     config = transformers.T5Config(
         vocab_size=384,
@@ -69,11 +70,11 @@ class PhonemeTokenizer:
     So pronunciation need not be learned.
     """
 
-    def __init__(self, tokenizer: typing.Callable):
+    def __init__(self, tokenizer: Callable):
         self.tokenizer = tokenizer
 
     def __call__(self, text: str, **options):
-        return self.tokenizer(voice.phonemes(text), **options)
+        return self.tokenizer(espeak.phonemes(text), **options)
 
 
 class T5TextEncoder(nn.Module):

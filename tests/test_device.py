@@ -145,3 +145,11 @@ def test_on_metal_nothing_is_wider_than_float32():
         torch.testing.assert_close(
             narrow.posterior(p0, x_t, t, s), wide.posterior(p0, x_t, t, s), rtol=2e-5, atol=1e-9
         )
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_what_training_reads_is_prepared_on_a_gpu_unless_the_config_says_cpu(has_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert device.preparing_device("cpu") == torch.device("cpu")
+    for wanted in ("auto", "cuda"):
+        assert device.preparing_device(wanted) == torch.device("cuda" if has_gpu else "cpu")

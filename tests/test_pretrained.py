@@ -1,6 +1,4 @@
-"""Third-party networks: frozen means frozen, one call for every text encoder, BigVGAN equal to NVIDIA's,
-Klein's parts to diffusers'.
-"""
+"""Third-party networks: frozen means frozen, one call for every text encoder, BigVGAN equal to NVIDIA's."""
 
 import copy
 import dataclasses
@@ -283,11 +281,8 @@ def test_a_damaged_text_encoder_is_refused_in_one_line(t5_folder, tmp_path, what
     damage(tmp_path, what)
     with pytest.raises(UserError) as refusal:
         text_encoder.load_text_encoder(str(tmp_path))
-    assert (
-        str(tmp_path) in str(refusal.value)
-        and "scratch" in str(refusal.value)
-        and "\n" not in str(refusal.value)
-    )
+    line = str(refusal.value)
+    assert str(tmp_path) in line and "scratch" in line and "\n" not in line
 
 
 # Vocoders

@@ -11,7 +11,7 @@ import torch
 from conftest import start
 
 from config import UserError
-from corpora import voice
+from corpora import espeak, voice
 
 RATE = 22050
 SENTENCE = "Peter found seven red boxes."
@@ -34,7 +34,7 @@ def forgotten():
 
 def refusal_of(name: str) -> str:
     """The one line with which a voice is refused."""
-    with pytest.raises(voice.VoiceError) as refusal:
+    with pytest.raises(espeak.VoiceError) as refusal:
         voice.synthesize(SENTENCE, RATE, name)
     line = str(refusal.value)
     assert "\n" not in line
@@ -45,11 +45,11 @@ def refusal_of(name: str) -> str:
 
 
 def test_espeak_says_what_it_is_told():
-    spoken = voice.speak_espeak(SENTENCE, RATE)
+    spoken = espeak.speak(SENTENCE, RATE)
     assert 1 < len(spoken) / RATE < 4
     assert 0.2 < spoken.abs().max() <= 1
-    assert len(voice.speak_espeak("No.", RATE)) < len(spoken)
-    assert len(voice.speak_espeak(SENTENCE, RATE, rate=90)) > 1.3 * len(spoken)
+    assert len(espeak.speak("No.", RATE)) < len(spoken)
+    assert len(espeak.speak(SENTENCE, RATE, rate=90)) > 1.3 * len(spoken)
 
 
 def test_a_variant_is_another_voice():
@@ -219,26 +219,20 @@ def test_a_voice_of_the_hub_is_read_from_its_cache(joe, tmp_path, monkeypatch, f
 
 
 def test_phonemes_are_how_words_sound_not_how_they_are_spelled():
-    assert (
-        voice.phonemes("I see two boats.")
-        == voice.phonemes("I sea too boats.")
-        != voice.phonemes("I see two boots.")
-    )
-    assert voice.phonemes("read", "en-us") != voice.phonemes("read", "de")
-    assert (
-        voice.phonemes("A boat.").endswith(".")
-        and voice.phonemes("A boat?").endswith("?")
-        and voice.phonemes("") == ""
-    )
-    assert voice.phonemes("Well, no: never.").count(", ") == 2  # a clause each
-    assert voice.phonemes("Café naïve, twenty.").isascii()
+    boats = espeak.phonemes("I see two boats.")
+    assert boats == espeak.phonemes("I sea too boats.") != espeak.phonemes("I see two boots.")
+    assert espeak.phonemes("read", "en-us") != espeak.phonemes("read", "de")
+    assert espeak.phonemes("A boat.").endswith(".") and espeak.phonemes("A boat?").endswith("?")
+    assert espeak.phonemes("") == ""
+    assert espeak.phonemes("Well, no: never.").count(", ") == 2  # a clause each
+    assert espeak.phonemes("Café naïve, twenty.").isascii()
     with pytest.raises(UserError, match="espeak-ng has no voice 'xx'"):
-        voice.phonemes("a", "xx")
+        espeak.phonemes("a", "xx")
 
 
 def test_phonemes_of_several_threads_are_those_of_one():
     texts = [f"Sentence number {n}, and another clause." for n in range(60)]
-    alone = [voice.phonemes(text) for text in texts]
-    voice.phonemes.cache_clear()
+    alone = [espeak.phonemes(text) for text in texts]
+    espeak.phonemes.cache_clear()
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(voice.phonemes, texts)) == alone
+        assert list(pool.map(espeak.phonemes, texts)) == alone

@@ -11,9 +11,10 @@ import whisper
 from whisper.model import Whisper
 
 from config import UserError
-from pretrained import whisper_weights as whisper_weights_module
+from pretrained import whisper_weights
 from pretrained.whisper_weights import (
     TINY_EN,
+    NotDownloaded,
     find_package,
     load,
     load_any,
@@ -166,9 +167,7 @@ def test_what_is_in_brackets_counts_as_it_is_spoken():
 def test_a_server_that_never_answers_is_given_up(no_hub, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # connections wait in its queue, for ever
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(whisper_weights_module, "TIMEOUT_SEC", 0.1)
-        with pytest.raises(
-            whisper_weights_module.NotDownloaded, match="base.en cannot be downloaded .*timed out"
-        ):
-            whisper_weights_module.load("base.en", CPU, "eval.recogniser")
+        monkeypatch.setattr(whisper_weights, "TIMEOUT_SEC", 0.1)
+        with pytest.raises(NotDownloaded, match="base.en cannot be downloaded .*timed out"):
+            load("base.en", CPU, "eval.recogniser")
     assert socket.getdefaulttimeout() is None
