@@ -1,4 +1,4 @@
-"""TODO."""
+"""When words are spoken, on bursts of noise whose times are known; and cutting against brute force."""
 
 import dataclasses
 import itertools
