@@ -104,7 +104,7 @@ def folder(network, tmp_path) -> Path:
 
 def paint(network):
     with torch.inference_mode():
-        return network.paint(PROMPTS, SETTINGS)
+        return network.generate_pictures(PROMPTS, SETTINGS)
 
 
 def paint_in_diffusers(pipe):
@@ -223,7 +223,7 @@ def test_merging_changes_nothing_that_is_painted_and_unmerging_restores_every_bi
     for lora in layers * 2:  # twice is once
         lora.merge()
     torch.testing.assert_close(paint(network), painted, rtol=0, atol=1e-5)
-    assert all(not torch.equal(lora.base.weight, lora.original) for lora in layers)
+    assert all(not torch.equal(lora.base.weight, lora.unmerged_weight) for lora in layers)
     for lora in layers * 2:
         lora.unmerge()
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())

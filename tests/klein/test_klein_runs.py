@@ -237,7 +237,7 @@ def test_the_canvas_beyond_the_spectrogram_is_painted_black(knobs):
         options(knobs | {"vae": "patches", "canvas_height": 192, "canvas_width": 192})
     )
     inside = token_mask(config.picture).view(12, 12).repeat_interleave(16, 0).repeat_interleave(16, 1)
-    picture = Spectrogram(config).paint([Prompt("Anna")], config.sample)[0]
+    picture = Spectrogram(config).generate_pictures([Prompt("Anna")], config.sample)[0]
     assert not inside.all() and picture[:, ~inside].max() < 1e-5 and picture[:, inside].max() > 0.1
 
 
