@@ -1,6 +1,6 @@
 """Adapters as files: diffusers', peft's and kohya's layouts read, the first two written, and one for ComfyUI.
 
-A layer of an adapter that was read is {"A": (r, in), "B": (out, r), "alpha": float}, by its path in the network.
+A layer that was read is {"A": (r, in), "B": (out, r), "alpha": float}, by its path in the network.
 """
 
 import json
