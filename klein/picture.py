@@ -360,7 +360,8 @@ def compare_transcripts(
     transcripts = []
     for sound in (wave, rebuilt):
         sound = audio.resample(sound, sample_rate, RATE)
-        parts = transcribe(model, list(sound.split(WINDOW_SAMPLES)))
+        windows = list(sound.split(WINDOW_SAMPLES))
+        parts = transcribe(model, windows)
         transcripts.append(" ".join(part.strip() for part in parts))
     before, after = transcripts
     print(f"heard before {before!r}\nheard after  {after!r}")
@@ -383,7 +384,8 @@ def read_source(source: str, given: dict) -> tuple[torch.Tensor, Picture]:
     if len(wave) < p.hop:
         raise UserError(f"{source}: {len(wave)} samples are less than a frame of {p.hop}")
     p = replace(p, seconds=exact_duration_sec(len(wave), p.sample_rate))
-    needed_width = math.ceil(frame_count(p) * p.stretch / 16) * 16
+    columns = frame_count(p) * p.stretch
+    needed_width = math.ceil(columns / 16) * 16
     p = replace(p, canvas_width=max(needed_width, p.canvas_width))
     p.check()
     if p.canvas_width * p.canvas_height > Image.MAX_IMAGE_PIXELS:
