@@ -1,4 +1,7 @@
-"""TODO."""
+"""Adapters as files: diffusers', peft's and kohya's layouts read, the first two written, and one for ComfyUI.
+
+A layer that was read is {"A": (r, in), "B": (out, r), "alpha": float}, by its path in the network.
+"""
 
 import json
 import math
@@ -15,13 +18,6 @@ from corpora import shards
 from klein.lora import LoRA, add_lora, remove_lora
 from pretrained import frozen
 
-# Adapters as files
-
-ATTRIBUTION = {
-    "librispeech": "Trained on LibriSpeech train-clean-100 (Panayotov et al. 2015), CC BY 4.0, "
-    "https://www.openslr.org/12.",
-    "ljspeech": "Trained on LJSpeech 1.1 (Ito, Johnson 2017), public domain.",
-}
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' file name
 PEFT_WEIGHTS = "adapter_model.safetensors"
 KEY_PREFIXES = {
@@ -104,8 +100,7 @@ def read_peft_settings(file: Path, header: dict[str, str], peft_part: str) -> di
             fields[field] = value
         if file.name == PEFT_WEIGHTS:
             config_file = file.with_name("adapter_config.json")
-            fields = json.loads(config_file.read_text(encoding="utf-8"))
-            settings[peft_part] = dict(fields)
+            settings[peft_part] = dict(json.loads(config_file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError) as e:
         reason = frozen.one_line(e)
         raise UserError(f"{file}: the adapter's settings cannot be read ({reason})") from e
@@ -123,9 +118,7 @@ def complete_layer(file: Path, path: str, layer: dict, settings: dict) -> None:
             f"{file}: {path} lacks one of its two matrices, or they do not fit each other: half an adapter"
         )
     try:
-        default = peft_alpha(settings, path, len(A))
-        alpha = layer.get("alpha", default)
-        layer["alpha"] = float(alpha)
+        layer["alpha"] = float(layer.get("alpha", peft_alpha(settings, path, len(A))))
     except (ValueError, TypeError, AttributeError, RuntimeError, re.error) as e:
         reason = frozen.one_line(e)
         raise UserError(f"{file}: the alpha of {path} cannot be read ({reason})") from e
@@ -151,11 +144,8 @@ def check_adapter(root: nn.Module, layers: dict[str, dict], where: str) -> None:
     for path, layer in layers.items():
         if path not in linear_layers:
             raise UserError(f"{where} has no linear layer {path}: an adapter of another network")
-        weight = linear_layers[path].weight
-        shape = tuple(weight.shape)
-        A = layer["A"]  # (r, in)
-        B = layer["B"]  # (out, r)
-        adapter_shape = (B.shape[0], A.shape[1])
+        shape = tuple(linear_layers[path].weight.shape)
+        adapter_shape = (layer["B"].shape[0], layer["A"].shape[1])  # (out, in)
         if shape != adapter_shape:
             raise UserError(f"{where}: {path} is {shape}, the adapter's {adapter_shape}: one of another size")
 
@@ -165,8 +155,7 @@ def apply_adapter(root: nn.Module, layers: dict[str, dict]) -> None:
     remove_lora(root)
     for path, layer in layers.items():
         A = layer["A"]
-        ranks = {path: len(A)}
-        add_lora(root, ranks, layer["alpha"])
+        add_lora(root, {path: len(A)}, layer["alpha"])
         lora = root.get_submodule(path)
         with torch.no_grad():
             lora.A.copy_(A)
@@ -192,15 +181,11 @@ def write_tensors(path: Path, layers: dict[str, LoRA], header: dict, folded: boo
     """folded: alpha / r multiplied into B, for ComfyUI, which reads no settings."""
     tensors = {}
     for name, lora in layers.items():
-        A = lora.A.detach().cpu()
         B = lora.B.detach().cpu()
-        if folded:
-            B = B * lora.scale
-        tensors[f"{name}.lora_A.weight"] = A
-        tensors[f"{name}.lora_B.weight"] = B
-    metadata = {"format": "pt", **header}
+        tensors[f"{name}.lora_A.weight"] = lora.A.detach().cpu()
+        tensors[f"{name}.lora_B.weight"] = B * lora.scale if folded else B
     with shards.atomic_write(path) as part:
-        safetensors.torch.save_file(tensors, part, metadata)
+        safetensors.torch.save_file(tensors, part, {"format": "pt", **header})
 
 
 def write_peft(folder: Path, layers: dict[str, LoRA], base: str) -> None:
@@ -225,8 +210,7 @@ def read_safetensors(path: Path) -> tuple[dict, dict]:
         with safetensors.safe_open(path, "pt") as f:
             keys = f.keys()
             tensors = {key: f.get_tensor(key) for key in keys}
-            metadata = f.metadata() or {}
+            return tensors, f.metadata() or {}
     except (OSError, safetensors.SafetensorError) as e:
         reason = frozen.one_line(e)
         raise UserError(f"{path}: not a safetensors file ({reason})") from e
-    return tensors, metadata

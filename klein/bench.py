@@ -1,18 +1,17 @@
 """What training FLUX.2 Klein costs, counted without its weights; our LoRA's step against peft's, measured.
 
-python tests/bench_klein.py plan [--json]
-    operations and memory at the published sizes; nothing is allocated, no GPU is needed
-python tests/bench_klein.py lora [--width 512 --layers 6 --batch 2 --rank 64 --repeats 15 --dtype fp32]
+python -m klein.bench plan
+    operations and memory at the published sizes, as JSON; nothing is allocated, no GPU is needed
+python -m klein.bench lora [--width 512 --layers 6 --batch 2 --rank 64 --repeats 15 --dtype fp32]
     both in one process, in turns
 """
 
 import argparse
+import itertools
 import json
 import statistics
-import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,11 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from klein import pipeline
 from klein.lora import add_attention_lora, attention_layers, lora_layers
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 CANVASES = ((768, 768), (512, 320))  # height, width
 TEXT_TOKENS = (512, 128)
@@ -36,7 +34,7 @@ TEXT_RANK = 32
 
 
 def plan(options: argparse.Namespace) -> None:
-    """Operations of a sample and of a training step, and its memory, for each canvas and length of text."""
+    """Print operations of a sample and of a step, and a step's memory, for each canvas and length of text."""
     result = {"parameters": count_parameters(), "text encoder": {}, "vae": {}, "transformer": {}}
     for text_tokens in TEXT_TOKENS:
         result["text encoder"][f"{text_tokens} text tokens"] = text_cost(text_tokens)
@@ -47,23 +45,9 @@ def plan(options: argparse.Namespace) -> None:
             tokens = height // 16 * (width // 16)
             for text_tokens in TEXT_TOKENS:
                 name = f"{height} x {width}, {text_tokens} text tokens"
-                result["transformer"][name] = transformer_cost(tokens, text_tokens)
-    if options.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_plan(result)
-
-
-def print_plan(result: dict) -> None:
-    print("\nparameters")
-    for name, count in result.pop("parameters").items():
-        print(f"  {name:<36}{count:>16,}")
-    for part, rows in result.items():
-        print(f"\n{part}")
-        for name, costs in rows.items():
-            print(f"  {name:<36}")
-            for key, value in costs.items():
-                print(f"    {key:<60}{value:>10.2f}")
+                operations = transformer_operations(tokens, text_tokens)
+                result["transformer"][name] = operations | transformer_memory(tokens, text_tokens)
+    print(json.dumps(result, indent=1))
 
 
 def count_parameters() -> dict[str, int]:
@@ -74,8 +58,8 @@ def count_parameters() -> dict[str, int]:
         "text encoder, layers that are read": parameters_of(encoder),
         "VAE": parameters_of(autoencoder()),
     }
-    with_lora(network)
-    with_lora(encoder, TEXT_RANK)
+    add_attention_lora(network, RANK, RANK)
+    add_attention_lora(encoder, TEXT_RANK, TEXT_RANK)
     counts[f"LoRA, rank {RANK}"] = lora_parameters_of(network)
     counts[f"text LoRA, rank {TEXT_RANK}"] = lora_parameters_of(encoder)
     return counts
@@ -96,7 +80,7 @@ def text_cost(tokens: int) -> dict[str, float]:
         encoder = text_encoder("cpu").requires_grad_(False)
         ids = torch.zeros(1, tokens, dtype=torch.long)
         forward = count_tflop(lambda: encoder(ids, None))
-        with_lora(encoder, TEXT_RANK)
+        add_attention_lora(encoder, TEXT_RANK, TEXT_RANK)
         step = count_tflop(lambda: encoder(ids, None).sum().backward())
         return {
             "TFLOP, forward, a sample": forward,
@@ -115,25 +99,20 @@ def vae_cost(height: int, width: int) -> dict[str, float]:
         }
 
 
-def transformer_cost(tokens: int, text_tokens: int) -> dict[str, float]:
-    operations = transformer_operations(tokens, text_tokens)
-    memory = transformer_memory(tokens, text_tokens)
-    return operations | {f"GB, batch {BATCH}: {name}": value for name, value in memory.items()}
-
-
 def transformer_operations(tokens: int, text_tokens: int) -> dict[str, float]:
     """TFLOP without and with LoRA, and of a training step without and with checkpointing."""
     network = transformer().requires_grad_(False)
+    inputs = example_inputs(1, tokens, text_tokens, 7680, "meta")
 
     def forward() -> torch.Tensor:
-        return run_transformer(network, 1, tokens, text_tokens, "meta")
+        return network(**inputs, return_dict=False)[0]
 
     def forward_backward() -> None:
         loss = forward().float().square().mean()
         loss.backward()
 
     frozen = count_tflop(forward)
-    with_lora(network)
+    add_attention_lora(network, RANK, RANK)
     wrapped = count_tflop(forward)
     step = count_tflop(forward_backward)
     network.enable_gradient_checkpointing()
@@ -147,20 +126,20 @@ def transformer_operations(tokens: int, text_tokens: int) -> dict[str, float]:
 
 
 def transformer_memory(tokens: int, text_tokens: int) -> dict[str, float]:
-    """GB of a training step of BATCH."""
     network = transformer()
     weights = 2 * parameters_of(network) / 1e9
-    adapter = 16 * lora_parameters_of(with_lora(network)) / 1e9
+    add_attention_lora(network, RANK, RANK)
+    adapter = 16 * lora_parameters_of(network) / 1e9
     kept, block = activations(tokens, text_tokens, False)
     kept_checkpointed, _ = activations(tokens, text_tokens, True)
     return {
-        "weights, bf16": weights,
-        "LoRA, fp32: weight, gradient, two moments": adapter,
-        "activations kept, without checkpointing": kept,
-        "activations kept, with checkpointing": kept_checkpointed,
-        "activations of the block being recomputed": block,
-        "sum, without checkpointing": weights + adapter + kept,
-        "sum, with checkpointing": weights + adapter + kept_checkpointed + block,
+        "GB, weights, bf16": weights,
+        "GB, LoRA, fp32: weight, gradient, two moments": adapter,
+        f"GB, activations kept of {BATCH}, without checkpointing": kept,
+        f"GB, activations kept of {BATCH}, with checkpointing": kept_checkpointed,
+        f"GB, activations of {BATCH} in the block being recomputed": block,
+        "GB, sum, without checkpointing": weights + adapter + kept,
+        "GB, sum, with checkpointing": weights + adapter + kept_checkpointed + block,
     }
 
 
@@ -172,7 +151,7 @@ def activations(tokens: int, text_tokens: int, checkpointing: bool) -> tuple[flo
     """
     with FakeTensorMode(), gpu_autocast():
         network = transformer("cuda", torch.bfloat16).requires_grad_(False)
-        with_lora(network)
+        add_attention_lora(network, RANK, RANK)
         if checkpointing:
             network.enable_gradient_checkpointing()
         parameters = {p.untyped_storage()._cdata for p in network.parameters()}
@@ -190,7 +169,8 @@ def activations(tokens: int, text_tokens: int, checkpointing: bool) -> tuple[flo
             block.register_forward_pre_hook(lambda *_: before_blocks.append(gigabytes(kept)))
             block.register_forward_hook(lambda *_: after_blocks.append(gigabytes(kept)))
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = run_transformer(network, BATCH, tokens, text_tokens, "cuda")
+            inputs = example_inputs(BATCH, tokens, text_tokens, 7680, "cuda")
+            output = network(**inputs, return_dict=False)[0]
             output.float().square().mean()
         per_block = [after - before for before, after in zip(before_blocks, after_blocks)]
         return gigabytes(kept), max(per_block)
@@ -221,22 +201,18 @@ def count_tflop(run) -> float:
     return counter.get_total_flops() / 1e12
 
 
-def run_transformer(network, batch: int, tokens: int, text_tokens: int, device: str) -> torch.Tensor:
-    """The network, once, on pictures of `tokens` tokens."""
+def example_inputs(
+    batch: int, tokens: int, text_tokens: int, text_width: int, device: str
+) -> dict[str, torch.Tensor]:
+    """Arguments of the transformer, for pictures of `tokens` tokens."""
     with torch.device(device):
-        x = torch.empty(batch, tokens, 128)
-        t = torch.empty(batch)
-        text = torch.empty(batch, text_tokens, 7680)
-        ids = torch.empty(tokens, 4)
-        text_ids = torch.empty(text_tokens, 4)
-    return network(
-        hidden_states=x,
-        timestep=t,
-        encoder_hidden_states=text,
-        img_ids=ids,
-        txt_ids=text_ids,
-        return_dict=False,
-    )[0]
+        return {
+            "hidden_states": torch.rand(batch, tokens, 128),
+            "encoder_hidden_states": torch.rand(batch, text_tokens, text_width),
+            "timestep": torch.rand(batch),
+            "img_ids": torch.zeros(tokens, 4),
+            "txt_ids": torch.zeros(text_tokens, 4),
+        }
 
 
 @contextmanager
@@ -307,21 +283,16 @@ def default_dtype(dtype: torch.dtype):
         torch.set_default_dtype(before)
 
 
-def with_lora(network: torch.nn.Module, rank: int = RANK) -> torch.nn.Module:
-    add_attention_lora(network, rank, rank)
-    return network
-
-
 # Our LoRA against peft's
 
 
 def compare_with_peft(options: argparse.Namespace) -> None:
-    """Seconds and peak memory of a step, forward, backward and AdamW, of both, in turns."""
+    """Print seconds and peak memory of a step, forward, backward and AdamW, of both, in turns."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     ours, theirs = wrapped_pair(options, device, dtype)
-    inputs = example_inputs(options, device)
+    inputs = example_inputs(options.batch, options.tokens, options.text_tokens, 768, device)
     steps = {
         "ours": make_step(ours, inputs, device, dtype),
         "peft": make_step(theirs, inputs, device, dtype),
@@ -333,16 +304,15 @@ def compare_with_peft(options: argparse.Namespace) -> None:
     for n in range(options.repeats):
         order = ("ours", "peft") if n % 2 else ("peft", "ours")
         for name in order:
-            seconds[name].append(time_step(steps[name], device))
+            start = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     peaks = {name: peak_bytes(step, device) / 1e6 for name, step in steps.items()}
     ratios = [a / b for a, b in zip(seconds["ours"], seconds["peft"])]
-    if device == "cuda":
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"cpu, {torch.get_num_threads()} threads"
+    on_cpu = f"cpu, {torch.get_num_threads()} threads"
     result = {
-        "device": machine,
+        "device": torch.cuda.get_device_name() if device == "cuda" else on_cpu,
         "dtype": options.dtype,
         "repeats": options.repeats,
         "loss of the first step": losses,
@@ -400,21 +370,6 @@ def small_transformer(options: argparse.Namespace) -> Flux2Transformer2DModel:
     return network.requires_grad_(False)
 
 
-def example_inputs(options: argparse.Namespace, device: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    batch = options.batch
-    x = torch.rand(batch, options.tokens, 128, generator=generator)
-    text = torch.rand(batch, options.text_tokens, 768, generator=generator)
-    t = torch.rand(batch, generator=generator)
-    return {
-        "hidden_states": x.to(device),
-        "encoder_hidden_states": text.to(device),
-        "timestep": t.to(device),
-        "img_ids": torch.zeros(options.tokens, 4, device=device),
-        "txt_ids": torch.zeros(options.text_tokens, 4, device=device),
-    }
-
-
 def make_step(network: torch.nn.Module, inputs: dict, device: str, dtype: torch.dtype):
     """A function that makes one training step and returns its loss."""
     trained = [p for p in network.parameters() if p.requires_grad]
@@ -433,36 +388,19 @@ def make_step(network: torch.nn.Module, inputs: dict, device: str, dtype: torch.
     return step
 
 
-def time_step(step, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def peak_bytes(step, device: str) -> int:
     """Bytes that a step has allocated at most, above those that were allocated before it."""
     if device == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    events = sorted(
-        (e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"
-    )
-    held = most = 0
-    for _, change in events:
-        held += change
-        most = max(most, held)
-    return most
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = itertools.accumulate(change for _, change in changes)
+    return max(0, *held)
 
 
 def main() -> None:
@@ -470,19 +408,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("plan")
-    command.add_argument("--json", action="store_true")
-    command.set_defaults(run=plan)
+    commands.add_parser("plan").set_defaults(run=plan)
     command = commands.add_parser("lora")
-    for name, default in (
-        ("width", 512),
-        ("layers", 6),
-        ("batch", 2),
-        ("tokens", 128),
-        ("text_tokens", 64),
-        ("rank", 64),
-        ("repeats", 15),
-    ):
+    sizes = {"width": 512, "layers": 6, "batch": 2, "tokens": 128, "text_tokens": 64, "rank": 64}
+    sizes["repeats"] = 15
+    for name, default in sizes.items():
         command.add_argument(f"--{name}", type=int, default=default)
     command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     command.set_defaults(run=compare_with_peft)

@@ -1,4 +1,7 @@
-"""TODO."""
+"""Speech as waves, and batches of cached latents and text features: the same draws as every system's batches.
+
+Caches are named by a digest of all that they depend on; prepare.py makes them.
+"""
 
 import math
 from dataclasses import asdict
@@ -48,10 +51,8 @@ class PictureBatches(Batches):
 
     def __init__(self, config: Config, corpus: WaveCorpus, tokenizer, rank: int = 0, world: int = 1):
         super().__init__(config, corpus, tokenizer, rank, world)
-        latents_path = latents_file(config, corpus)
-        self.latents = shards.open_features(latents_path, shards.PREPARE_HINT)
-        clips = all_clips(corpus)
-        self.clip_index = {clip.number: n for n, clip in enumerate(clips)}
+        self.latents = shards.open_features(latents_file(config, corpus), shards.PREPARE_HINT)
+        self.clip_index = {clip.number: n for n, clip in enumerate(all_clips(corpus))}
         features_path, prompts = features_file(config, corpus)
         self.prompt_index = {prompt: n for n, prompt in enumerate(prompts)}
         self.features = None
@@ -90,20 +91,17 @@ class PictureBatches(Batches):
             batch["text"] = torch.stack(features)  # (B, S, D)
         else:
             length = self.config.klein.text_tokens
-            ids, text_mask = pipeline.tokenize_prompts(self.tokenizer, prompts, length)
-            batch["ids"] = ids  # (B, S)
-            batch["text_mask"] = text_mask
+            tokens = pipeline.tokenize_prompts(self.tokenizer, prompts, length)
+            batch["ids"], batch["text_mask"] = tokens  # (B, S) both
         return batch
 
 
 def token_mask(p: Picture) -> torch.Tensor:
     """(N,): which tokens of the canvas show any of the spectrogram."""
     bins = p.n_fft // 2 + 1
-    columns = frame_count(p) * p.stretch
-    row_mask = torch.arange(0, p.canvas_height, 16) < bins
-    column_mask = torch.arange(0, p.canvas_width, 16) < columns
-    mask = row_mask[:, None] & column_mask  # (H / 16, W / 16)
-    return mask.flatten()
+    row_mask = torch.arange(0, p.canvas_height, 16) < bins  # (H / 16,)
+    column_mask = torch.arange(0, p.canvas_width, 16) < frame_count(p) * p.stretch  # (W / 16,)
+    return (row_mask[:, None] & column_mask).flatten()
 
 
 def format_prompt(config: Config, text: str) -> str:
@@ -121,20 +119,15 @@ def all_clips(corpus: WaveCorpus) -> list[shards.Clip]:
 def latents_file(config: Config, corpus: WaveCorpus) -> Path:
     """The cache of the clips' latents, named by a digest of all that it depends on."""
     k = config.klein
-    picture = asdict(config.picture)
     numbers = [clip.number for clip in all_clips(corpus)]
-    digest = shards.digest([k.base, k.vae, picture, numbers])
+    digest = shards.digest([k.base, k.vae, asdict(config.picture), numbers])
     return corpus.folder / f"latents_{digest[:8]}.npy"
 
 
 def features_file(config: Config, corpus: WaveCorpus) -> tuple[Path, list]:
     """The cache of the text encoder's features, and the prompts in it."""
     k = config.klein
-    prompts = {""}
-    for clip in all_clips(corpus):
-        prompt = format_prompt(config, clip.text)
-        prompts.add(prompt)
-    prompts = sorted(prompts)
+    read = {format_prompt(config, clip.text) for clip in all_clips(corpus)}
+    prompts = sorted({"", *read})
     digest = shards.digest([k.base, k.text_tokens, prompts])
-    name = f"features_{digest[:8]}.npy"
-    return corpus.folder / name, prompts
+    return corpus.folder / f"features_{digest[:8]}.npy", prompts

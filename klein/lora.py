@@ -1,12 +1,13 @@
-"""TODO."""
+"""LoRA: a trained low-rank update beside a frozen linear layer, mergeable and removable.
+
+A layer is known by its full path below the network that it is in. Source: arXiv 2106.09685.
+"""
 
 import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-# LoRA
 
 
 class LoRA(nn.Module):
@@ -21,7 +22,7 @@ class LoRA(nn.Module):
         self.base = base.requires_grad_(False)
         self.alpha = float(alpha)
         self.scale = alpha / rank
-        self.original = None  # a copy of W on the CPU while the update is merged into W
+        self.unmerged_weight = None  # W, on the CPU, while the update is merged into it
         device = base.weight.device
         A = torch.randn(rank, base.in_features, device=device) / rank
         B = torch.zeros(base.out_features, rank, device=device)
@@ -31,7 +32,7 @@ class LoRA(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out)."""
         y = self.base(x)  # (..., out)
-        if self.original is not None:
+        if self.unmerged_weight is not None:
             return y  # merged: the update is in W
         A = self.A.to(x.dtype)
         h = F.linear(x, A)  # (..., r)
@@ -43,18 +44,18 @@ class LoRA(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """Add the update to W: the same outputs without its cost. A copy of W is kept on the CPU."""
-        if self.original is None:
+        if self.unmerged_weight is None:
             W = self.base.weight
-            self.original = W.detach().cpu().clone()
+            self.unmerged_weight = W.detach().cpu().clone()
             update = self.scale * self.B @ self.A  # (out, in)
             W += update.to(W.dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restore W, bit for bit."""
-        if self.original is not None:
-            self.base.weight.copy_(self.original)
-            self.original = None
+        if self.unmerged_weight is not None:
+            self.base.weight.copy_(self.unmerged_weight)
+            self.unmerged_weight = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -96,7 +97,7 @@ def attention_layers(root: nn.Module) -> list[str]:
     """Full paths of all attention projections.
 
     root: a transformer: 8 in a double block, 2 in a single one, whose QKV and MLP inputs are one matrix; or a
-    KleinText: layers 0 to 26.
+    KleinTextEncoder: layers 0 to 26.
     """
     paths = []
     for path, module in root.named_modules():

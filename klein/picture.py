@@ -1,8 +1,7 @@
 """The picture codec: sound as an RGB picture of its magnitude spectrogram, and back; and its commands.
 
-A picture is (3, H, W) in [0, 1], as sonic-plantain paints it: row 0 is 0 Hz, frame m is centred on sample m
-hop, T = N // hop + 1. Colour map: [-80, 0] dB run along seven edges of the RGB cube. p: a Picture, the codec's
-parameters.
+A picture is (3, H, W) in [0, 1], as sonic-plantain paints it: row 0 is 0 Hz, frame m is centred on sample
+m hop, T = N // hop + 1; [-80, 0] dB run along seven edges of the RGB cube. p: a Picture, the parameters.
 """
 
 import argparse
@@ -251,26 +250,19 @@ def canvas_size(p: Picture) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Sound as a picture, and back.")
+    add = parser.add_argument
     kinds = "wav to PNG | PNG to wav | what both together lose"
-    parser.add_argument("command", choices=("encode", "decode", "roundtrip"), help=kinds)
-    parser.add_argument("source", help="a sound file; decode: a PNG")
-    parser.add_argument(
-        "target",
-        nargs="?",
-        default="",
-        help="default: beside the source; roundtrip: the rebuilt wav, written where given",
-    )
+    add("command", choices=("encode", "decode", "roundtrip"), help=kinds)
+    add("source", help="a sound file; decode: a PNG")
+    about_target = "default: beside the source; roundtrip: the rebuilt wav, written where given"
+    add("target", nargs="?", default="", help=about_target)
     for field in fields(Picture):
         default = "that of the sound" if field.name == "seconds" else field.default
-        parser.add_argument(
-            f"--{field.name}", type=type(field.default), help=f"default: {default}; decode: as painted"
-        )
-    parser.add_argument(
-        "--recogniser", default="", help="roundtrip: Whisper name or .pt file that listens before and after"
-    )
-    parser.add_argument(
-        "--text", default="", help="roundtrip: what is said; default: what the recogniser hears in the source"
-    )
+        add(f"--{field.name}", type=type(field.default), help=f"default: {default}; decode: as painted")
+    about_recogniser = "roundtrip: Whisper name or .pt file that transcribes before and after"
+    add("--recogniser", default="", help=about_recogniser)
+    about_text = "roundtrip: what is said; default: the recogniser's transcript of the source"
+    add("--text", default="", help=about_text)
     options = parser.parse_args()
     suffix = ".png" if options.command == "encode" else ".wav"
     target = Path(options.target or Path(options.source).with_suffix(suffix))
@@ -321,8 +313,8 @@ def decode_file(source: str, target: Path, given: dict) -> None:
     db, distance = decode(picture, p)
     wave = reconstruct_wave(db, p, facts.get("peak", 0.0))
     audio.save_wav(target, wave, p.sample_rate)
-    duration_sec = len(wave) / p.sample_rate
-    print(f"{target}  {duration_sec:.2f} s, mean distance to the path {distance.mean():.4f}")
+    seconds = len(wave) / p.sample_rate
+    print(f"{target}  {seconds:.2f} s, mean distance to the path {distance.mean():.4f}")
 
 
 def roundtrip_file(source: str, target: Path | None, given: dict, recogniser: str, text: str) -> None:
@@ -369,8 +361,8 @@ def compare_transcripts(
     for sound in (wave, rebuilt):
         sound = audio.resample(sound, sample_rate, RATE)
         windows = list(sound.split(WINDOW_SAMPLES))
-        parts = [part.strip() for part in transcribe(model, windows)]
-        transcripts.append(" ".join(parts))
+        parts = transcribe(model, windows)
+        transcripts.append(" ".join(part.strip() for part in parts))
     before, after = transcripts
     print(f"heard before {before!r}\nheard after  {after!r}")
     said = normalize_transcript(text) or normalize_transcript(before)
@@ -391,15 +383,12 @@ def read_source(source: str, given: dict) -> tuple[torch.Tensor, Picture]:
         wave = wave[:samples]
     if len(wave) < p.hop:
         raise UserError(f"{source}: {len(wave)} samples are less than a frame of {p.hop}")
-    duration_sec = exact_duration_sec(len(wave), p.sample_rate)
-    p = replace(p, seconds=duration_sec)
+    p = replace(p, seconds=exact_duration_sec(len(wave), p.sample_rate))
     columns = frame_count(p) * p.stretch
-    width = math.ceil(columns / 16) * 16
-    width = max(width, p.canvas_width)
-    p = replace(p, canvas_width=width)
+    needed_width = math.ceil(columns / 16) * 16
+    p = replace(p, canvas_width=max(needed_width, p.canvas_width))
     p.check()
-    pixels = width * p.canvas_height
-    if pixels > Image.MAX_IMAGE_PIXELS:
+    if p.canvas_width * p.canvas_height > Image.MAX_IMAGE_PIXELS:
         raise UserError(f"{source}: {canvas_size(p)} are more than programs open; give less --seconds")
     return wave, p
 

@@ -1,4 +1,7 @@
-"""TODO."""
+"""The parts of a FLUX.2 Klein pipeline, each loaded alone, since training never needs all at once.
+
+A part is published, loaded from klein.base, or small, random and always the same: klein.base scratch.
+"""
 
 import warnings
 from pathlib import Path
@@ -11,8 +14,6 @@ from einops import rearrange
 from config import Config, UserError
 from pretrained import frozen
 from pretrained.frozen import Frozen
-
-# FLUX.2 Klein: the parts of a diffusers Flux2KleinPipeline, each alone: training never needs all at once
 
 # the text encoder's hidden states that the transformer reads; later layers are not run
 OUTPUT_LAYERS = (9, 18, 27)
@@ -31,7 +32,7 @@ def load_klein(config: Config, part: str) -> nn.Module:
     """One network of the pipeline config.klein.base, on the CPU.
 
     part: transformer (frozen bf16 or fp32 as train.dtype says, fp32 where it is tuned in full) | text_encoder
-    (a KleinText, as train.dtype says) | vae (a KleinVAE, or Patches; fp32, since latents are made once).
+    (a KleinTextEncoder, as train.dtype says) | vae (a KleinVAE or PixelPatches, fp32: latents are made once).
     """
     if part == "vae" and config.klein.vae == "patches":
         return PixelPatches()
@@ -91,8 +92,9 @@ def load_klein_tokenizer(base: str):
             base, subfolder="tokenizer", local_files_only=offline
         )
         tokenize_prompts(tokenizer, [""], 512)  # needs a template for chats, and padding
-        ids = tokenizer("speech").input_ids
-        if tokenizer.decode(ids) != "speech":  # without files, AutoTokenizer makes up an empty vocabulary
+        if (
+            tokenizer.decode(tokenizer("speech").input_ids) != "speech"
+        ):  # without files, AutoTokenizer makes up an empty vocabulary
             raise ValueError("it has no vocabulary")
     except Exception as e:
         raise UserError(
@@ -150,9 +152,9 @@ def tokenize_prompts(tokenizer, prompts: list[str], length: int) -> tuple[torch.
     """
     chats = []
     for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}]
+        message = {"role": "user", "content": prompt}
         chat = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            [message], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         chats.append(chat)
     rows = []
@@ -163,8 +165,7 @@ def tokenize_prompts(tokenizer, prompts: list[str], length: int) -> tuple[torch.
             raise UserError(
                 f"prompt {prompt[:40]!r}... has {len(ids)} tokens, klein.text_tokens is {length}: shorten it"
             )
-        padding = [tokenizer.pad_token_id] * (length - len(ids))
-        rows.append(ids + padding)
+        rows.append(ids + [tokenizer.pad_token_id] * (length - len(ids)))
         lengths.append(len(ids))
     mask = torch.arange(length) < torch.tensor(lengths)[:, None]  # (B, length)
     return torch.tensor(rows), mask
@@ -175,18 +176,15 @@ class KleinTextEncoder(nn.Module):
 
     def __init__(self, qwen: nn.Module):
         super().__init__()
-        depth = OUTPUT_LAYERS[-1]
         self.model = qwen.model
-        self.model.layers = self.model.layers[:depth]
+        self.model.layers = self.model.layers[: OUTPUT_LAYERS[-1]]
         self.model.norm = nn.Identity()  # or the last hidden state would be normalised
-        self.model.config.num_hidden_layers = depth
+        self.model.config.num_hidden_layers = OUTPUT_LAYERS[-1]
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """ids, mask (B, S) -> (B, S, 3 D)."""
         output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-        states = output.hidden_states
-        features = [states[layer] for layer in OUTPUT_LAYERS]
-        return torch.cat(features, -1)
+        return torch.cat([output.hidden_states[layer] for layer in OUTPUT_LAYERS], -1)
 
 
 class KleinVAE(nn.Module):
@@ -198,10 +196,8 @@ class KleinVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        pixels = 2 * pictures - 1
-        pixels = pixels.to(self.vae.device, self.vae.dtype)
-        posterior = self.vae.encode(pixels).latent_dist
-        latents = posterior.mode().float()  # (B, C, H / 8, W / 8)
+        pixels = (2 * pictures - 1).to(self.vae.device, self.vae.dtype)
+        latents = self.vae.encode(pixels).latent_dist.mode().float()  # (B, C, H / 8, W / 8)
         tokens = rearrange(latents, "b c (h i) (w j) -> b (h w) (c i j)", i=2, j=2)
         return (tokens - self.mean) / self.std
 
@@ -209,10 +205,8 @@ class KleinVAE(nn.Module):
     def decode(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
         tokens = tokens.float() * self.std + self.mean
         rows = height // 16
-        columns = width // 16
-        latents = rearrange(tokens, "b (h w) (c i j) -> b c (h i) (w j)", h=rows, w=columns, i=2, j=2)
-        latents = latents.to(self.vae.dtype)
-        pixels = self.vae.decode(latents).sample.float()  # (B, 3, H, W)
+        latents = rearrange(tokens, "b (h w) (c i j) -> b c (h i) (w j)", h=rows, w=width // 16, i=2, j=2)
+        pixels = self.vae.decode(latents.to(self.vae.dtype)).sample.float()  # (B, 3, H, W)
         return (pixels / 2 + 0.5).clamp(0, 1)
 
     @property
@@ -222,23 +216,19 @@ class KleinVAE(nn.Module):
 
     @property
     def std(self) -> torch.Tensor:
-        variance = self.vae.bn.running_var.float()
-        return (variance + self.vae.config.batch_norm_eps).sqrt()
+        return (self.vae.bn.running_var.float() + self.vae.config.batch_norm_eps).sqrt()
 
 
 class PixelPatches(nn.Module):
     """Instead of KleinVAE: 16 x 16 pixels in [-1, 1] are a token of 768 numbers; nothing is lost."""
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        pixels = 2 * pictures - 1
-        return rearrange(pixels, "b c (h i) (w j) -> b (h w) (c i j)", i=16, j=16)
+        return rearrange(2 * pictures - 1, "b c (h i) (w j) -> b (h w) (c i j)", i=16, j=16)
 
     def decode(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
         rows = height // 16
-        columns = width // 16
-        pixels = rearrange(tokens, "b (h w) (c i j) -> b c (h i) (w j)", h=rows, w=columns, i=16, j=16)
-        pictures = pixels / 2 + 0.5
-        return pictures.clamp(0, 1)
+        pixels = rearrange(tokens, "b (h w) (c i j) -> b c (h i) (w j)", h=rows, w=width // 16, i=16, j=16)
+        return (pixels / 2 + 0.5).clamp(0, 1)
 
 
 def scratch_klein(config: Config, part: str) -> nn.Module:

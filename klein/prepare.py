@@ -1,4 +1,7 @@
-"""TODO."""
+"""All that training a Klein needs and does not find: packed waves, their latents, the prompts' features.
+
+It prints how intelligible recordings are after picture, VAE and Griffin-Lim: no network can do better.
+"""
 
 import numpy as np
 import torch
@@ -18,7 +21,8 @@ from pretrained.asr import load, normalise
 def prepare(config: Config) -> None:
     """Make what training needs and does not find: packed waves, their latents, the prompts' features.
 
-    Prints the ceiling when it makes latents. raises UserError without clips, or if a prompt does not fit.
+    Prints the ceiling when it makes latents.
+    raises UserError without clips, or if a prompt does not fit.
     """
     k = config.klein
     p = config.picture
@@ -28,9 +32,8 @@ def prepare(config: Config) -> None:
     if not clips:
         longest = config.data.max_seconds
         raise UserError(f"{corpus.folder}: has no clip of at most data.max_seconds {longest}")
-    device = torch.device("cpu")
-    if torch.cuda.is_available() and config.device != "cpu":
-        device = torch.device("cuda")
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    device = torch.device("cuda" if on_gpu else "cpu")
     latents_path = latents_file(config, corpus)
     features_path, prompts = features_file(config, corpus)
     tokenizer = pipeline.load_klein_tokenizer(k.base)
@@ -40,23 +43,17 @@ def prepare(config: Config) -> None:
         measure_ceiling(config, corpus, vae, device)
 
         def encode_clips(numbers: list[int]) -> np.ndarray:
-            pictures = []
-            for n in numbers:
-                wave = corpus.wave(clips[n])
-                pictures.append(picture.encode(wave, p))
+            pictures = [picture.encode(corpus.wave(clips[n]), p) for n in numbers]
             latents = vae.module.encode(torch.stack(pictures))  # (B, N, C)
             return latents.cpu().numpy()
 
-        tokens = len(token_mask(p))
-        lengths = [tokens] * len(clips)
+        lengths = [len(token_mask(p))] * len(clips)
         shards.cache_features(latents_path, lengths, None, encode_clips, 4, "latents")
     if not k.text_rank and not features_path.exists():
         encoder = pipeline.load_frozen_klein(config, "text_encoder", device)
 
         def encode_prompts(numbers: list[int]) -> np.ndarray:
-            batch_ids = ids[numbers].to(device)
-            batch_mask = mask[numbers].to(device)
-            features = encoder(batch_ids, batch_mask)  # (B, S, D)
+            features = encoder(ids[numbers].to(device), mask[numbers].to(device))  # (B, S, D)
             return features.float().cpu().numpy()
 
         lengths = [k.text_tokens] * len(prompts)
@@ -67,27 +64,22 @@ def measure_ceiling(config: Config, corpus: WaveCorpus, vae: frozen.Frozen, devi
     """Print the error of recordings after picture, VAE and Griffin-Lim: the best that a network can reach."""
     p = config.picture
     asr = load(config.eval.recogniser, device)
-    clips = corpus.clips(config.eval.split) or corpus.clips("train")
-    clips = clips[:16]
+    clips = (corpus.clips(config.eval.split) or corpus.clips("train"))[:16]
     pictures = []
     outputs = []
     for clip in tqdm(clips, desc="ceiling", unit="clip", disable=None):
         wave = corpus.wave(clip)
         pictures.append(picture.encode(wave, p))
         outputs.append(vae_roundtrip(vae, wave, p, ""))
-    decoded_pictures = [output.picture for output in outputs]
     db, _ = picture.decode(torch.stack(pictures), p)  # (B, F, T)
-    decoded_db, _ = picture.decode(torch.stack(decoded_pictures), p)
-    mse = (decoded_db - db).square().mean()
-    rmse = mse.sqrt().item()
+    decoded_db, _ = picture.decode(torch.stack([output.picture for output in outputs]), p)
+    rmse = (decoded_db - db).square().mean().sqrt().item()
     intelligibility = ""
     if asr:
         waves = [output.wave for output in outputs]
         hypotheses = asr.transcribe(waves, p.sample_rate)
-        pairs = []
-        for clip, hypothesis in zip(clips, hypotheses):
-            reference = normalise(clip.text)
-            pairs.append((reference, normalise(hypothesis)))
+        texts = [normalise(clip.text) for clip in clips]
+        pairs = list(zip(texts, map(normalise, hypotheses)))
         wer = metric.word_error_rate(pairs)
         intelligibility = f", word error rate {100 * wer:.1f} % by {asr.name}"
     print(

@@ -1,9 +1,8 @@
 """Text to speech by FLUX.2 Klein, through the RGB picture of a magnitude spectrogram. System `spectrogram`.
 
-Top-down: the system, its batches and caches, LoRA, adapters as files. The transformer is diffusers' own
-class; a hand-written LoRA is all that is trained of it, or every weight: klein.tune full. Tokens x are
-(B, N, C), one for each 16 x 16 pixels.
-Source: the model card of phanerozoic/sonic-plantain; LoRA is arXiv 2106.09685.
+The transformer is diffusers' own class; a hand-written LoRA (lora.py) is all that is trained of it, or every
+weight: klein.tune full. Tokens x are (B, N, C), one for each 16 x 16 pixels.
+Source: the model card of phanerozoic/sonic-plantain.
 """
 
 import functools
@@ -21,7 +20,6 @@ from config import Config, Sample, UserError
 from corpora import shards
 from klein import picture, pipeline, prepare
 from klein.adapter import (
-    ATTRIBUTION,
     LORA_WEIGHTS,
     apply_adapter,
     check_adapter,
@@ -39,6 +37,11 @@ from metric import Score
 from pretrained import frozen
 
 MODEL_CARD = Path(__file__).parent / "model_card.md"
+ATTRIBUTION = {  # of the model card, by data.corpus
+    "librispeech": "Trained on LibriSpeech train-clean-100 (Panayotov et al. 2015), CC BY 4.0, "
+    "https://www.openslr.org/12.",
+    "ljspeech": "Trained on LJSpeech 1.1 (Ito, Johnson 2017), public domain.",
+}
 CHARACTERS_PER_SEC = 15  # of read English speech: how many characters fit on a picture
 
 
@@ -94,9 +97,8 @@ class Spectrogram(System):
         x = batch["x"]  # (B, N, C)
         noise = batch["noise"]  # (B, N, C)
         t = batch["t"]  # (B,)
-        if "text" in batch:
-            text = batch["text"]  # (B, S, D)
-        else:
+        text = batch.get("text")  # (B, S, D)
+        if text is None:
             text = self.trained_text_encoder(batch["ids"], batch["text_mask"])
         x_t = flow.interpolate(x, noise, t)
         v = self.velocity(x_t, t, text)  # (B, N, C)
@@ -128,21 +130,19 @@ class Spectrogram(System):
             raise UserError(
                 f"a length in seconds: system spectrogram paints {p.seconds} s always; leave it out"
             )
-        outputs = []
-        for picture, prompt in zip(self.paint(prompts, settings), prompts):
-            outputs.append(decode_picture(picture, p, prompt.text))
-        return outputs
+        pictures = self.generate_pictures(prompts, settings)
+        return [decode_picture(picture, p, prompt.text) for picture, prompt in zip(pictures, prompts)]
 
-    def paint(self, prompts: Sequence[Prompt], settings: Sample) -> torch.Tensor:
+    def generate_pictures(self, prompts: Sequence[Prompt], settings: Sample) -> torch.Tensor:
         """Sample with guidance; returns: pictures (B, 3, H, W) in [0, 1]."""
         p = self.config.picture
         device = self.picture_ids.device
         texts = [prompt.text for prompt in prompts]
-        text = self.encode(texts + [None] * len(texts))  # (2 B, S, D)
+        text = self.encode_text(texts + [None] * len(texts))  # (2 B, S, D)
         noise = self._draw_noise(prompts).to(device)  # (B, N, C)
         timesteps = self._timesteps(settings)  # (steps + 1,)
-        black_picture = torch.zeros(1, 3, p.canvas_height, p.canvas_width, device=device)
-        black = self.vae.module.encode(black_picture)  # (1, N, C)
+        black = torch.zeros(1, 3, p.canvas_height, p.canvas_width, device=device)
+        black = self.vae.module.encode(black)  # (1, N, C)
         shown = token_mask(p).to(device)[:, None]  # (N, 1): tokens that training had a loss on
 
         def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -176,17 +176,13 @@ class Spectrogram(System):
         shift = math.exp(mu) * settings.shift  # two shifts in a row multiply
         return flow.timesteps(settings.euler_steps, settings.sway, shift)
 
-    def encode(self, texts: Sequence[str | None]) -> torch.Tensor:
+    def encode_text(self, texts: Sequence[str | None]) -> torch.Tensor:
         """Features (B, S, D) of texts in the config's prompt; None is the empty prompt, for guidance."""
-        prompts = []
-        for text in texts:
-            prompt = "" if text is None else format_prompt(self.config, text)
-            prompts.append(prompt)
+        prompts = ["" if text is None else format_prompt(self.config, text) for text in texts]
         ids, mask = pipeline.tokenize_prompts(self.tokenizer, prompts, len(self.text_ids))
         device = self.picture_ids.device
         encoder = self.trained_text_encoder or self.text_encoder
-        features = encoder(ids.to(device), mask.to(device))
-        return features.float()
+        return encoder(ids.to(device), mask.to(device)).float()
 
     def reference(self, corpus: WaveCorpus, clip: shards.Clip) -> PictureOutput:
         """A recorded clip as a picture, through the VAE and back: the best that any network can generate."""
@@ -194,8 +190,7 @@ class Spectrogram(System):
 
     def score(self, output: PictureOutput, corpus: WaveCorpus, clip: shards.Clip) -> dict[str, float]:
         """lsd: log-spectral distance to the recorded clip, at matched gain, dB; path_distance: its mean."""
-        recording = corpus.wave(clip)
-        db, recording_db = at_matched_gain(output.wave, recording, self.config.picture)
+        db, recording_db = at_matched_gain(output.wave, corpus.wave(clip), self.config.picture)
         return {
             "lsd": log_spectral_distance(db, recording_db),
             "path_distance": output.path_distance.mean().item(),
@@ -236,8 +231,7 @@ class Spectrogram(System):
         for part, layers in adapter.items():
             check_adapter(networks[part], layers, f"{name}: {part}")
         for part, network in networks.items():
-            layers = adapter.get(part, {})  # without layers, the part becomes as it was published
-            apply_adapter(network, layers)
+            apply_adapter(network, adapter.get(part, {}))  # without layers it becomes as it was published
         self.trained_text_encoder = text_encoder
 
     def export(self, folder: Path, facts: dict[str, str]) -> None:
@@ -256,8 +250,7 @@ class Spectrogram(System):
             pipeline.save_klein(self.config, self.transformer, folder)
             return
         self._export_lora(folder, facts)
-        card = self._model_card(facts)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(self._model_card(facts), encoding="utf-8")
 
     def _export_lora(self, folder: Path, facts: dict[str, str]) -> None:
         layers = lora_layers(self.transformer)
@@ -267,8 +260,9 @@ class Spectrogram(System):
         write_tensors(folder / LORA_WEIGHTS, tensors, header)
         write_tensors(folder / "comfyui.safetensors", tensors, facts, folded=True)
         if self.trained_text_encoder is not None:
-            text_layers = lora_layers(self.trained_text_encoder)
-            write_peft(folder / "text_encoder", text_layers, self.config.klein.base)
+            write_peft(
+                folder / "text_encoder", lora_layers(self.trained_text_encoder), self.config.klein.base
+            )
 
     def _model_card(self, facts: dict[str, str]) -> str:
         k = self.config.klein
@@ -282,8 +276,7 @@ class Spectrogram(System):
             f"height={p.canvas_height}, width={p.canvas_width}, max_sequence_length={k.text_tokens}, "
             f"num_inference_steps={settings.euler_steps}, guidance_scale={settings.cfg_scale}"
         )
-        template = MODEL_CARD.read_text(encoding="utf-8")
-        return template.format(
+        return MODEL_CARD.read_text(encoding="utf-8").format(
             base=k.base,
             rank=k.rank,
             attribution=ATTRIBUTION.get(self.config.data.corpus, ""),

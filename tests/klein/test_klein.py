@@ -104,7 +104,7 @@ def folder(network, tmp_path) -> Path:
 
 def paint(network):
     with torch.inference_mode():
-        return network.paint(PROMPTS, SETTINGS)
+        return network.generate_pictures(PROMPTS, SETTINGS)
 
 
 def paint_in_diffusers(pipe):
@@ -149,7 +149,7 @@ def same(made, wanted, rtol, atol):
     assert made.keys() == wanted.keys()
     for path in wanted:
         torch.testing.assert_close(
-            made[path], wanted[path], rtol=rtol, atol=atol, msg=lambda text: f"{path}: {text}"
+            made[path], wanted[path], rtol=rtol, atol=atol, msg=lambda text, path=path: f"{path}: {text}"
         )
 
 
@@ -203,7 +203,7 @@ def test_an_adapter_without_its_settings_paints_something_else_so_alpha_matters(
 
 
 def test_layers_of_different_ranks_and_alphas_paint_the_same_in_diffusers(network, tmp_path, pipe):
-    for n, (path, lora) in enumerate(lora_layers(network.transformer).items()):
+    for n, path in enumerate(lora_layers(network.transformer)):
         add_lora(network.transformer, {path: 2 + n % 3}, alpha=1.0 + n)
     shake(network).export(tmp_path, {})
     pipe.load_lora_weights(tmp_path, weight_name=adapter.LORA_WEIGHTS)
@@ -223,7 +223,7 @@ def test_merging_changes_nothing_that_is_painted_and_unmerging_restores_every_bi
     for lora in layers * 2:  # twice is once
         lora.merge()
     torch.testing.assert_close(paint(network), painted, rtol=0, atol=1e-5)
-    assert all(not torch.equal(lora.base.weight, lora.original) for lora in layers)
+    assert all(not torch.equal(lora.base.weight, lora.unmerged_weight) for lora in layers)
     for lora in layers * 2:
         lora.unmerge()
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())

