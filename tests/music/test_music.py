@@ -17,8 +17,8 @@ from config import UserError
 from music.bench import call_diffusers, diffusers_flux, example_inputs, randomize
 from music.config import SIZES, MusicConfig, Size
 from music.latents import Codec, to_latents, to_tokens
-from music.model import MMDiT, choose_size, load_published, read_published
-from music.system import Music, multidiffusion
+from music.model import MMDiT, load_published, read_published
+from music.system import Music, choose_size, multidiffusion
 
 PARAMETERS = {
     "small": 142_333_984,
@@ -28,7 +28,7 @@ PARAMETERS = {
     "giant_full": 1_586_238_752,
 }
 TENSORS = {"small": 336, "base": 496, "large": 496, "giant": 656, "giant_full": 496}
-SHORT = dataclasses.replace(SIZES["small"], double=1, single=1)
+SHORT = dataclasses.replace(SIZES["small"], depth=1, depth_single_blocks=1)
 
 
 def on_meta(name: str) -> MMDiT:
@@ -53,12 +53,14 @@ def test_a_size_has_as_many_parameters_as_published(name):
         sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
         and len(network.state_dict()) == TENSORS[name]
     )
-    assert sum(SIZES[name].axes) == SIZES[name].width // SIZES[name].heads
+    assert sum(SIZES[name].axes_dim) == SIZES[name].width // SIZES[name].heads
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_blocks_of_every_size_are_those_of_diffusers(name):
-    equal_to_diffusers(dataclasses.replace(SIZES[name], double=1, single=1), tokens=24, text_tokens=5)
+    equal_to_diffusers(
+        dataclasses.replace(SIZES[name], depth=1, depth_single_blocks=1), tokens=24, text_tokens=5
+    )
 
 
 def test_the_whole_of_small_is_that_of_diffusers():
@@ -341,8 +343,19 @@ def test_an_own_size_turns_all_of_a_head_in_pairs(width, heads):
         },
     )
     size = choose_size(config, Codec(config, 0.0, 1.0, torch.device("cpu")), text_width=192)
-    assert sum(size.axes) == width // heads and not any(axis % 2 for axis in size.axes) and min(size.axes) > 0
-    assert (size.double, size.single, size.channels, size.bands, size.text_width, size.vector_width) == (
+    assert (
+        sum(size.axes_dim) == width // heads
+        and not any(axis % 2 for axis in size.axes_dim)
+        and min(size.axes_dim) > 0
+    )
+    assert (
+        size.depth,
+        size.depth_single_blocks,
+        size.channels,
+        size.bands,
+        size.text_width,
+        size.vector_width,
+    ) == (
         2,
         1,
         64,

@@ -23,7 +23,7 @@ from base import Prompt
 from config import UserError
 from music import clap, latents
 from music.bench import REFERENCE_STEPS, sample_as_reference
-from music.data import Corpus, MusicBatches, caption_encoders, collate_captions
+from music.data import MusicBatches, MusicCorpus, caption_encoders, collate_captions
 from music.system import Music
 from pretrained import text_encoder
 from tracking import checkpoint, logger
@@ -93,25 +93,25 @@ def clap_folder(tmp_path_factory):
     # GPT-2's bytes
     letters = [chr(b) if b in printable else chr(256 + b - sum(p < b for p in printable)) for b in range(256)]
     vocabulary = {letter: n for n, letter in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters])}
-    text = dict(
-        vocab_size=260,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=90,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-    )
-    sound = dict(
-        patch_embeds_hidden_size=8,
-        hidden_size=16,
-        depths=[1, 1],
-        num_attention_heads=[2, 2],
-        num_hidden_layers=2,
-        window_size=4,
-    )
+    text = {
+        "vocab_size": 260,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 90,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    sound = {
+        "patch_embeds_hidden_size": 8,
+        "hidden_size": 16,
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+        "num_hidden_layers": 2,
+        "window_size": 4,
+    }
     torch.manual_seed(0)
     transformers.ClapModel(
         transformers.ClapConfig(text_config=text, audio_config=sound, projection_dim=8)
@@ -170,7 +170,7 @@ def frozen(knobs, t5_folder, clap_folder, ldm_folder) -> dict:
     return knobs
 
 
-def build(knobs: dict) -> tuple[configs.Config, Corpus, Music]:
+def build(knobs: dict) -> tuple[configs.Config, MusicCorpus, Music]:
     config = system.config_from_command_line(options(knobs))
     corpus = system.open_corpus(config)
     return config, corpus, awake(system.build(config, *corpus.statistics))
@@ -195,7 +195,9 @@ def test_clap_reads_with_the_weights_that_were_saved(clap_folder):
     for name, value in saved.state_dict().items():
         assert torch.equal(value, loaded.model.state_dict()[name])
     words = loaded.words("a calm piano")
-    torch.testing.assert_close(loaded.read("a calm piano"), saved.eval().text_model(**words).pooler_output)
+    torch.testing.assert_close(
+        loaded.text_hidden("a calm piano"), saved.eval().text_model(**words).pooler_output
+    )
     _, report = transformers.ClapTextModel.from_pretrained(clap_folder, output_loading_info=True)
     # FluxMusic's way: nothing of the tower is found
     assert len(report["missing_keys"]) > 20
@@ -219,8 +221,8 @@ def test_training_finds_cached_what_sampling_reads(frozen):
     for text in ("", corpus.clips("train")[0].text):
         for name in ("features", "vectors"):
             # float16 on disk
-            torch.testing.assert_close(batches.read[name](text), read[name](text), rtol=1e-3, atol=1e-3)
-    assert len(batches.read["features"]("")) == 1  # unpadded: the end of the text only
+            torch.testing.assert_close(batches.cached[name](text), read[name](text), rtol=1e-3, atol=1e-3)
+    assert len(batches.cached["features"]("")) == 1  # unpadded: the end of the text only
 
 
 def test_a_caption_beyond_the_limit_is_cut(frozen):
@@ -251,7 +253,7 @@ def test_latents_are_drawn_from_the_vae_s_distribution(frozen, ldm_folder):
     config, corpus, _ = build(frozen)
     vae, clip = diffusers.AutoencoderKL.from_pretrained(ldm_folder, subfolder="vae"), corpus.clips("train")[0]
     codec = latents.Codec(config, 0.0, 1.0, CPU)
-    mean, deviation = codec.hear(corpus.wave(clip), np.random.default_rng(0))
+    mean, deviation = codec.encode_crop(corpus.wave(clip), np.random.default_rng(0))
     log_mel = audio.log_mel(
         latents.random_crop(corpus.wave(clip), 20480, np.random.default_rng(0)), config.mel
     )
@@ -260,8 +262,11 @@ def test_latents_are_drawn_from_the_vae_s_distribution(frozen, ldm_folder):
     torch.testing.assert_close(mean, latents.to_tokens(0.4110932946205139 * found.mean)[0])
     torch.testing.assert_close(deviation, latents.to_tokens(0.4110932946205139 * found.std)[0])
     batches = MusicBatches(config, corpus, None)
-    assert batches.read["latents"](clip).shape == (2 * codec.tokens, 64) and mean.shape == (codec.tokens, 32)
-    crops = [batches.crop(clip, np.random.default_rng(n)) for n in range(4)]
+    assert batches.cached["latents"](clip).shape == (2 * codec.crop_tokens, 64) and mean.shape == (
+        codec.crop_tokens,
+        32,
+    )
+    crops = [batches.random_crop(clip, np.random.default_rng(n)) for n in range(4)]
     x = torch.stack([batches.row(clip, np.random.default_rng(n))["x"] for n in range(400)])
     middle = torch.stack([mean for mean, _ in crops]).mean()
     assert abs(x.mean() - middle) < 0.1 and x.std(0).min() > 0.5 * min(
@@ -272,8 +277,12 @@ def test_latents_are_drawn_from_the_vae_s_distribution(frozen, ldm_folder):
 def test_ten_seconds_are_1024_tokens_of_32_numbers_and_come_back(frozen):
     config = system.config_from_command_line(options(frozen | {"crop_seconds": 10.24}))
     codec = latents.Codec(config, 0.0, 1.0, CPU)
-    mean, deviation = codec.hear(torch.randn(20 * 16000), np.random.default_rng(0))
-    assert mean.shape == deviation.shape == (1024, 32) and (codec.tokens, codec.frames, codec.bands) == (
+    mean, deviation = codec.encode_crop(torch.randn(20 * 16000), np.random.default_rng(0))
+    assert mean.shape == deviation.shape == (1024, 32) and (
+        codec.crop_tokens,
+        codec.crop_frames,
+        codec.bands,
+    ) == (
         1024,
         1024,
         8,
@@ -288,7 +297,7 @@ def test_the_stand_in_loses_nothing(knobs):
         log_mel = audio.log_mel(
             latents.random_crop(corpus.wave(clip), 20480, np.random.default_rng(0)), config.mel
         )
-        tokens, deviation = network.codec.hear(corpus.wave(clip), np.random.default_rng(0))
+        tokens, deviation = network.codec.encode_crop(corpus.wave(clip), np.random.default_rng(0))
         torch.testing.assert_close(network.codec.decode(tokens), log_mel)
         assert not deviation.any()
         found.append(tokens)
@@ -366,7 +375,7 @@ def test_any_length_is_made(knobs, seconds, tokens):
     )
     assert (
         len(network.sample_tokens([Prompt("a flute")], round(100 * seconds), network.config.sample)[0])
-        == tokens * network.codec.tokens
+        == tokens * network.codec.crop_tokens
     )
 
 
@@ -382,11 +391,22 @@ def test_figures_of_a_set_come_from_clap(knobs, clap_folder, tmp_path):
     clips = corpus.clips("val")[:12]
     found = [network.features(network.reference(corpus, clip), corpus, clip) for clip in clips]
     stacked = {name: np.stack([row[name] for row in found]) for name in found[0]}
-    assert np.allclose(np.linalg.norm(stacked["made"], axis=1), 1, atol=1e-4)
-    same = network.summary(stacked | {"made": stacked["real"]}, tmp_path)
-    other = network.summary(stacked | {"made": -stacked["real"]}, tmp_path)
+    assert np.allclose(np.linalg.norm(stacked["generated"], axis=1), 1, atol=1e-4)
+    same = network.summarize(stacked | {"generated": stacked["real"]}, tmp_path)
+    other = network.summarize(stacked | {"generated": -stacked["real"]}, tmp_path)
     assert same["fad"] < 1e-3 < other["fad"] and same["kad"] < other["kad"] and -1 <= same["clap"] <= 1
-    assert network.summary({}, tmp_path) == {}
+
+
+def test_without_a_clap_the_figure_of_a_set_is_chance_and_of_captions_of_no_piece_there_is_none(
+    knobs, tmp_path
+):
+    _, corpus, network = build(knobs)
+    clip = corpus.clips("val")[0]
+    output = network.reference(corpus, clip)
+    found = network.features(output, corpus, clip)
+    stacked = {name: np.stack([value, value]) for name, value in found.items()}
+    assert network.summarize(stacked, tmp_path) == {"chance": 1 / 210}
+    assert network.features(output, corpus, clip._replace(text="ambient, choir")) == {}
 
 
 def test_muon_trains_the_blocks_matrices_and_no_modulation(knobs):
