@@ -34,14 +34,10 @@ def main() -> None:
     add = parser.add_argument
     add("what", nargs="?", choices=("network", "sampling"), default="network")
     add("--size", choices=SIZES, default="small")
-    add("--batch", type=int, default=1)
-    add("--tokens", type=int, default=1024)
-    add("--text_tokens", type=int, default=256)
-    add("--repeats", type=int, default=5)
-    add("--threads", type=int, default=1)
-    add("--caption_tokens", type=int, default=40)
-    add("--steps", type=int, default=0)
-    add("--prompts", type=int, default=64)
+    numbers = {"batch": 1, "tokens": 1024, "text_tokens": 256, "caption_tokens": 40, "steps": 0}
+    numbers |= {"prompts": 64, "repeats": 5, "threads": 1}
+    for name, number in numbers.items():
+        add(f"--{name}", type=int, default=number)
     add("--dtype", choices=("fp32", "bf16"), default="fp32")
     what = "sampling: a run, whose samples by each procedure are scored by their captions"
     add("--ckpt", default="", help=what)

@@ -249,21 +249,10 @@ load_t5 = functools.cache(text_encoder.load_text_encoder)  # loaded once
 
 def prepare_music(config: Config) -> None:
     """Pack data.corpus, unless that was done: `music` as recorded, or `pieces`, which are generated here."""
-    form = config.packed_format()
-    if config.data.corpus != "pieces":
-        prepare_recordings(config, form, READERS)
-    elif not pieces_are_packed(config, form):
-        prepare_pieces(config)  # which refuses a folder that holds another corpus
-
-
-def pieces_are_packed(config: Config, form: dict) -> bool:
-    """Whether data_dir holds as many pieces as the config asks for, and as long ones."""
-    folder = Path(config.data.data_dir)
-    if not (folder / "index.json").exists():
-        return False
-    index = shards.read_index(folder, form)
-    packed = (index["corpus"].get("seconds"), index["clips"]["train"])
-    return packed == (config.music.crop_seconds, config.data.sentences)
+    if config.data.corpus == "pieces":
+        prepare_pieces(config)
+    else:
+        prepare_recordings(config, config.packed_format(), READERS)
 
 
 def read_music(path: Path) -> tuple[list[Clip], list[str]]:

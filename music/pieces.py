@@ -237,7 +237,10 @@ def measure_templates() -> None:
     regularised = covariance + 0.1 * torch.eye(len(covariance))
     templates["centres"] = centres
     templates["precision"] = torch.linalg.inv(regularised)
-    values = {name: value.double().round(decimals=5).tolist() for name, value in templates.items()}
+    values = {}
+    for name, template in templates.items():
+        rounded = template.double().round(decimals=5)
+        values[name] = rounded.tolist()
     with shards.atomic_write(analysis.TEMPLATES) as part:
         part.write_text(json.dumps(values) + "\n")
 

@@ -82,10 +82,9 @@ class Music(System):
         size = choose_size(config, self.codec, text_width)
         weights = config.music.weights
         self.transformer = load_published(Path(weights)) if weights else MMDiT(size)
-        found = self.transformer.size
-        if found != size:
-            name = config.music.size
-            raise UserError(f"{weights}: not of music.size {name}, its width is {found.width}")
+        if self.transformer.size != size:
+            width = self.transformer.size.width
+            raise UserError(f"{weights}: not of music.size {config.music.size}, its width is {width}")
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch of `MusicBatches`. returns: loss, flow_loss, scalars; flow_loss_per_clip (B,)."""
@@ -110,15 +109,8 @@ class Music(System):
         The mask is left out where all of the text is attended to.
         """
         mask = batch["text_mask"]
-        if "text" in batch:
-            text = batch["text"]
-        else:
-            text = self.trained_text_encoder(batch["ids"], mask)
-        if "vector" in batch:
-            vector = batch["vector"]
-        else:
-            vector = masked_mean(text, mask)
-
+        text = batch["text"] if "text" in batch else self.trained_text_encoder(batch["ids"], mask)
+        vector = batch["vector"] if "vector" in batch else masked_mean(text, mask)
         size = self.transformer.size
         text_width = text.shape[-1]
         vector_width = vector.shape[-1]
@@ -174,16 +166,13 @@ class Music(System):
     def draw_noise(self, prompts: Sequence[Prompt], tokens: int) -> Tensor:
         """(B, N, C), each row from its prompt's seed."""
         shape = (tokens, self.transformer.size.channels)
-        rows = []
-        for prompt in prompts:
-            generator = torch.Generator().manual_seed(prompt.seed)
-            rows.append(torch.randn(shape, generator=generator))
+        generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
+        rows = [torch.randn(shape, generator=generator) for generator in generators]
         return torch.stack(rows).to(self.mean.device)
 
     def autocast(self) -> torch.autocast:
-        device = self.mean.device.type
         enabled = self.config.train.dtype == "bf16"
-        return torch.autocast(device, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=enabled)
 
     @property
     def codec(self) -> Codec:
@@ -194,13 +183,9 @@ class Music(System):
         mel = self.config.mel
         log_mel = self.codec.decode(tokens)[:frames]
         if self.config.sample.vocoder == "own":
-            vocoder = frozen.load_frozen(
-                transformers.SpeechT5HifiGan,
-                self.config.music.autoencoder,
-                "vocoder",
-                "music.autoencoder",
-                log_mel.device,
-            )
+            kind = transformers.SpeechT5HifiGan
+            name = self.config.music.autoencoder
+            vocoder = frozen.load_frozen(kind, name, "vocoder", "music.autoencoder", log_mel.device)
             wave = vocoder(log_mel)[: frames * mel.hop].cpu()  # it returns 32 more
         else:
             wave = audio.griffin_lim(log_mel, mel)
@@ -220,7 +205,6 @@ class Music(System):
     def features(self, output: MelOutput, corpus: MusicCorpus, clip: Clip) -> dict[str, np.ndarray]:
         """Embeddings (D,) of sample, recording and caption by the ClapModel eval.features, or chance."""
         name = self.config.eval.features
-        device = self.mean.device
         if not name:
             known = analysis.parse_caption(clip.text)
             return {"chance": np.array(analysis.GUESS_RATE)} if known else {}
@@ -228,7 +212,7 @@ class Music(System):
         samples = self.codec.crop_frames * self.config.mel.hop
         real = random_crop(corpus.wave(clip), samples, rng)
         rate = output.sample_rate
-        clap = load_clap("eval.features", name, device)
+        clap = load_clap("eval.features", name, self.mean.device)
         return {
             "generated": clap.embed_audio(output.wave, rate),
             "real": clap.embed_audio(real, rate),
@@ -241,10 +225,11 @@ class Music(System):
             return {"chance": float(features["chance"].mean())}
         generated = features["generated"]
         real = features["real"]
+        cosines = (generated * features["text"]).sum(1)
         return {
             "fad": metric.frechet_distance(generated, real),
             "kad": metric.kernel_distance(generated, real),
-            "clap": float((generated * features["text"]).sum(1).mean()),
+            "clap": float(cosines.mean()),
         }
 
     def hidden_matrices(self) -> list[nn.Parameter]:
@@ -265,8 +250,8 @@ class Music(System):
         if size == "own":
             reason = "no other software loads a network of music.size own; its checkpoint is all there is"
             raise UserError(f"{folder}: {reason}")
-        facts = argparse.Namespace(version=size, **facts)
-        state = {"ema": self.transformer.state_dict(), "args": facts}
+        options = argparse.Namespace(version=size, **facts)
+        state = {"ema": self.transformer.state_dict(), "args": options}
         with atomic_write(folder / "music.pt") as part:
             torch.save(state, part)
 

@@ -178,7 +178,7 @@ def build(knobs: dict) -> tuple[configs.Config, MusicCorpus, Music]:
 
 @torch.no_grad()
 def awake(network: Music) -> Music:
-    """What starts at 0 gets numbers, so that texts and times are heard before anything is trained."""
+    """What starts at 0 gets numbers, so that texts and times have an effect before any training."""
     generator = torch.Generator().manual_seed(0)
     for p in network.transformer.parameters():
         if not p.any():
@@ -194,7 +194,7 @@ def test_clap_reads_with_the_weights_that_were_saved(clap_folder):
     loaded = clap.load_clap("music.vector_encoder", str(clap_folder), CPU)
     for name, value in saved.state_dict().items():
         assert torch.equal(value, loaded.model.state_dict()[name])
-    words = loaded.words("a calm piano")
+    words = loaded.tokenize("a calm piano")
     torch.testing.assert_close(
         loaded.text_hidden("a calm piano"), saved.eval().text_model(**words).pooler_output
     )
@@ -204,10 +204,8 @@ def test_clap_reads_with_the_weights_that_were_saved(clap_folder):
 
 
 def test_t5_reads_with_the_weights_that_were_saved(t5_folder, frozen):
-    saved, tokenizer = (
-        transformers.T5EncoderModel.from_pretrained(t5_folder),
-        transformers.AutoTokenizer.from_pretrained(t5_folder),
-    )
+    saved = transformers.T5EncoderModel.from_pretrained(t5_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(t5_folder)
     config = system.config_from_command_line(options(frozen))
     ids = torch.tensor(text_encoder.tokenize(tokenizer, ["a calm piano"]))
     torch.testing.assert_close(
@@ -217,19 +215,20 @@ def test_t5_reads_with_the_weights_that_were_saved(t5_folder, frozen):
 
 def test_training_finds_cached_what_sampling_reads(frozen):
     config, corpus, network = build(frozen)
-    batches, read = MusicBatches(config, corpus, None), caption_encoders(config, CPU)
+    cached = MusicBatches(config, corpus, None).cached
+    encoders = caption_encoders(config, CPU)
     for text in ("", corpus.clips("train")[0].text):
         for name in ("features", "vectors"):
             # float16 on disk
-            torch.testing.assert_close(batches.cached[name](text), read[name](text), rtol=1e-3, atol=1e-3)
-    assert len(batches.cached["features"]("")) == 1  # unpadded: the end of the text only
+            torch.testing.assert_close(cached[name](text), encoders[name](text), rtol=1e-3, atol=1e-3)
+    assert len(cached["features"]("")) == 1  # unpadded: the end of the text only
 
 
 def test_a_caption_beyond_the_limit_is_cut(frozen):
     config, corpus, network = build(frozen | {"caption_tokens": 8})
-    text = network.condition(
-        collate_captions(["word " * 99, "a"], ["a", "a"], config, None, caption_encoders(config, CPU))
-    )[0]
+    encoders = caption_encoders(config, CPU)
+    batch = collate_captions(["word " * 99, "a"], ["a", "a"], config, None, encoders)
+    text = network.condition(batch)[0]
     assert text.shape == (2, 8, 32)
 
 
@@ -251,7 +250,8 @@ def test_latents_are_drawn_from_the_vae_s_distribution(frozen, ldm_folder):
     import diffusers
 
     config, corpus, _ = build(frozen)
-    vae, clip = diffusers.AutoencoderKL.from_pretrained(ldm_folder, subfolder="vae"), corpus.clips("train")[0]
+    vae = diffusers.AutoencoderKL.from_pretrained(ldm_folder, subfolder="vae")
+    clip = corpus.clips("train")[0]
     codec = latents.Codec(config, 0.0, 1.0, CPU)
     mean, deviation = codec.encode_crop(corpus.wave(clip), np.random.default_rng(0))
     log_mel = audio.log_mel(
@@ -307,16 +307,15 @@ def test_the_stand_in_loses_nothing(knobs):
 @pytest.mark.parametrize("joint", [1.0, 0.0])
 def test_captions_are_dropped_together_or_each_by_itself(frozen, joint):
     config, corpus, _ = build(frozen | {"joint_dropout": joint, "text_condition_dropout": 0.3})
-    batches, clip = MusicBatches(config, corpus, None), corpus.clips("train")[0]
+    batches = MusicBatches(config, corpus, None)
+    clip = corpus.clips("train")[0]
     rows = [batches.row(clip, np.random.default_rng(n)) for n in range(600)]
     lost = np.array([[row["text"] == "", row["vector_text"] == ""] for row in rows])
     both = lost.all(1).mean()
     assert np.allclose(lost.mean(0), 0.3, atol=0.06) and abs(both - (0.3 if joint else 0.09)) < 0.05
     assert not joint or (lost[:, 0] == lost[:, 1]).all()
-    assert all(
-        row["text"] == clip.text
-        for row in (batches.row(clip, np.random.default_rng(n), t=0.5) for n in range(20))
-    )
+    validated = [batches.row(clip, np.random.default_rng(n), t=0.5) for n in range(20)]
+    assert all(row["text"] == clip.text for row in validated)
 
 
 # The loss, and sampling
@@ -325,7 +324,9 @@ def test_captions_are_dropped_together_or_each_by_itself(frozen, joint):
 def test_the_loss_is_the_squared_error_of_the_velocity(frozen):
     config, corpus, network = build(frozen)
     batch = MusicBatches(config, corpus, None).train(0)
-    x, noise, t = batch["x"], batch["noise"], batch["t"][:, None, None]
+    x = batch["x"]
+    noise = batch["noise"]
+    t = batch["t"][:, None, None]
     with torch.no_grad():
         v = network.transformer((1 - t) * x + t * noise, batch["t"], *network.condition(batch))
         torch.testing.assert_close(network(batch)["loss"], (v - (noise - x)).square().mean())
@@ -343,25 +344,25 @@ def test_masked_padding_never_reaches_a_sample(knobs):
 def test_guidance_away_from_the_prompt_itself_changes_nothing(knobs):
     _, _, network = build(knobs)
     settings = replace(network.config.sample, cfg_scale=7.0)
-    ways = (
-        replace(settings, cfg_scale=1.0),
-        replace(settings, negative="a flute"),
-        replace(settings, negative="low quality"),
-    )
-    plain, guided, away = (network.sample([Prompt("a flute")], way)[0].log_mel for way in ways)
+
+    def sample_flute(**changes) -> torch.Tensor:
+        return network.sample([Prompt("a flute")], replace(settings, **changes))[0].log_mel
+
+    plain = sample_flute(cfg_scale=1.0)
+    guided = sample_flute(negative="a flute")
+    away = sample_flute(negative="low quality")
     torch.testing.assert_close(plain, guided, rtol=0, atol=1e-4)
     assert (plain - away).abs().max() > 1e-2
 
 
 def test_guidance_in_one_call_and_unpadded_text_give_what_the_slow_procedure_gives(knobs):
     _, _, network = build(knobs)
-    prompts, settings = (
-        [Prompt("a flute", seed=1), Prompt("a trumpet")],
-        replace(network.config.sample, euler_steps=REFERENCE_STEPS),
-    )
+    prompts = [Prompt("a flute", seed=1), Prompt("a trumpet")]
+    settings = replace(network.config.sample, euler_steps=REFERENCE_STEPS)
     with torch.no_grad():
-        ours, theirs = network.sample_tokens(prompts, 128, settings), sample_as_reference(network, prompts)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+        ours = network.sample_tokens(prompts, 128, settings)
+        reference = sample_as_reference(network, prompts)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("seconds, tokens", [(0.5, 1), (1.28, 1), (1.4, 1.5), (3.0, 2.5)])
@@ -442,13 +443,16 @@ def test_a_run_leaves_sound_matches_with_their_control_and_a_report(run):
     assert (run / "report.html").is_file() and audio.load_wav(str(run / "sample.wav"), 16000).any()
 
 
+def newest_state(folder) -> dict:
+    return checkpoint.load_checkpoint(checkpoint.newest_checkpoint(folder))
+
+
 def test_resumed_is_bit_for_bit_uninterrupted(run, knobs, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(run / "checkpoints" / "step_0000002.pt", tmp_path / "checkpoints")
     call(train, *options(knobs | {"out_dir": tmp_path, "steps": 4}))
-    once, twice = (
-        checkpoint.load_checkpoint(checkpoint.newest_checkpoint(folder)) for folder in (run, tmp_path)
-    )
+    once = newest_state(run)
+    twice = newest_state(tmp_path)
     for part in ("model", "ema"):
         assert once[part].keys() == twice[part].keys() and all(
             torch.equal(value, twice[part][key]) for key, value in once[part].items()
@@ -458,10 +462,8 @@ def test_resumed_is_bit_for_bit_uninterrupted(run, knobs, tmp_path):
 def test_two_ranks_are_one_process_with_the_double_batch(knobs, tmp_path):
     finish(start("train.py", *options(knobs | {"out_dir": tmp_path / "two", "steps": 3}), ranks=2))
     call(train, *options(knobs | {"out_dir": tmp_path / "one", "steps": 3, "batch_size": 8}))
-    two, one = (
-        checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / name))["model"]
-        for name in ("two", "one")
-    )
+    two = newest_state(tmp_path / "two")["model"]
+    one = newest_state(tmp_path / "one")["model"]
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
