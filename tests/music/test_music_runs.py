@@ -515,7 +515,7 @@ def test_the_evaluator_says_the_same_again(run, capsys):
         ({"autoencoder": "x", "mel.n_mels": 80}, "n_mels 64"),
         ({"size": "small"}, "music.size small"),
         ({"weights": "x.pt"}, "music.weights"),
-        ({"joint_dropout": 2}, "above 1"),
+        ({"joint_dropout": 2}, "must be at most 1"),
     ],
 )
 def test_what_does_not_fit_is_one_line(refusal, knobs, changes, said):
