@@ -11,6 +11,7 @@ import metric
 from config import Config, UserError
 from corpora import shards
 from corpora.prepare import prepare_recordings
+from device import preparing_device
 from klein import picture, pipeline, segment
 from klein.data import WaveCorpus, all_clips, features_file, latents_file, token_mask, wave_format
 from klein.output import vae_roundtrip
@@ -32,8 +33,7 @@ def prepare(config: Config) -> None:
     if not clips:
         longest = config.data.max_seconds
         raise UserError(f"{corpus.folder}: has no clip of at most data.max_seconds {longest}")
-    on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = preparing_device(config.device)
     latents_path = latents_file(config, corpus)
     features_path, prompts = features_file(config, corpus)
     tokenizer = pipeline.load_klein_tokenizer(k.base)

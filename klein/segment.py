@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 
 import soundfile
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from whisper.tokenizer import get_tokenizer
 import audio
 from config import Config, UserError
 from corpora import shards
+from device import preparing_device
 from pretrained.whisper_weights import RATE, load
 
 Word = tuple[str, float, float]  # word, start, stop; seconds
@@ -73,8 +73,7 @@ def read_words(path: Path) -> dict[str, dict]:
 
 def time_clips(config: Config, clips: list[shards.Clip], known: dict, path: Path) -> None:
     """Add the words of clips to `known`, and write that to `path` after every 1,000 clips and at the end."""
-    on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = preparing_device(config.device)
     model = load(config.data.align, device, "data.align")
     progress = tqdm(clips, desc="words", unit="clip", disable=None)
     for number, clip in enumerate(progress, 1):

@@ -1,4 +1,9 @@
-"""Key, tempo and timbre of any sound, measured, and whether they are those of a piece's caption."""
+"""Key, tempo and timbre of any sound, measured, and whether they are those of a piece's caption.
+
+No network listens: key by chroma, tempo by the periodicity of onsets, timbre by Fisher's linear discriminant
+on a spectrum's bands; templates of the first and last are measured on other pieces (music/pieces.json).
+All work on waves at 16 kHz.
+"""
 
 import functools
 import itertools
@@ -28,10 +33,10 @@ def parse_caption(caption: str) -> dict[str, str]:
     vocabulary = {"key": KEYS, "tempo": TEMPI, "timbre": TIMBRES}
     attributes = {}
     for name, words in vocabulary.items():
-        found = [word for word in words if re.search(rf"\b{word}\b", caption)]
-        if len(found) != 1:
+        named = [word for word in words if re.search(rf"\b{word}\b", caption)]
+        if len(named) != 1:
             return {}
-        attributes[name] = found[0]
+        attributes[name] = named[0]
     return attributes
 
 
@@ -51,10 +56,10 @@ def measure(wave: Tensor, sample_rate: int) -> dict[str, str]:
     """The key, tempo and timbre of any wave (N,): {"key": "D minor", "tempo": "slow", "timbre": "flute"}.
 
     key: whose mean chroma, over known pieces, is most similar. tempo: at which onsets repeat most strongly.
-    timbre: nearest by Fisher's linear discriminant on `texture`. All are "" for silence and below a second.
+    timbre: nearest by Fisher's linear discriminant on `timbre_features`. All are "" for silence and below a
+    second.
     """
-    wave = wave.float().cpu()
-    wave = audio.resample(wave, sample_rate, RATE)
+    wave = audio.resample(wave.float().cpu(), sample_rate, RATE)
     too_short = len(wave) < RATE
     if too_short or not wave.any():
         return {"key": "", "tempo": "", "timbre": ""}
@@ -64,11 +69,9 @@ def measure(wave: Tensor, sample_rate: int) -> dict[str, str]:
     for key in KEYS:
         root, mode = key.split()
         profile = known[mode].roll(ROOTS[root])
-        product = notes * profile
-        similarity[key] = product.sum().item()
+        similarity[key] = (notes * profile).sum().item()
     key = max(KEYS, key=similarity.get)
-    features = timbre_features(wave)
-    offset = features - known["centres"]  # (timbres, 11)
+    offset = timbre_features(wave) - known["centres"]  # (timbres, 11)
     distance = (offset @ known["precision"]) * offset
     timbre = TIMBRES[distance.sum(1).argmin()]
     return {"key": key, "tempo": estimate_tempo(wave), "timbre": timbre}
@@ -78,9 +81,7 @@ def measure(wave: Tensor, sample_rate: int) -> dict[str, str]:
 def reference_features() -> dict[str, Tensor]:
     """Means over pieces of known caption, from music/pieces.json: chroma by mode, timbre features."""
     statistics = json.loads(TEMPLATES.read_text())
-    for name, values in statistics.items():
-        statistics[name] = torch.tensor(values)
-    return statistics
+    return {name: torch.tensor(values) for name, values in statistics.items()}
 
 
 def chroma(wave: Tensor) -> Tensor:
@@ -99,10 +100,8 @@ def chroma(wave: Tensor) -> Tensor:
     weight = closeness / hz
     power = magnitude.square() * weight[:, None]
     loudness = power.sum(1).sqrt()
-    number = note.long() % 12
-    notes = torch.zeros(12).index_add(0, number, loudness)
-    length = notes.norm().clamp_min(1e-9)
-    return notes / length
+    notes = torch.zeros(12).index_add(0, note.long() % 12, loudness)
+    return notes / notes.norm().clamp_min(1e-9)
 
 
 def estimate_tempo(wave: Tensor) -> str:
@@ -110,11 +109,9 @@ def estimate_tempo(wave: Tensor) -> str:
     hop = 160
     magnitude, _ = spectrum(wave, 1024, hop)
     log_magnitude = (magnitude + 0.01).log()
-    growth = F.relu(log_magnitude.diff(dim=1))
-    onsets = growth.mean(0)  # (T,)
+    onsets = F.relu(log_magnitude.diff(dim=1)).mean(0)  # (T,)
     onsets = onsets - onsets.mean()
-    frames = torch.arange(len(onsets))
-    seconds = frames * hop / RATE
+    seconds = torch.arange(len(onsets)) * hop / RATE
     strength = {}
     for name, beats in TEMPI.items():
         radians_per_second = -2 * math.pi * beats / 60
@@ -133,20 +130,16 @@ def timbre_features(wave: Tensor) -> Tensor:
     powers = []
     for low, high in itertools.pairwise(BANDS):
         in_band = (hz >= low) & (hz < high)
-        power = magnitude[in_band].square()
-        powers.append(power.mean(0))
+        powers.append(magnitude[in_band].square().mean(0))
     power = torch.stack(powers)  # (7, T)
     floor = 1e-6 * power.mean()
-    bands = power.mean(1) + floor
-    bands = bands.log()
+    bands = (power.mean(1) + floor).log()
     bands = bands - bands.mean()
     total = power.sum(0)
     smooth = F.avg_pool1d(total[None], 8, 2)[0]  # 50 a second
     floor = 0.03 * total.mean().sqrt()
     loudness = smooth.sqrt() + floor
-    after = loudness[5:]
-    before = loudness[:-5]
-    change = (after / before).log()
+    change = (loudness[5:] / loudness[:-5]).log()
     shares = torch.tensor([0.1, 0.3, 0.5, 0.9])
     quantiles = 4 * change.quantile(shares)
     return torch.cat([bands, quantiles])
@@ -156,6 +149,5 @@ def spectrum(wave: Tensor, n_fft: int, hop: int) -> tuple[Tensor, Tensor]:
     """Magnitudes (n_fft / 2 + 1, T) of a wave at 16 kHz, and the frequencies of the rows, Hz."""
     hann = audio.hann_window(n_fft)
     stft = torch.stft(wave, n_fft, hop, window=hann, pad_mode="constant", return_complex=True)
-    rows = torch.arange(n_fft // 2 + 1)
-    hz = rows * RATE / n_fft
+    hz = torch.arange(n_fft // 2 + 1) * RATE / n_fft
     return stft.abs(), hz

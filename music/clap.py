@@ -1,4 +1,7 @@
-"""TODO."""
+"""CLAP: captions and sounds as vectors in one space; the network is conditioned with it, and judged by it.
+
+Vectors leave it on the CPU. Source: transformers' ClapModel; LAION-CLAP (arXiv 2211.06687).
+"""
 
 import functools
 
@@ -10,8 +13,6 @@ from torch import Tensor
 import audio
 from config import UserError
 from pretrained import frozen
-
-# CLAP: captions and sounds in one space
 
 
 class Clap:
@@ -33,30 +34,26 @@ class Clap:
             missing = "its tokenizer or feature extractor cannot be loaded"
             raise UserError(f"{option} {name}: {missing} ({frozen.one_line(e)})") from e
 
-    def read(self, text: str) -> Tensor:
-        """(1, V), what the text tower's pooler puts out, on the CPU."""
-        inputs = self.tokenize(text)
-        output = self.model.text_model(**inputs)
+    def text_hidden(self, text: str) -> Tensor:
+        """(1, V), what the text tower's pooler puts out."""
+        output = self.model.text_model(**self.tokenize(text))
         return output.pooler_output.cpu()
 
-    def place(self, text: str) -> np.ndarray:
+    def embed_text(self, text: str) -> np.ndarray:
         """(D,), comparable with sounds."""
-        inputs = self.tokenize(text)
-        output = self.model.get_text_features(**inputs)
+        output = self.model.get_text_features(**self.tokenize(text))
         return output.pooler_output[0].cpu().numpy()
 
     def tokenize(self, text: str) -> dict:
         inputs = self.tokenizer([text], truncation=True, max_length=77, return_tensors="pt")
         return inputs.to(self.device)
 
-    def listen(self, wave: Tensor, sample_rate: int) -> np.ndarray:
+    def embed_audio(self, wave: Tensor, sample_rate: int) -> np.ndarray:
         """(D,), comparable with captions: the first ten seconds of a wave (N,)."""
         rate = self.extractor.sampling_rate
-        longest = self.extractor.nb_max_samples
         wave = audio.resample(wave, sample_rate, rate)
-        wave = wave[:longest].numpy()
-        inputs = self.extractor(wave, sampling_rate=rate, return_tensors="pt")
-        inputs = inputs.to(self.device)
+        wave = wave[: self.extractor.nb_max_samples].numpy()
+        inputs = self.extractor(wave, sampling_rate=rate, return_tensors="pt").to(self.device)
         output = self.model.get_audio_features(**inputs)
         return output.pooler_output[0].cpu().numpy()
 

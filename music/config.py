@@ -30,16 +30,12 @@ from config import (
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """FluxMusic's network.
-
-    double, single: blocks of two streams, of one.
-    axes: how many numbers of a head turn by nothing, by time, by frequency.
-    """
+    """FluxMusic's network, in FLUX's names."""
 
     width: int
-    double: int
-    single: int
-    axes: tuple[int, int, int]
+    depth: int  # blocks of two streams
+    depth_single_blocks: int  # blocks of one
+    axes_dim: tuple[int, int, int]  # how many numbers of a head turn by nothing, by time, by frequency
     heads: int = 16
     channels: int = 32  # of a token
     bands: int = 8  # tokens of one time: 64 mel bins / 4 (VAE) / 2
@@ -151,57 +147,46 @@ class MusicConfig(Config):
 
     @model_validator(mode="after")
     def check_network(self):
-        u = self.music
+        double = self.music.double_blocks
         layers = self.model.layers
-        require(
-            u.size != "own" or u.double_blocks < layers,
-            f"music.double_blocks {u.double_blocks} must be below model.layers {layers}",
-        )
-        require(
-            not u.weights or u.size != "own" and self.flow.predict == "v",
+        own = self.music.size == "own"
+        below = f"music.double_blocks {double} must be below model.layers {layers}"
+        require(not own or double < layers, below)
+        published = (
             "music.weights: a published network puts out v and has a size: give --flow.predict v "
-            "and --music.size small, base, ...",
+            "and --music.size small, base, ..."
         )
+        require(not self.music.weights or not own and self.flow.predict == "v", published)
         return self
 
     @model_validator(mode="after")
     def check_tokens(self):
-        u = self.music
-        published = u.autoencoder != "patches"
-        frames = u.crop_seconds * self.mel.sample_rate / self.mel.hop
-        token = (
-            8 if published else u.patch_frames
-        )  # mel frames: the VAE makes one of 4, a token has 2 of these
+        options = self.music
+        patches = options.autoencoder == "patches"
+        token = options.patch_frames if patches else 8  # mel frames: the VAE makes one of 4, a token has 2
+        frames = options.crop_seconds * self.mel.sample_rate / self.mel.hop
         whole = abs(frames - round(frames)) < 1e-6 and round(frames) % (2 * token) == 0
-        bins = self.mel.n_mels
-        require(
-            whole,
-            f"music.crop_seconds {u.crop_seconds} are {frames:.6g} mel frames, "
-            f"not a multiple of two tokens' {2 * token}",
-        )
-        require(
-            published or bins % u.patch_mels == 0,
-            f"mel.n_mels {bins} is no multiple of music.patch_mels {u.patch_mels}",
-        )
+        crop = f"music.crop_seconds {options.crop_seconds} are {frames:.6g} mel frames"
+        require(whole, f"{crop}, not a multiple of two tokens' {2 * token}")
+        bins = f"mel.n_mels {self.mel.n_mels} is no multiple of music.patch_mels {options.patch_mels}"
+        require(not patches or self.mel.n_mels % options.patch_mels == 0, bins)
         return self
 
     @model_validator(mode="after")
     def check_autoencoder(self):
-        u = self.music
-        published = u.autoencoder != "patches"
+        patches = self.music.autoencoder == "patches"
         vocoder = self.sample.vocoder
-        require(
-            vocoder == "griffinlim" or published and vocoder == "own",
+        vocoders = (
             f"sample.vocoder {vocoder}: system music has griffinlim, "
-            "and own where music.autoencoder is a folder or hub id",
+            "and own where music.autoencoder is a folder or hub id"
         )
-        require(
-            not published or self.mel == MusicMel(),
+        require(vocoder == "griffinlim" or not patches and vocoder == "own", vocoders)
+        mel = (
             "music.autoencoder: AudioLDM2's VAE wants mel.sample_rate 16000, n_fft 1024, hop 160, n_mels 64, "
-            "fmin 0, fmax 8000, centred true",
+            "fmin 0, fmax 8000, centred true"
         )
-        require(
-            u.size == "own" or published,
-            f"music.size {u.size} takes AudioLDM2's latents: give music.autoencoder, or music.size own",
-        )
+        require(patches or self.mel == MusicMel(), mel)
+        size = self.music.size
+        latents = f"music.size {size} takes AudioLDM2's latents: give music.autoencoder, or music.size own"
+        require(size == "own" or not patches, latents)
         return self

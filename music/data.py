@@ -1,4 +1,7 @@
-"""Batches of captioned music, its corpora, and caches of what frozen networks make of captions and crops."""
+"""Captioned music: its batches, caches of what frozen networks make of captions and crops, its corpora.
+
+A batch holds random crops of pieces as tokens; each of a caption's two conditions is dropped by chance.
+"""
 
 import csv
 import functools
@@ -19,6 +22,7 @@ from corpora import shards, speech
 from corpora.prepare import prepare_recordings, published
 from corpora.shards import SPLITS, Clip
 from data import Batches
+from device import preparing_device
 from music.clap import load_clap
 from music.latents import Codec
 from music.pieces import prepare_pieces
@@ -29,8 +33,7 @@ class MusicCorpus(data.ShardedCorpus):
     """Music as waves of any length."""
 
     def __init__(self, config: Config):
-        form = config.packed_format()
-        super().__init__(config, form, math.inf)
+        super().__init__(config, config.packed_format(), math.inf)
         self.mel = config.mel
 
     @functools.cached_property
@@ -42,13 +45,10 @@ class MusicCorpus(data.ShardedCorpus):
         log_mels = []
         for clip in clips[::stride]:
             wave = self.wave(clip)[:minute]
-            peak = wave.abs().max().clamp_min(1e-9)
-            wave = 0.5 * wave / peak
-            log_mel = audio.log_mel(wave, self.mel)  # (T, M)
-            log_mels.append(log_mel)
+            wave = 0.5 * wave / wave.abs().max().clamp_min(1e-9)
+            log_mels.append(audio.log_mel(wave, self.mel))  # (T, M)
         x = torch.cat(log_mels).double()
-        mean = x.mean().item()
-        return mean, x.std().item()
+        return x.mean().item(), x.std().item()
 
 
 # Batches
@@ -63,21 +63,21 @@ class MusicBatches(Batches):
 
     def __init__(self, config: Config, corpus: MusicCorpus, tokenizer, rank: int = 0, world: int = 1):
         super().__init__(config, corpus, tokenizer, rank, world)
-        self.read = {}
+        self.cached = {}
         for name, (path, items) in cache_files(config, corpus).items():
-            self.read[name] = open_cache(path, items)
+            self.cached[name] = open_cache(path, items)
         self.codec = Codec(config, *corpus.statistics, torch.device("cpu"))
         if tokenizer:
             text_encoder.tokenize(tokenizer, [""])  # the first call mutates the tokenizer: not thread-safe
 
-    def row(self, clip: shards.Clip, rng: np.random.Generator, t: float | None = None) -> dict:
+    def row(self, clip: Clip, rng: np.random.Generator, t: float | None = None) -> dict:
         """A clip and all that is drawn for it. t: given, the caption is kept, as for validation."""
         together = rng.random() < self.config.music.joint_dropout
         dropped = rng.random(2) < self.config.flow.text_condition_dropout
         drop_text = t is None and dropped[0]
         drop_vector = t is None and dropped[0 if together else 1]
 
-        mean, std = self.crop(clip, rng)
+        mean, std = self.random_crop(clip, rng)
         x = mean + std * normal_like(mean, rng)
         noise = normal_like(mean, rng)
         if t is None:
@@ -87,17 +87,16 @@ class MusicBatches(Batches):
             "noise": noise,
             "t": t,
             "number": clip.number,
-            "frames": self.codec.frames,
+            "frames": self.codec.crop_frames,
             "text": "" if drop_text else clip.text,
             "vector_text": "" if drop_vector else clip.text,
         }
 
-    def crop(self, clip: shards.Clip, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def random_crop(self, clip: Clip, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (N, C) of the tokens of a random crop; with a VAE, of a cached one."""
-        if "latents" not in self.read:
-            wave = self.corpus.wave(clip)
-            return self.codec.hear(wave, rng)
-        latents = self.read["latents"](clip)
+        if "latents" not in self.cached:
+            return self.codec.encode_crop(self.corpus.wave(clip), rng)
+        latents = self.cached["latents"](clip)
         crops = latents.unflatten(0, (self.config.music.crops, -1))  # (crops, N, 2 C)
         chosen = rng.integers(len(crops))
         return crops[chosen].chunk(2, -1)
@@ -105,15 +104,12 @@ class MusicBatches(Batches):
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
         batch = {}
         for key in ("t", "frames", "number"):
-            values = [row[key] for row in rows]
-            batch[key] = torch.tensor(values)
+            batch[key] = torch.tensor([row[key] for row in rows])
         for key in ("x", "noise"):
-            values = [row[key] for row in rows]
-            batch[key] = torch.stack(values)
+            batch[key] = torch.stack([row[key] for row in rows])
         texts = [row["text"] for row in rows]
         vector_texts = [row["vector_text"] for row in rows]
-        texts = collate_captions(texts, vector_texts, self.config, self.tokenizer, self.read)
-        return batch | texts
+        return batch | collate_captions(texts, vector_texts, self.config, self.tokenizer, self.cached)
 
 
 def normal_like(x: Tensor, rng: np.random.Generator) -> Tensor:
@@ -125,14 +121,16 @@ def normal_like(x: Tensor, rng: np.random.Generator) -> Tensor:
 def collate_captions(
     texts: list[str], vector_texts: list[str], config: Config, tokenizer, encoders: dict[str, Callable]
 ) -> dict[str, Tensor]:
-    """A batch's entries of captions: text or ids, text_mask, vector. encoders: as `readers` returns."""
+    """A batch's entries of captions: text or ids, text_mask, vector.
+
+    encoders: as `caption_encoders` returns, or caches of what they make.
+    """
     if "features" in encoders:
         name = "text"
         rows = [encoders["features"](text) for text in texts]
     else:
         name = "ids"
-        tokens = text_encoder.tokenize(tokenizer, texts)
-        rows = [torch.tensor(ids) for ids in tokens]
+        rows = [torch.tensor(ids) for ids in text_encoder.tokenize(tokenizer, texts)]
     rows = [row[: config.music.caption_tokens] for row in rows]
     padded, mask = data.pad(rows, 8)
     batch = {name: padded, "text_mask": mask}
@@ -149,8 +147,7 @@ def prepare(config: Config) -> None:
     """Make what training needs and does not find: packed pieces, and caches of their captions and crops."""
     prepare_music(config)
     corpus = MusicCorpus(config)
-    on_cuda = torch.cuda.is_available() and config.device != "cpu"
-    device = torch.device("cuda" if on_cuda else "cpu")
+    device = preparing_device(config.device)
     codec = Codec(config, *corpus.statistics, device)
     encoders = caption_encoders(config, device)
     encoders["latents"] = functools.partial(encode_crops, config, corpus, codec)
@@ -160,48 +157,22 @@ def prepare(config: Config) -> None:
             continue
         lengths = [1] * len(items)
         if name == "latents":
-            lengths = [config.music.crops * codec.tokens] * len(items)
+            lengths = [config.music.crops * codec.crop_tokens] * len(items)
         elif name == "features":
             _, tokenizer, _ = load_t5(config.model.text_encoder)
-            tokens = text_encoder.tokenize(tokenizer, items)
-            lengths = [len(ids) for ids in tokens]
+            lengths = [len(ids) for ids in text_encoder.tokenize(tokenizer, items)]
         fill_cache(path, items, lengths, encoders[name], name)
 
 
-def encode_crops(config: Config, corpus: MusicCorpus, codec: "Codec", clip: shards.Clip) -> Tensor:
+def encode_crops(config: Config, corpus: MusicCorpus, codec: Codec, clip: Clip) -> Tensor:
     """music.crops random crops of a piece: mean and standard deviation of their tokens, (crops * N, 2 C)."""
     wave = corpus.wave(clip)
     rng = np.random.default_rng((config.seed, clip.number))
     crops = []
     for _ in range(config.music.crops):
-        mean, std = codec.hear(wave, rng)
-        crop = torch.cat([mean, std], -1)
-        crops.append(crop)
+        mean, std = codec.encode_crop(wave, rng)
+        crops.append(torch.cat([mean, std], -1))
     return torch.cat(crops)
-
-
-def fill_cache(path: Path, items: list, lengths: list[int], encode: Callable, name: str) -> None:
-    """Write what `encode` makes of each item, as many rows as `lengths` says; name: for the progress bar."""
-
-    def encode_batch(numbers: list[int]) -> list[np.ndarray]:
-        arrays = []
-        for n in numbers:
-            rows = encode(items[n])
-            arrays.append(rows.numpy())
-        return arrays
-
-    shards.cache_features(path, lengths, None, encode_batch, 8, name)
-
-
-def open_cache(path: Path, items: list) -> Callable:
-    """What `fill_cache` wrote: a function from an item to its rows (S, D), float32."""
-    rows = shards.open_features(path, shards.PREPARE_HINT)
-    numbers = {item: n for n, item in enumerate(items)}
-
-    def read(item) -> Tensor:
-        return rows(numbers[item])
-
-    return read
 
 
 def cache_files(config: Config, corpus: MusicCorpus) -> dict[str, tuple[Path, list]]:
@@ -210,34 +181,41 @@ def cache_files(config: Config, corpus: MusicCorpus) -> dict[str, tuple[Path, li
     returns for each its file, named by a digest of all that its content depends on, and its items.
     """
     clips = set()
-    for split in shards.SPLITS:
+    for split in SPLITS:
         clips.update(corpus.clips(split))
     clips = sorted(clips, key=lambda clip: clip.number)
     texts = sorted({"", *(clip.text for clip in clips)})
+    options = config.music
     contents = {}
     if config.model.text_encoder != "scratch":
         contents["features"] = [config.model.text_encoder, texts]
-    if config.music.vector_encoder != "pooled":
-        contents["vectors"] = [config.music.vector_encoder, texts]
-    if config.music.autoencoder != "patches":
-        contents["latents"] = [
-            config.music.autoencoder,
-            config.music.crops,
-            config.music.crop_seconds,
-            config.seed,
-            asdict(config.mel),
-            [clip.number for clip in clips],
-        ]
+    if options.vector_encoder != "pooled":
+        contents["vectors"] = [options.vector_encoder, texts]
+    if options.autoencoder != "patches":
+        crops = [options.autoencoder, options.crops, options.crop_seconds, config.seed, asdict(config.mel)]
+        contents["latents"] = [*crops, [clip.number for clip in clips]]
 
-    found = {}
+    files = {}
     for name, content in contents.items():
-        digest = shards.digest(content)[:8]
-        path = corpus.folder / f"{name}_{digest}.npy"
-        found[name] = (path, clips if name == "latents" else texts)
-    return found
+        path = corpus.folder / f"{name}_{shards.digest(content)[:8]}.npy"
+        files[name] = (path, clips if name == "latents" else texts)
+    return files
 
 
-load_t5 = functools.cache(text_encoder.load_text_encoder)
+def fill_cache(path: Path, items: list, lengths: list[int], encode: Callable, name: str) -> None:
+    """Write what `encode` makes of each item, as many rows as `lengths` says; name: for the progress bar."""
+
+    def encode_batch(numbers: list[int]) -> list[np.ndarray]:
+        return [encode(items[n]).numpy() for n in numbers]
+
+    shards.cache_features(path, lengths, None, encode_batch, 8, name)
+
+
+def open_cache(path: Path, items: list) -> Callable:
+    """What `fill_cache` wrote: a function from an item to its rows (S, D), float32."""
+    rows = shards.open_features(path, shards.PREPARE_HINT)
+    numbers = {item: n for n, item in enumerate(items)}
+    return lambda item: rows(numbers[item])
 
 
 def caption_encoders(config: Config, device: torch.device) -> dict[str, Callable[[str], Tensor]]:
@@ -249,16 +227,12 @@ def caption_encoders(config: Config, device: torch.device) -> dict[str, Callable
 
     def features(text: str) -> Tensor:
         encoder, tokenizer, _ = load_t5(config.model.text_encoder)
-        ids = text_encoder.tokenize(tokenizer, [text])
-        ids = torch.tensor(ids, device=device)  # (1, S)
+        ids = torch.tensor(text_encoder.tokenize(tokenizer, [text]), device=device)  # (1, S)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        encoder = encoder.to(device)
-        return encoder(ids, mask)[0].cpu()
+        return encoder.to(device)(ids, mask)[0].cpu()
 
     def vectors(text: str) -> Tensor:
-        name = config.music.vector_encoder
-        clap = load_clap("music.vector_encoder", name, device)
-        return clap.read(text)
+        return load_clap("music.vector_encoder", config.music.vector_encoder, device).text_hidden(text)
 
     encoders = {}
     if config.model.text_encoder != "scratch":
@@ -268,31 +242,17 @@ def caption_encoders(config: Config, device: torch.device) -> dict[str, Callable
     return encoders
 
 
-# Music: its corpus
+load_t5 = functools.cache(text_encoder.load_text_encoder)  # loaded once
+
+# Corpora
 
 
 def prepare_music(config: Config) -> None:
     """Pack data.corpus, unless that was done: `music` as recorded, or `pieces`, which are generated here."""
-    form = config.packed_format()
-    if config.data.corpus != "pieces":
-        prepare_recordings(config, form, READERS)
-    elif not pieces_are_packed(config, form):
-        prepare_pieces(config)  # which refuses a folder that holds another corpus
-
-
-def pieces_are_packed(config: Config, form: dict) -> bool:
-    """Whether data_dir holds as many pieces as the config asks for, and as long ones."""
-    folder = Path(config.data.data_dir)
-    if not (folder / "index.json").exists():
-        return False
-    index = shards.read_index(folder, form)
-    seconds = index["corpus"].get("seconds")
-    if seconds != config.music.crop_seconds:
-        return False
-    return index["clips"]["train"] == config.data.sentences
-
-
-# Recordings with captions
+    if config.data.corpus == "pieces":
+        prepare_pieces(config)
+    else:
+        prepare_recordings(config, config.packed_format(), READERS)
 
 
 def read_music(path: Path) -> tuple[list[Clip], list[str]]:

@@ -1,4 +1,11 @@
-"""TODO."""
+"""The network of FluxMusic: an MMDiT that predicts v of music, as tokens, beside the tokens of a caption.
+
+A caption conditions it twice: its hidden states take part in every attention, as a sequence; its vector is
+added to the time embedding and modulates every block. Names are those of the published checkpoints, whose
+layout this is: `img` is music, `txt` the caption. Order: network, blocks, helpers, published checkpoints.
+Source: FluxMusic (arXiv 2409.00587), layout of feizc/FluxMusic@126bdce; double blocks of SD3 (arXiv
+2403.03206), single blocks of FLUX.1, modulation of DiT (arXiv 2212.09748).
+"""
 
 import argparse
 from collections import OrderedDict
@@ -10,40 +17,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from config import Config, UserError
+from config import UserError
 from device import widest_float
 from model import timestep_embedding, zero_init
 from music.config import SIZES, Size
-from music.latents import Codec
 from pretrained import frozen
-
-# The network
 
 EPS = 1e-6
 
 
-def choose_size(config: Config, codec: "Codec", text_width: int) -> Size:
-    """The published size, or the config's own. text_width: of a text encoder that is trained along, or 0."""
-    options = config.music
-    if options.size != "own":
-        return SIZES[options.size]
-    width = config.model.width
-    heads = config.model.heads
-    double = options.double_blocks
-    single = config.model.layers - double
-    head_width = width // heads
-    rotated = 3 * head_width // 16 * 2  # numbers of a head that turn with time; as many with frequency
-    axes = (head_width - 2 * rotated, rotated, rotated)
-    text_width = text_width or options.text_width
-    vector_width = options.vector_width
-    if options.vector_encoder == "pooled":
-        vector_width = text_width
-    token = (codec.channels, codec.bands)
-    return Size(width, double, single, axes, heads, *token, text_width, vector_width)
-
-
 class MMDiT(nn.Module):
-    """The network that predicts v. Parameter names are the published checkpoints', where `img` is music."""
+    """Two streams, music and text, which attend to each other; then both as one sequence."""
 
     def __init__(self, size: Size):
         super().__init__()
@@ -54,40 +38,41 @@ class MMDiT(nn.Module):
         self.txt_in = nn.Linear(size.text_width, width)
         self.time_in = mlp_embedder(256, width)
         self.vector_in = mlp_embedder(size.vector_width, width)
-        self.double_blocks = nn.ModuleList()
-        for _ in range(size.double):
-            self.double_blocks.append(DoubleBlock(width, heads))
-        self.single_blocks = nn.ModuleList()
-        for _ in range(size.single):
-            self.single_blocks.append(SingleBlock(width, heads))
+        self.double_blocks = nn.ModuleList(DoubleBlock(width, heads) for _ in range(size.depth))
+        self.single_blocks = nn.ModuleList(SingleBlock(width, heads) for _ in range(size.depth_single_blocks))
         self.final_layer = FinalLayer(width, size.channels)
 
     def forward(
-        self, x_t: Tensor, t: Tensor, text: Tensor, vector: Tensor, text_mask: Tensor | None = None
+        self,
+        x_t: Tensor,  # (B, N, C)
+        t: Tensor,  # (B,)
+        text: Tensor,  # (B, S, text_width)
+        vector: Tensor,  # (B, vector_width)
+        text_mask: Tensor | None = None,  # (B, S); None: all is text
     ) -> Tensor:
-        """x_t (B, N, C), t (B,), text (B, S, text_width), vector (B, vector_width) -> v (B, N, C).
-
-        text_mask (B, S): None = all is text.
-        """
-        music = self.img_in(x_t)  # (B, N, D)
-        text = self.txt_in(text)  # (B, S, D)
-        tokens = music.shape[1]
-        text_tokens = text.shape[1]
-        time = timestep_embedding(1000 * t, 256).to(music.dtype)
+        """returns: v (B, N, C)."""
+        img = self.img_in(x_t)  # (B, N, D)
+        txt = self.txt_in(text)  # (B, S, D)
+        img_tokens = img.shape[1]
+        txt_tokens = txt.shape[1]
+        time = timestep_embedding(1000 * t, 256).to(img.dtype)
         condition = self.time_in(time) + self.vector_in(vector)  # (B, D)
-        freqs_cis = rope(text_tokens, tokens, self.size, music.device)
+        freqs_cis = rope(txt_tokens, img_tokens, self.size, img.device)
         mask = None
         if text_mask is not None:
-            mask = F.pad(text_mask, (0, tokens), value=True)  # (B, S + N)
+            mask = F.pad(text_mask, (0, img_tokens), value=True)  # (B, S + N)
             mask = mask[:, None, None]
 
         for block in self.double_blocks:
-            music, text = block(music, text, condition, freqs_cis, mask)
-        joint = torch.cat([text, music], 1)  # (B, S + N, D)
+            img, txt = block(img, txt, condition, freqs_cis, mask)
+        joint = torch.cat([txt, img], 1)  # (B, S + N, D)
         for block in self.single_blocks:
             joint = block(joint, condition, freqs_cis, mask)
-        music = joint[:, text_tokens:]
-        return self.final_layer(music, condition)  # (B, N, C)
+        img = joint[:, txt_tokens:]
+        return self.final_layer(img, condition)  # (B, N, C)
+
+
+# Blocks
 
 
 class DoubleBlock(nn.Module):
@@ -95,34 +80,50 @@ class DoubleBlock(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.img_mod = Modulation(width, 6)
-        self.txt_mod = Modulation(width, 6)
+        self.img_mod = Modulation(width, 2)
+        self.txt_mod = Modulation(width, 2)
         self.img_attn = StreamAttention(width, heads)
         self.txt_attn = StreamAttention(width, heads)
         self.img_mlp = mlp(width)
         self.txt_mlp = mlp(width)
 
     def forward(
-        self, music: Tensor, text: Tensor, condition: Tensor, freqs_cis: Tensor, mask: Tensor | None
+        self,
+        img: Tensor,  # (B, N, D)
+        txt: Tensor,  # (B, S, D)
+        condition: Tensor,  # (B, D)
+        freqs_cis: Tensor,  # (S + N, 1, D / H / 2)
+        mask: Tensor | None,  # (B, 1, 1, S + N)
     ) -> tuple[Tensor, Tensor]:
-        """music (B, N, D), text (B, S, D), condition (B, D) -> music and text."""
-        music_shift, music_scale, *music_rest = self.img_mod(condition)
-        text_shift, text_scale, *text_rest = self.txt_mod(condition)
-        text_q, text_k, text_v = self.txt_attn(text, text_shift, text_scale)
-        music_q, music_k, music_v = self.img_attn(music, music_shift, music_scale)
+        """returns: img, txt."""
+        img_mod1, img_mod2 = self.img_mod(condition)
+        txt_mod1, txt_mod2 = self.txt_mod(condition)
+        img_mod1_shift, img_mod1_scale, img_mod1_gate = img_mod1
+        img_mod2_shift, img_mod2_scale, img_mod2_gate = img_mod2
+        txt_mod1_shift, txt_mod1_scale, txt_mod1_gate = txt_mod1
+        txt_mod2_shift, txt_mod2_scale, txt_mod2_gate = txt_mod2
 
-        q = torch.cat([text_q, music_q], 1)  # (B, S + N, H, D / H)
-        k = torch.cat([text_k, music_k], 1)
-        v = torch.cat([text_v, music_v], 1)
+        # attention of both to both
+        txt_modulated = modulate(txt, txt_mod1_shift, txt_mod1_scale)
+        img_modulated = modulate(img, img_mod1_shift, img_mod1_scale)
+        txt_q, txt_k, txt_v = self.txt_attn(txt_modulated)
+        img_q, img_k, img_v = self.img_attn(img_modulated)
+        q = torch.cat([txt_q, img_q], 1)  # (B, S + N, H, D / H)
+        k = torch.cat([txt_k, img_k], 1)
+        v = torch.cat([txt_v, img_v], 1)
         attended = attend(q, k, v, freqs_cis, mask)  # (B, S + N, D)
-        lengths = [text.shape[1], music.shape[1]]
-        attended_text, attended_music = attended.split(lengths, 1)
+        txt_attended, img_attended = attended.split([txt.shape[1], img.shape[1]], 1)
 
-        music_update = self.img_attn.proj(attended_music)
-        music = gated_residual(music, music_update, self.img_mlp, *music_rest)
-        text_update = self.txt_attn.proj(attended_text)
-        text = gated_residual(text, text_update, self.txt_mlp, *text_rest)
-        return music, text
+        # the music by itself
+        img = torch.addcmul(img, img_mod1_gate, self.img_attn.proj(img_attended))
+        img_modulated = modulate(img, img_mod2_shift, img_mod2_scale)
+        img = torch.addcmul(img, img_mod2_gate, self.img_mlp(img_modulated))
+
+        # the text by itself
+        txt = torch.addcmul(txt, txt_mod1_gate, self.txt_attn.proj(txt_attended))
+        txt_modulated = modulate(txt, txt_mod2_shift, txt_mod2_scale)
+        txt = torch.addcmul(txt, txt_mod2_gate, self.txt_mlp(txt_modulated))
+        return img, txt
 
 
 class StreamAttention(nn.Module):
@@ -134,10 +135,9 @@ class StreamAttention(nn.Module):
         self.norm = QKNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, N, D), shift, scale (B, 1, D) -> q, k, v (B, N, H, D / H)."""
-        qkv = self.qkv(modulate(x, shift, scale))
-        q, k, v = qkv.chunk(3, -1)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, D) -> q, k, v (B, N, H, D / H); `proj` is applied after the joint attention."""
+        q, k, v = self.qkv(x).chunk(3, -1)
         return self.norm(q, k, v)
 
 
@@ -146,24 +146,22 @@ class SingleBlock(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.linear1 = nn.Linear(width, 7 * width)
+        self.linear1 = nn.Linear(width, 7 * width)  # q, k, v, and 4 D of the MLP
         self.linear2 = nn.Linear(5 * width, width)
         self.norm = QKNorm(width // heads)
-        self.modulation = Modulation(width, 3)
+        self.modulation = Modulation(width, 1)
 
     def forward(self, x: Tensor, condition: Tensor, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
         """x (B, S + N, D), condition (B, D) -> (B, S + N, D)."""
-        shift, scale, gate = self.modulation(condition)
+        mod_shift, mod_scale, mod_gate = self.modulation(condition)[0]
         width = x.shape[-1]
-        widths = [width, width, width, 4 * width]
-        projected = self.linear1(modulate(x, shift, scale))
-        q, k, v, hidden = projected.split(widths, -1)
+        projected = self.linear1(modulate(x, mod_shift, mod_scale))
+        q, k, v, hidden = projected.split([width, width, width, 4 * width], -1)
         q, k, v = self.norm(q, k, v)  # (B, S + N, H, D / H)
         attended = attend(q, k, v, freqs_cis, mask)  # (B, S + N, D)
         hidden = F.gelu(hidden, approximate="tanh")  # (B, S + N, 4 D)
-        hidden = torch.cat([attended, hidden], -1)
-        update = self.linear2(hidden)
-        return torch.addcmul(x, gate, update)
+        update = self.linear2(torch.cat([attended, hidden], -1))
+        return torch.addcmul(x, mod_gate, update)
 
 
 class FinalLayer(nn.Module):
@@ -172,15 +170,29 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, channels: int):
         super().__init__()
         self.linear = zero_init(nn.Linear(width, channels))
-        modulation = zero_init(nn.Linear(width, 2 * width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero_init(nn.Linear(width, 2 * width)))
 
-    def forward(self, music: Tensor, condition: Tensor) -> Tensor:
-        """music (B, N, D), condition (B, D) -> (B, N, C)."""
-        modulation = self.adaLN_modulation(condition)  # (B, 2 D)
-        shift, scale = modulation[:, None].chunk(2, -1)
-        music = modulate(music, shift, scale)
-        return self.linear(music)
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x (B, N, D), condition (B, D) -> (B, N, C)."""
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, -1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate of each of a block's branches, from the condition.
+
+    Zero-initialised, so the block starts as the identity.
+    """
+
+    def __init__(self, width: int, branches: int):
+        super().__init__()
+        self.branches = branches
+        self.lin = zero_init(nn.Linear(width, 3 * branches * width))
+
+    def forward(self, condition: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """condition (B, D) -> for each branch shift, scale, gate (B, 1, D)."""
+        vectors = self.lin(F.silu(condition))[:, None]  # (B, 1, 3 branches D)
+        return [branch.chunk(3, -1) for branch in vectors.chunk(self.branches, -1)]
 
 
 class QKNorm(nn.Module):
@@ -208,25 +220,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        scale = self.scale.float()
-        return F.rms_norm(x, scale.shape, scale, EPS)
-
-
-class Modulation(nn.Module):
-    """The condition (B, D) -> `count` vectors (B, 1, D): shift, scale, gate of each branch.
-
-    Zero-initialised, so the block starts as the identity.
-    """
-
-    def __init__(self, width: int, count: int):
-        super().__init__()
-        self.lin = zero_init(nn.Linear(width, count * width))
-
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        width = condition.shape[-1]
-        vectors = self.lin(F.silu(condition))  # (B, count D)
-        return vectors[:, None].split(width, -1)
+        return F.rms_norm(x.float(), self.scale.shape, self.scale.float(), EPS)
 
 
 def mlp_embedder(width: int, out_width: int) -> nn.Sequential:
@@ -239,37 +233,21 @@ def mlp_embedder(width: int, out_width: int) -> nn.Sequential:
 
 
 def mlp(width: int) -> nn.Sequential:
-    """(B, N, D) -> (B, N, D)."""
-    first = nn.Linear(width, 4 * width)
-    last = nn.Linear(4 * width, width)
-    return nn.Sequential(first, nn.GELU("tanh"), last)
-
-
-def gated_residual(
-    x: Tensor,
-    attended: Tensor,
-    mlp: nn.Module,
-    attn_gate: Tensor,
-    mlp_shift: Tensor,
-    mlp_scale: Tensor,
-    mlp_gate: Tensor,
-) -> Tensor:
-    """What a stream does after attention: x, attended (B, N, D), the others (B, 1, D) -> (B, N, D)."""
-    x = torch.addcmul(x, attn_gate, attended)
-    modulated = modulate(x, mlp_shift, mlp_scale)
-    update = mlp(modulated)
-    return torch.addcmul(x, mlp_gate, update)
+    """Two matrices around a GELU, (B, N, D) -> (B, N, D)."""
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then AdaLN's."""
-    width = x.shape[-1:]
-    normalised = F.layer_norm(x, width, eps=EPS)
+    """LayerNorm without weights, then AdaLN's: x (B, N, D), shift, scale (B, 1, D), in DiT's order."""
+    normalised = F.layer_norm(x, x.shape[-1:], eps=EPS)
     return torch.addcmul(shift, normalised, 1 + scale)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
-    """q, k, v (B, N, H, D / H) -> (B, N, D). freqs_cis (N, 1, D / H / 2), complex: `rotation`; mask: of k."""
+    """Attention with rotary embeddings, q, k, v (B, N, H, D / H) -> (B, N, D).
+
+    freqs_cis: of `rope`. mask (B, 1, 1, N): which keys are attended to; None = all.
+    """
     q = apply_rope(q, freqs_cis).to(v.dtype)
     k = apply_rope(k, freqs_cis).to(v.dtype)
     q = q.transpose(1, 2)  # views: in memory the heads stay within a token, and nothing is copied
@@ -282,33 +260,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor, mask: Tensor | No
 def apply_rope(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Turn the pairs (2 i, 2 i + 1) of x (B, N, H, d) as complex numbers.
 
-    `model.rotate` pairs the halves of a head.
+    `model.apply_rope` pairs the halves of a head.
     """
-    pairs = x.unflatten(-1, (-1, 2))
-    numbers = torch.view_as_complex(pairs)
-    turned = torch.view_as_real(numbers * freqs_cis)
-    return turned.flatten(-2)
+    numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(numbers * freqs_cis).flatten(-2)
 
 
-def rope(text_tokens: int, tokens: int, size: Size, device: torch.device) -> Tensor:
-    """Rotary embeddings e^(i angle), (S + N, 1, D / H / 2), by position along none, time, frequency.
+def rope(txt_tokens: int, img_tokens: int, size: Size, device: torch.device) -> Tensor:
+    """Rotary embeddings e^(i angle), (S + N, 1, D / H / 2), complex: by nothing, time and frequency.
 
     All positions of the text are 0, 0, 0.
     """
     none = torch.arange(1, device=device)
-    times = torch.arange(tokens // size.bands, device=device)
+    times = torch.arange(img_tokens // size.bands, device=device)
     bands = torch.arange(size.bands, device=device)
     positions = torch.cartesian_prod(none, times, bands)  # (N, 3)
-    positions = F.pad(positions, (0, 0, text_tokens, 0))  # (S + N, 3)
+    positions = F.pad(positions, (0, 0, txt_tokens, 0))  # (S + N, 3)
     dtype = widest_float(device)
     angles = []
-    for position, width in zip(positions.unbind(1), size.axes):
+    for position, width in zip(positions.unbind(1), size.axes_dim):
         pairs = torch.arange(0, width, 2, dtype=dtype, device=device)
         frequencies = 10000 ** (-pairs / width)
         angles.append(torch.outer(position, frequencies))
     angles = torch.cat(angles, 1)  # (S + N, D / H / 2)
-    lengths = torch.ones_like(angles)
-    freqs_cis = torch.polar(lengths, angles)
+    freqs_cis = torch.polar(torch.ones_like(angles), angles)
     return freqs_cis[:, None].to(torch.complex64)
 
 
@@ -325,8 +300,8 @@ def load_published(path: Path) -> MMDiT:
     size = published_size(tensors, path)
     with torch.device("meta"):
         network = MMDiT(size)
-    wanted = shapes(network.state_dict())
-    found = shapes(tensors)
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(wanted.keys() | found.keys()):
         wrong = found.get(name, "(none: it is missing)")
         right = wanted.get(name, "(no such tensor)")
@@ -344,7 +319,7 @@ def published_size(tensors: dict[str, Tensor], path: Path) -> Size:
     double = count_blocks(tensors, "double_blocks.")
     single = count_blocks(tensors, "single_blocks.")
     for size in SIZES.values():
-        if (size.width, size.double, size.single) == (width, double, single):
+        if (size.width, size.depth, size.depth_single_blocks) == (width, double, single):
             return size
     raise UserError(
         f"{path}: by img_in.bias of width {width} with {double} double_blocks and {single} single_blocks "
@@ -353,15 +328,7 @@ def published_size(tensors: dict[str, Tensor], path: Path) -> Size:
 
 
 def count_blocks(tensors: dict[str, Tensor], prefix: str) -> int:
-    numbers = set()
-    for name in tensors:
-        if name.startswith(prefix):
-            numbers.add(name.split(".")[1])
-    return len(numbers)
-
-
-def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return len({name.split(".")[1] for name in tensors if name.startswith(prefix)})
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
@@ -369,10 +336,10 @@ def read_published(path: Path) -> dict[str, Tensor]:
 
     None of the file's code runs.
     """
+    state = None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options of its training
             code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            state = None
             if not code:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # garbage fails in every way there is
@@ -383,9 +350,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
             f"{path}: refused, it asks for {min(code)} to be run; a checkpoint holds tensors and options only"
         )
 
-    ema = None
-    if isinstance(state, dict):
-        ema = state.get("ema")
+    ema = state.get("ema") if isinstance(state, dict) else None
     if not isinstance(ema, dict):
         raise UserError(f"{path}: lacks ema, the averaged weights; not a checkpoint of FluxMusic")
     for name, value in ema.items():

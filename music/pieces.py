@@ -1,7 +1,8 @@
 """Demo music: pieces whose key, tempo and timbre are known, and their captions.
 
-`python assets/music_pieces.py --config FILE [--key value]` packs data.corpus pieces, like system.py prepare;
-`python assets/music_pieces.py learn` writes music_pieces.json, with which recogniser.hear compares sounds.
+Everything in a piece that its caption leaves open is drawn from a seed; pitches are counted as MIDI counts
+them, times in beats. `python -m music.pieces` measures pieces of known caption and makes music/pieces.json
+again, with which analysis.py compares sounds.
 """
 
 import functools
@@ -36,60 +37,63 @@ class Sound(NamedTuple):
 
     harmonics: tuple[float, ...]  # amplitudes
     attack: float  # seconds
-    decay: float  # 1/s
-    decay_more: float  # 1/s, for each further harmonic
-    vibrato: float  # depth: share of the frequency
+    decay: float = 0.0  # 1/s
+    decay_more: float = 0.0  # 1/s, for each further harmonic
+    vibrato: float = 0.0  # depth: share of the frequency
 
 
 SOUNDS = {
-    "flute": Sound((1.0, 0.2, 0.06), 0.05, 0.0, 0.0, 0.004),
-    "violin": Sound(tuple(1 / n for n in range(1, 13)), 0.05, 0.0, 0.0, 0.006),
-    "trumpet": Sound((0.4, 0.7, 1.0, 1.0, 0.9, 0.7, 0.5, 0.4, 0.3, 0.2), 0.02, 0.0, 0.0, 0.0),
-    "marimba": Sound((1.0, 0.0, 0.0, 0.2), 0.004, 3.0, 1.5, 0.0),
-    "banjo": Sound(tuple(n**-0.4 for n in range(1, 13)), 0.002, 4.0, 0.3, 0.0),
+    "flute": Sound((1.0, 0.2, 0.06), attack=0.05, vibrato=0.004),
+    "violin": Sound(tuple(1 / n for n in range(1, 13)), attack=0.05, vibrato=0.006),
+    "trumpet": Sound((0.4, 0.7, 1.0, 1.0, 0.9, 0.7, 0.5, 0.4, 0.3, 0.2), attack=0.02),
+    "marimba": Sound((1.0, 0.0, 0.0, 0.2), attack=0.004, decay=3.0, decay_more=1.5),
+    "banjo": Sound(tuple(n**-0.4 for n in range(1, 13)), attack=0.002, decay=4.0, decay_more=0.3),
 }
 
 
 def prepare_pieces(config: Config) -> None:
     """Play and pack data.sentences pieces to train on, of music.crop_seconds each, and those held out."""
+    settings = config.data
     seconds = config.music.crop_seconds
-    mel = config.mel
-    read = functools.partial(play_piece, seconds, mel.sample_rate, mel.hop)
-    folder = Path(config.data.data_dir)
+    play = functools.partial(play_piece, seconds, config.mel.sample_rate, config.mel.hop)
     corpus = {"name": "pieces", "seconds": seconds}
-    clips = list_pieces(config.data.sentences)
-    shards.pack(folder, corpus, clips, [], config.packed_format(), read, config.data.workers)
+    clips = list_pieces(settings.sentences)
+    shards.pack(Path(settings.data_dir), corpus, clips, [], config.packed_format(), play, settings.workers)
+
+
+def play_piece(seconds: float, sample_rate: int, hop: int, clip: shards.Clip) -> np.ndarray:
+    """A clip as rows (T, hop) of its wave."""
+    wave = compose(clip.text, clip.id, seconds, sample_rate)
+    return prepare.wave_to_frames(wave, hop)
 
 
 def list_pieces(count: int) -> list[shards.Clip]:
     """Clips of `count` pieces to train on, and of 64 to validate and 64 to test on, in other combinations."""
     clips = []
     for split, size in (("train", count), ("val", 64), ("test", 64)):
-        for number in range(size):
-            clips.append(piece(split, number))
+        clips += [draw_piece(split, number) for number in range(size)]
     return clips
 
 
-def piece(split: str, number: int) -> shards.Clip:
+def draw_piece(split: str, number: int) -> shards.Clip:
+    """The clip of a piece of random key, tempo and timbre, among those that its split may have."""
     rng = random.Random(f"{split} {number}")
     tempi = list(TEMPI)
     while True:
         key = rng.choice(KEYS)
         tempo = rng.choice(tempi)
         timbre = rng.choice(TIMBRES)
-        attributes = {"key": key, "tempo": tempo, "timbre": timbre}
-        if is_held_out(attributes) == (split != "train"):
+        if is_held_out(key, tempo, timbre) == (split != "train"):
             break
-    caption = rng.choice(CAPTIONS).format(**attributes)
+    caption = rng.choice(CAPTIONS).format(key=key, tempo=tempo, timbre=timbre)
     mode = key.split()[1]
     return shards.Clip(f"{split}-{number:05d}", caption, split, None, group=f"{timbre} {tempo} {mode}")
 
 
-def is_held_out(attributes: dict[str, str]) -> bool:
+def is_held_out(key: str, tempo: str, timbre: str) -> bool:
     """32 of the 210 combinations of key, tempo and timbre are never trained on."""
-    combination = " ".join(attributes.values())
-    checksum = zlib.crc32(combination.encode())
-    return checksum % 10 == 0
+    combination = f"{key} {tempo} {timbre}"
+    return zlib.crc32(combination.encode()) % 10 == 0
 
 
 def compose(caption: str, seed: str, seconds: float, sample_rate: int) -> Tensor:
@@ -111,12 +115,12 @@ def compose(caption: str, seed: str, seconds: float, sample_rate: int) -> Tensor
     samples = int((seconds + 4) * sample_rate)
     wave = torch.zeros(samples)
     for note in itertools.chain(chorus, tune):
-        duration = note.length * beat
         phase = rng.random()
-        tone = note.loudness * synthesize_note(sound, note.pitch, duration, sample_rate, phase)
+        duration = note.length * beat
+        tone = synthesize_note(sound, note.pitch, duration, sample_rate, phase)
         start = int(note.start * beat * sample_rate)
         stop = start + len(tone)
-        wave[start:stop] += tone
+        wave[start:stop] += note.loudness * tone
     samples = int(seconds * sample_rate)
     wave = wave[:samples]
     peak = wave.abs().max()
@@ -186,8 +190,8 @@ def synthesize_note(sound: Sound, pitch: int, seconds: float, sample_rate: int, 
     t = torch.arange(samples) / sample_rate
     octaves = (pitch - 69) / 12  # above A4, which has 440 Hz
     frequency = 440 * 2**octaves
-    vibrato_turns = VIBRATO_HZ * t + phase
     depth = sound.vibrato / (math.tau * VIBRATO_HZ)  # seconds
+    vibrato_turns = VIBRATO_HZ * t + phase
     delay = depth * torch.sin(math.tau * vibrato_turns)
     turns = frequency * (t + delay)
 
@@ -195,8 +199,7 @@ def synthesize_note(sound: Sound, pitch: int, seconds: float, sample_rate: int, 
     for n, amplitude in enumerate(sound.harmonics, 1):
         fits = n * frequency < 0.45 * sample_rate
         if amplitude and fits:
-            overtones = n - 1
-            decay = sound.decay + sound.decay_more * overtones
+            decay = sound.decay + sound.decay_more * (n - 1)
             tone = amplitude * torch.sin(math.tau * n * turns)
             wave += tone * torch.exp(-decay * t)
 
@@ -207,19 +210,13 @@ def synthesize_note(sound: Sound, pitch: int, seconds: float, sample_rate: int, 
     return wave * envelope / loudness
 
 
-def play_piece(seconds: float, sample_rate: int, hop: int, clip: shards.Clip) -> np.ndarray:
-    """A clip as rows (T, hop) of its wave."""
-    wave = compose(clip.text, clip.id, seconds, sample_rate)
-    return prepare.wave_to_frames(wave, hop)
-
-
 def measure_templates() -> None:
-    """Write music_pieces.json, measured on 90 pieces that are in no corpus.
+    """Write music/pieces.json, measured on 90 pieces that are in no corpus.
 
-    It holds the mean chroma of each mode in C, the mean texture of each timbre, the precision of textures.
+    It holds the mean chroma of each mode in C, the mean timbre features of each timbre, and their precision.
     """
     chromas = {mode: [] for mode in SCALES}
-    textures = {timbre: [] for timbre in TIMBRES}
+    features = {timbre: [] for timbre in TIMBRES}
     roots = itertools.cycle(ROOTS)
     ways = itertools.product(TIMBRES, SCALES, TEMPI, range(3))
     for n, (timbre, mode, tempo, _) in enumerate(ways):
@@ -229,25 +226,17 @@ def measure_templates() -> None:
         wave = compose(caption, f"known {n}", 5.12, RATE)
         chroma = analysis.chroma(wave)
         chromas[mode].append(chroma.roll(-ROOTS[root]))
-        texture = analysis.timbre_features(wave)
-        textures[timbre].append(texture)
+        features[timbre].append(analysis.timbre_features(wave))
 
-    templates = {}
-    for mode, rows in chromas.items():
-        templates[mode] = torch.stack(rows).mean(0)  # (12,)
-    centres = []
-    deviations = []
-    for rows in textures.values():
-        rows = torch.stack(rows)
-        centre = rows.mean(0)
-        centres.append(centre)
-        deviations.append(rows - centre)
-    deviations = torch.cat(deviations)  # (90, 11)
+    templates = {mode: torch.stack(rows).mean(0) for mode, rows in chromas.items()}  # (12,)
+    rows = [torch.stack(of_timbre) for of_timbre in features.values()]
+    rows = torch.stack(rows)  # (timbres, 18, 11)
+    centres = rows.mean(1)  # (timbres, 11)
+    deviations = (rows - centres[:, None]).flatten(0, 1)  # (90, 11)
     covariance = deviations.T @ deviations / len(deviations)
     regularised = covariance + 0.1 * torch.eye(len(covariance))
-    templates["centres"] = torch.stack(centres)  # (timbres, 11)
+    templates["centres"] = centres
     templates["precision"] = torch.linalg.inv(regularised)
-
     values = {}
     for name, template in templates.items():
         rounded = template.double().round(decimals=5)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Random crops of pieces: never silent, of one loudness, as long as asked for."""
 
 import numpy as np
 import torch

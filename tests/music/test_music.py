@@ -17,8 +17,8 @@ from config import UserError
 from music.bench import call_diffusers, diffusers_flux, example_inputs, randomize
 from music.config import SIZES, MusicConfig, Size
 from music.latents import Codec, to_latents, to_tokens
-from music.model import MMDiT, choose_size, load_published, read_published
-from music.system import Music, multidiffusion
+from music.model import MMDiT, load_published, read_published
+from music.system import Music, choose_size, multidiffusion
 
 PARAMETERS = {
     "small": 142_333_984,
@@ -28,7 +28,7 @@ PARAMETERS = {
     "giant_full": 1_586_238_752,
 }
 TENSORS = {"small": 336, "base": 496, "large": 496, "giant": 656, "giant_full": 496}
-SHORT = dataclasses.replace(SIZES["small"], double=1, single=1)
+SHORT = dataclasses.replace(SIZES["small"], depth=1, depth_single_blocks=1)
 
 
 def on_meta(name: str) -> MMDiT:
@@ -38,7 +38,7 @@ def on_meta(name: str) -> MMDiT:
 
 @pytest.fixture(scope="module")
 def network() -> MMDiT:
-    """Blocks of small, one of each kind, every weight of them heard."""
+    """Blocks of small, one of each kind, every weight of them with an effect."""
     torch.manual_seed(0)
     return randomize(MMDiT(SHORT))
 
@@ -53,12 +53,14 @@ def test_a_size_has_as_many_parameters_as_published(name):
         sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
         and len(network.state_dict()) == TENSORS[name]
     )
-    assert sum(SIZES[name].axes) == SIZES[name].width // SIZES[name].heads
+    assert sum(SIZES[name].axes_dim) == SIZES[name].width // SIZES[name].heads
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_blocks_of_every_size_are_those_of_diffusers(name):
-    equal_to_diffusers(dataclasses.replace(SIZES[name], double=1, single=1), tokens=24, text_tokens=5)
+    equal_to_diffusers(
+        dataclasses.replace(SIZES[name], depth=1, depth_single_blocks=1), tokens=24, text_tokens=5
+    )
 
 
 def test_the_whole_of_small_is_that_of_diffusers():
@@ -72,7 +74,8 @@ def test_ten_seconds_and_a_full_text_are_those_of_diffusers():
 @torch.no_grad()
 def equal_to_diffusers(size: Size, tokens: int, text_tokens: int) -> None:
     torch.manual_seed(0)
-    network, inputs = randomize(MMDiT(size)), example_inputs(2, tokens, text_tokens)
+    network = randomize(MMDiT(size))
+    inputs = example_inputs(2, tokens, text_tokens)
     v = network(*inputs)
     assert v.std() > 0.5
     torch.testing.assert_close(v, call_diffusers(diffusers_flux(size, network), *inputs), rtol=0, atol=1e-5)
@@ -80,19 +83,21 @@ def equal_to_diffusers(size: Size, tokens: int, text_tokens: int) -> None:
 
 def test_gradients_are_those_of_diffusers():
     torch.manual_seed(0)
-    network, inputs = randomize(MMDiT(SHORT)), example_inputs(batch=2, tokens=16, text_tokens=4)
-    flux, inputs = diffusers_flux(SHORT, network), [part.requires_grad_() for part in inputs]
+    network = randomize(MMDiT(SHORT))
+    flux = diffusers_flux(SHORT, network)
+    inputs = [part.requires_grad_() for part in example_inputs(batch=2, tokens=16, text_tokens=4)]
     ours = torch.autograd.grad(network(*inputs).square().mean(), inputs)
-    for own, other in zip(ours, torch.autograd.grad(call_diffusers(flux, *inputs).square().mean(), inputs)):
+    others = torch.autograd.grad(call_diffusers(flux, *inputs).square().mean(), inputs)
+    for own, other in zip(ours, others):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
 
 
 def test_the_gradient_reaches_every_parameter(network):
     x_t, t, text, vector = example_inputs(batch=2, tokens=16, text_tokens=4)
     network.zero_grad()
-    flow.loss(
-        network(x_t, t, text, vector), torch.zeros_like(x_t), x_t, torch.ones(x_t.shape[:2], dtype=torch.bool)
-    ).mean().backward()
+    v = network(x_t, t, text, vector)
+    mask = torch.ones(x_t.shape[:2], dtype=torch.bool)
+    flow.loss(v, torch.zeros_like(x_t), x_t, mask).mean().backward()
     assert not [
         name
         for name, p in network.named_parameters()
@@ -100,10 +105,12 @@ def test_the_gradient_reaches_every_parameter(network):
     ]
 
 
-def test_an_untrained_network_says_nothing_and_learns():
+def test_an_untrained_network_returns_zero_and_learns():
     torch.manual_seed(0)
-    network, inputs = MMDiT(SHORT), example_inputs(batch=1, tokens=16, text_tokens=4)
-    optimizer, losses = torch.optim.AdamW(network.parameters(), 1e-3), []
+    network = MMDiT(SHORT)
+    inputs = example_inputs(batch=1, tokens=16, text_tokens=4)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
+    losses = []
     assert not network(*inputs).any()
     for _ in range(20):
         losses.append((network(*inputs) - inputs[0]).square().mean())
@@ -228,9 +235,8 @@ def test_tensors_of_no_published_size_are_refused(tmp_path):
 def test_a_missing_tensor_is_named(key, tmp_path):
     ema = published("small")
     del ema[key]
-    assert key in (line := refused(write(tmp_path / "x.pt", ema))) and (
-        "missing" in line or "width 0" in line
-    )
+    line = refused(write(tmp_path / "x.pt", ema))
+    assert key in line and ("missing" in line or "width 0" in line)
 
 
 def test_a_foreign_tensor_is_named(tmp_path):
@@ -341,8 +347,19 @@ def test_an_own_size_turns_all_of_a_head_in_pairs(width, heads):
         },
     )
     size = choose_size(config, Codec(config, 0.0, 1.0, torch.device("cpu")), text_width=192)
-    assert sum(size.axes) == width // heads and not any(axis % 2 for axis in size.axes) and min(size.axes) > 0
-    assert (size.double, size.single, size.channels, size.bands, size.text_width, size.vector_width) == (
+    assert (
+        sum(size.axes_dim) == width // heads
+        and not any(axis % 2 for axis in size.axes_dim)
+        and min(size.axes_dim) > 0
+    )
+    assert (
+        size.depth,
+        size.depth_single_blocks,
+        size.channels,
+        size.bands,
+        size.text_width,
+        size.vector_width,
+    ) == (
         2,
         1,
         64,
@@ -365,23 +382,23 @@ def test_masked_text_is_no_text(network):
 
 
 def test_one_window_is_the_network_itself():
-    x_t, t = torch.randn(2, 8, 3), torch.rand(2)
-    torch.testing.assert_close(multidiffusion(lambda x, t: x.cumsum(1), 8)(x_t, t), x_t.cumsum(1))
+    x_t = torch.randn(2, 8, 3)
+    whole = multidiffusion(lambda x, t: x.cumsum(1), 8)
+    torch.testing.assert_close(whole(x_t, torch.rand(2)), x_t.cumsum(1))
 
 
 @pytest.mark.parametrize("halves", [2, 3, 4, 7])
 def test_overlapping_windows_cover_everything_and_agree_where_the_network_knows_no_place(halves):
-    x_t, t = torch.randn(2, 4 * halves, 3), torch.rand(2)
-    torch.testing.assert_close(
-        multidiffusion(lambda x, t: t[:, None, None] * x.sin(), 8)(x_t, t), t[:, None, None] * x_t.sin()
-    )
+    x_t = torch.randn(2, 4 * halves, 3)
+    t = torch.rand(2)
+    whole = multidiffusion(lambda x, t: t[:, None, None] * x.sin(), 8)
+    torch.testing.assert_close(whole(x_t, t), t[:, None, None] * x_t.sin())
 
 
 def test_one_window_fades_into_the_next():
     starts = iter([0.0, 1.0])
-    v = multidiffusion(lambda x, t: torch.full_like(x, next(starts)), 8)(
-        torch.zeros(1, 12, 1), torch.zeros(1)
-    )[0, :, 0]
+    whole = multidiffusion(lambda x, t: torch.full_like(x, next(starts)), 8)
+    v = whole(torch.zeros(1, 12, 1), torch.zeros(1))[0, :, 0]
     assert (
         not v[:4].any()
         and (v[8:] == 1).all()

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Captioned recordings: what is packed of them, and what is refused, in one line."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,12 @@ from config import UserError
 from corpora import shards
 from music.data import MusicCorpus, read_music
 
-# Music
-
 
 def write_music(root: Path) -> list[dict]:
     """Four sounds below `root`: 3 s, 8 kHz, stereo, one of 0.4 s; entries of a JSON list of them."""
     (root / "sounds").mkdir(parents=True)
-    rng, entries = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    entries = []
     for n, (rate, seconds, channels) in enumerate(
         ((44100, 3.0, 1), (8000, 12.0, 1), (16000, 5.0, 2), (16000, 0.4, 1))
     ):
@@ -52,7 +51,8 @@ def pack_music(path: Path, out: Path) -> MusicCorpus:
 
 @pytest.mark.parametrize("kind", ["json", "csv"])
 def test_music_is_packed_whole_and_mono_at_the_rate_of_the_mel(tmp_path, kind):
-    entries, path = write_music(tmp_path / "raw"), tmp_path / "raw" / "clips.json"
+    entries = write_music(tmp_path / "raw")
+    path = tmp_path / "raw" / "clips.json"
     path.write_text(json.dumps(entries))
     if kind == "csv":
         path = path.parent
@@ -64,10 +64,8 @@ def test_music_is_packed_whole_and_mono_at_the_rate_of_the_mel(tmp_path, kind):
     assert [clip.text for clip in clips] == [e["label"] for e in entries]
     assert [len(corpus.clips(split)) for split in shards.SPLITS] == [3, 1, 0]
     for clip, entry in zip(clips, entries):
-        (wave, rate), expected = (
-            corpus.recording(clip),
-            audio.load_wav(tmp_path / "raw" / entry["wav"], 16000),
-        )
+        wave, rate = corpus.recording(clip)
+        expected = audio.load_wav(tmp_path / "raw" / entry["wav"], 16000)
         assert rate == 16000 and 0 <= len(wave) - len(expected) < 160
         torch.testing.assert_close(wave[: len(expected)], expected, rtol=0, atol=2e-5)
     left, right = soundfile.read(tmp_path / "raw/sounds/s2.flac", dtype="float32")[0].T
@@ -75,7 +73,8 @@ def test_music_is_packed_whole_and_mono_at_the_rate_of_the_mel(tmp_path, kind):
 
 
 def test_a_missing_recording_is_an_error_and_what_is_no_music_is_named(tmp_path):
-    entries, path = write_music(tmp_path), tmp_path / "clips.json"
+    entries = write_music(tmp_path)
+    path = tmp_path / "clips.json"
     soundfile.write(tmp_path / "sounds/silent.wav", np.zeros(16000), 16000)
     soundfile.write(tmp_path / "sounds/faint.wav", np.full(16000, 2e-5), 16000, subtype="FLOAT")
     soundfile.write(tmp_path / "sounds/short.wav", np.full(800, 0.1), 16000)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The demo of music from an empty folder; minutes long: `./run.sh test -m slow`."""
 
 import pytest
 import test_demo

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The evaluator on music: captions are not normalised as spoken text is."""
 
 from conftest import ROOT
 from test_evaluator import CPU

@@ -23,7 +23,7 @@ from base import Prompt
 from config import UserError
 from music import clap, latents
 from music.bench import REFERENCE_STEPS, sample_as_reference
-from music.data import Corpus, MusicBatches, caption_encoders, collate_captions
+from music.data import MusicBatches, MusicCorpus, caption_encoders, collate_captions
 from music.system import Music
 from pretrained import text_encoder
 from tracking import checkpoint, logger
@@ -93,25 +93,25 @@ def clap_folder(tmp_path_factory):
     # GPT-2's bytes
     letters = [chr(b) if b in printable else chr(256 + b - sum(p < b for p in printable)) for b in range(256)]
     vocabulary = {letter: n for n, letter in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters])}
-    text = dict(
-        vocab_size=260,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=90,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-    )
-    sound = dict(
-        patch_embeds_hidden_size=8,
-        hidden_size=16,
-        depths=[1, 1],
-        num_attention_heads=[2, 2],
-        num_hidden_layers=2,
-        window_size=4,
-    )
+    text = {
+        "vocab_size": 260,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 90,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    sound = {
+        "patch_embeds_hidden_size": 8,
+        "hidden_size": 16,
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+        "num_hidden_layers": 2,
+        "window_size": 4,
+    }
     torch.manual_seed(0)
     transformers.ClapModel(
         transformers.ClapConfig(text_config=text, audio_config=sound, projection_dim=8)
@@ -170,7 +170,7 @@ def frozen(knobs, t5_folder, clap_folder, ldm_folder) -> dict:
     return knobs
 
 
-def build(knobs: dict) -> tuple[configs.Config, Corpus, Music]:
+def build(knobs: dict) -> tuple[configs.Config, MusicCorpus, Music]:
     config = system.config_from_command_line(options(knobs))
     corpus = system.open_corpus(config)
     return config, corpus, awake(system.build(config, *corpus.statistics))
@@ -178,7 +178,7 @@ def build(knobs: dict) -> tuple[configs.Config, Corpus, Music]:
 
 @torch.no_grad()
 def awake(network: Music) -> Music:
-    """What starts at 0 gets numbers, so that texts and times are heard before anything is trained."""
+    """What starts at 0 gets numbers, so that texts and times have an effect before any training."""
     generator = torch.Generator().manual_seed(0)
     for p in network.transformer.parameters():
         if not p.any():
@@ -194,18 +194,18 @@ def test_clap_reads_with_the_weights_that_were_saved(clap_folder):
     loaded = clap.load_clap("music.vector_encoder", str(clap_folder), CPU)
     for name, value in saved.state_dict().items():
         assert torch.equal(value, loaded.model.state_dict()[name])
-    words = loaded.words("a calm piano")
-    torch.testing.assert_close(loaded.read("a calm piano"), saved.eval().text_model(**words).pooler_output)
+    words = loaded.tokenize("a calm piano")
+    torch.testing.assert_close(
+        loaded.text_hidden("a calm piano"), saved.eval().text_model(**words).pooler_output
+    )
     _, report = transformers.ClapTextModel.from_pretrained(clap_folder, output_loading_info=True)
     # FluxMusic's way: nothing of the tower is found
     assert len(report["missing_keys"]) > 20
 
 
 def test_t5_reads_with_the_weights_that_were_saved(t5_folder, frozen):
-    saved, tokenizer = (
-        transformers.T5EncoderModel.from_pretrained(t5_folder),
-        transformers.AutoTokenizer.from_pretrained(t5_folder),
-    )
+    saved = transformers.T5EncoderModel.from_pretrained(t5_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(t5_folder)
     config = system.config_from_command_line(options(frozen))
     ids = torch.tensor(text_encoder.tokenize(tokenizer, ["a calm piano"]))
     torch.testing.assert_close(
@@ -215,19 +215,20 @@ def test_t5_reads_with_the_weights_that_were_saved(t5_folder, frozen):
 
 def test_training_finds_cached_what_sampling_reads(frozen):
     config, corpus, network = build(frozen)
-    batches, read = MusicBatches(config, corpus, None), caption_encoders(config, CPU)
+    cached = MusicBatches(config, corpus, None).cached
+    encoders = caption_encoders(config, CPU)
     for text in ("", corpus.clips("train")[0].text):
         for name in ("features", "vectors"):
             # float16 on disk
-            torch.testing.assert_close(batches.read[name](text), read[name](text), rtol=1e-3, atol=1e-3)
-    assert len(batches.read["features"]("")) == 1  # unpadded: the end of the text only
+            torch.testing.assert_close(cached[name](text), encoders[name](text), rtol=1e-3, atol=1e-3)
+    assert len(cached["features"]("")) == 1  # unpadded: the end of the text only
 
 
 def test_a_caption_beyond_the_limit_is_cut(frozen):
     config, corpus, network = build(frozen | {"caption_tokens": 8})
-    text = network.condition(
-        collate_captions(["word " * 99, "a"], ["a", "a"], config, None, caption_encoders(config, CPU))
-    )[0]
+    encoders = caption_encoders(config, CPU)
+    batch = collate_captions(["word " * 99, "a"], ["a", "a"], config, None, encoders)
+    text = network.condition(batch)[0]
     assert text.shape == (2, 8, 32)
 
 
@@ -249,9 +250,10 @@ def test_latents_are_drawn_from_the_vae_s_distribution(frozen, ldm_folder):
     import diffusers
 
     config, corpus, _ = build(frozen)
-    vae, clip = diffusers.AutoencoderKL.from_pretrained(ldm_folder, subfolder="vae"), corpus.clips("train")[0]
+    vae = diffusers.AutoencoderKL.from_pretrained(ldm_folder, subfolder="vae")
+    clip = corpus.clips("train")[0]
     codec = latents.Codec(config, 0.0, 1.0, CPU)
-    mean, deviation = codec.hear(corpus.wave(clip), np.random.default_rng(0))
+    mean, deviation = codec.encode_crop(corpus.wave(clip), np.random.default_rng(0))
     log_mel = audio.log_mel(
         latents.random_crop(corpus.wave(clip), 20480, np.random.default_rng(0)), config.mel
     )
@@ -260,8 +262,11 @@ def test_latents_are_drawn_from_the_vae_s_distribution(frozen, ldm_folder):
     torch.testing.assert_close(mean, latents.to_tokens(0.4110932946205139 * found.mean)[0])
     torch.testing.assert_close(deviation, latents.to_tokens(0.4110932946205139 * found.std)[0])
     batches = MusicBatches(config, corpus, None)
-    assert batches.read["latents"](clip).shape == (2 * codec.tokens, 64) and mean.shape == (codec.tokens, 32)
-    crops = [batches.crop(clip, np.random.default_rng(n)) for n in range(4)]
+    assert batches.cached["latents"](clip).shape == (2 * codec.crop_tokens, 64) and mean.shape == (
+        codec.crop_tokens,
+        32,
+    )
+    crops = [batches.random_crop(clip, np.random.default_rng(n)) for n in range(4)]
     x = torch.stack([batches.row(clip, np.random.default_rng(n))["x"] for n in range(400)])
     middle = torch.stack([mean for mean, _ in crops]).mean()
     assert abs(x.mean() - middle) < 0.1 and x.std(0).min() > 0.5 * min(
@@ -272,8 +277,12 @@ def test_latents_are_drawn_from_the_vae_s_distribution(frozen, ldm_folder):
 def test_ten_seconds_are_1024_tokens_of_32_numbers_and_come_back(frozen):
     config = system.config_from_command_line(options(frozen | {"crop_seconds": 10.24}))
     codec = latents.Codec(config, 0.0, 1.0, CPU)
-    mean, deviation = codec.hear(torch.randn(20 * 16000), np.random.default_rng(0))
-    assert mean.shape == deviation.shape == (1024, 32) and (codec.tokens, codec.frames, codec.bands) == (
+    mean, deviation = codec.encode_crop(torch.randn(20 * 16000), np.random.default_rng(0))
+    assert mean.shape == deviation.shape == (1024, 32) and (
+        codec.crop_tokens,
+        codec.crop_frames,
+        codec.bands,
+    ) == (
         1024,
         1024,
         8,
@@ -288,7 +297,7 @@ def test_the_stand_in_loses_nothing(knobs):
         log_mel = audio.log_mel(
             latents.random_crop(corpus.wave(clip), 20480, np.random.default_rng(0)), config.mel
         )
-        tokens, deviation = network.codec.hear(corpus.wave(clip), np.random.default_rng(0))
+        tokens, deviation = network.codec.encode_crop(corpus.wave(clip), np.random.default_rng(0))
         torch.testing.assert_close(network.codec.decode(tokens), log_mel)
         assert not deviation.any()
         found.append(tokens)
@@ -298,16 +307,15 @@ def test_the_stand_in_loses_nothing(knobs):
 @pytest.mark.parametrize("joint", [1.0, 0.0])
 def test_captions_are_dropped_together_or_each_by_itself(frozen, joint):
     config, corpus, _ = build(frozen | {"joint_dropout": joint, "text_condition_dropout": 0.3})
-    batches, clip = MusicBatches(config, corpus, None), corpus.clips("train")[0]
+    batches = MusicBatches(config, corpus, None)
+    clip = corpus.clips("train")[0]
     rows = [batches.row(clip, np.random.default_rng(n)) for n in range(600)]
     lost = np.array([[row["text"] == "", row["vector_text"] == ""] for row in rows])
     both = lost.all(1).mean()
     assert np.allclose(lost.mean(0), 0.3, atol=0.06) and abs(both - (0.3 if joint else 0.09)) < 0.05
     assert not joint or (lost[:, 0] == lost[:, 1]).all()
-    assert all(
-        row["text"] == clip.text
-        for row in (batches.row(clip, np.random.default_rng(n), t=0.5) for n in range(20))
-    )
+    validated = [batches.row(clip, np.random.default_rng(n), t=0.5) for n in range(20)]
+    assert all(row["text"] == clip.text for row in validated)
 
 
 # The loss, and sampling
@@ -316,7 +324,9 @@ def test_captions_are_dropped_together_or_each_by_itself(frozen, joint):
 def test_the_loss_is_the_squared_error_of_the_velocity(frozen):
     config, corpus, network = build(frozen)
     batch = MusicBatches(config, corpus, None).train(0)
-    x, noise, t = batch["x"], batch["noise"], batch["t"][:, None, None]
+    x = batch["x"]
+    noise = batch["noise"]
+    t = batch["t"][:, None, None]
     with torch.no_grad():
         v = network.transformer((1 - t) * x + t * noise, batch["t"], *network.condition(batch))
         torch.testing.assert_close(network(batch)["loss"], (v - (noise - x)).square().mean())
@@ -334,25 +344,25 @@ def test_masked_padding_never_reaches_a_sample(knobs):
 def test_guidance_away_from_the_prompt_itself_changes_nothing(knobs):
     _, _, network = build(knobs)
     settings = replace(network.config.sample, cfg_scale=7.0)
-    ways = (
-        replace(settings, cfg_scale=1.0),
-        replace(settings, negative="a flute"),
-        replace(settings, negative="low quality"),
-    )
-    plain, guided, away = (network.sample([Prompt("a flute")], way)[0].log_mel for way in ways)
+
+    def sample_flute(**changes) -> torch.Tensor:
+        return network.sample([Prompt("a flute")], replace(settings, **changes))[0].log_mel
+
+    plain = sample_flute(cfg_scale=1.0)
+    guided = sample_flute(negative="a flute")
+    away = sample_flute(negative="low quality")
     torch.testing.assert_close(plain, guided, rtol=0, atol=1e-4)
     assert (plain - away).abs().max() > 1e-2
 
 
 def test_guidance_in_one_call_and_unpadded_text_give_what_the_slow_procedure_gives(knobs):
     _, _, network = build(knobs)
-    prompts, settings = (
-        [Prompt("a flute", seed=1), Prompt("a trumpet")],
-        replace(network.config.sample, euler_steps=REFERENCE_STEPS),
-    )
+    prompts = [Prompt("a flute", seed=1), Prompt("a trumpet")]
+    settings = replace(network.config.sample, euler_steps=REFERENCE_STEPS)
     with torch.no_grad():
-        ours, theirs = network.sample_tokens(prompts, 128, settings), sample_as_reference(network, prompts)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+        ours = network.sample_tokens(prompts, 128, settings)
+        reference = sample_as_reference(network, prompts)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("seconds, tokens", [(0.5, 1), (1.28, 1), (1.4, 1.5), (3.0, 2.5)])
@@ -366,7 +376,7 @@ def test_any_length_is_made(knobs, seconds, tokens):
     )
     assert (
         len(network.sample_tokens([Prompt("a flute")], round(100 * seconds), network.config.sample)[0])
-        == tokens * network.codec.tokens
+        == tokens * network.codec.crop_tokens
     )
 
 
@@ -382,11 +392,22 @@ def test_figures_of_a_set_come_from_clap(knobs, clap_folder, tmp_path):
     clips = corpus.clips("val")[:12]
     found = [network.features(network.reference(corpus, clip), corpus, clip) for clip in clips]
     stacked = {name: np.stack([row[name] for row in found]) for name in found[0]}
-    assert np.allclose(np.linalg.norm(stacked["made"], axis=1), 1, atol=1e-4)
-    same = network.summary(stacked | {"made": stacked["real"]}, tmp_path)
-    other = network.summary(stacked | {"made": -stacked["real"]}, tmp_path)
+    assert np.allclose(np.linalg.norm(stacked["generated"], axis=1), 1, atol=1e-4)
+    same = network.summarize(stacked | {"generated": stacked["real"]}, tmp_path)
+    other = network.summarize(stacked | {"generated": -stacked["real"]}, tmp_path)
     assert same["fad"] < 1e-3 < other["fad"] and same["kad"] < other["kad"] and -1 <= same["clap"] <= 1
-    assert network.summary({}, tmp_path) == {}
+
+
+def test_without_a_clap_the_figure_of_a_set_is_chance_and_of_captions_of_no_piece_there_is_none(
+    knobs, tmp_path
+):
+    _, corpus, network = build(knobs)
+    clip = corpus.clips("val")[0]
+    output = network.reference(corpus, clip)
+    found = network.features(output, corpus, clip)
+    stacked = {name: np.stack([value, value]) for name, value in found.items()}
+    assert network.summarize(stacked, tmp_path) == {"chance": 1 / 210}
+    assert network.features(output, corpus, clip._replace(text="ambient, choir")) == {}
 
 
 def test_muon_trains_the_blocks_matrices_and_no_modulation(knobs):
@@ -422,13 +443,16 @@ def test_a_run_leaves_sound_matches_with_their_control_and_a_report(run):
     assert (run / "report.html").is_file() and audio.load_wav(str(run / "sample.wav"), 16000).any()
 
 
+def newest_state(folder) -> dict:
+    return checkpoint.load_checkpoint(checkpoint.newest_checkpoint(folder))
+
+
 def test_resumed_is_bit_for_bit_uninterrupted(run, knobs, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(run / "checkpoints" / "step_0000002.pt", tmp_path / "checkpoints")
     call(train, *options(knobs | {"out_dir": tmp_path, "steps": 4}))
-    once, twice = (
-        checkpoint.load_checkpoint(checkpoint.newest_checkpoint(folder)) for folder in (run, tmp_path)
-    )
+    once = newest_state(run)
+    twice = newest_state(tmp_path)
     for part in ("model", "ema"):
         assert once[part].keys() == twice[part].keys() and all(
             torch.equal(value, twice[part][key]) for key, value in once[part].items()
@@ -438,10 +462,8 @@ def test_resumed_is_bit_for_bit_uninterrupted(run, knobs, tmp_path):
 def test_two_ranks_are_one_process_with_the_double_batch(knobs, tmp_path):
     finish(start("train.py", *options(knobs | {"out_dir": tmp_path / "two", "steps": 3}), ranks=2))
     call(train, *options(knobs | {"out_dir": tmp_path / "one", "steps": 3, "batch_size": 8}))
-    two, one = (
-        checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / name))["model"]
-        for name in ("two", "one")
-    )
+    two = newest_state(tmp_path / "two")["model"]
+    one = newest_state(tmp_path / "one")["model"]
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
@@ -493,7 +515,7 @@ def test_the_evaluator_says_the_same_again(run, capsys):
         ({"autoencoder": "x", "mel.n_mels": 80}, "n_mels 64"),
         ({"size": "small"}, "music.size small"),
         ({"weights": "x.pt"}, "music.weights"),
-        ({"joint_dropout": 2}, "above 1"),
+        ({"joint_dropout": 2}, "must be at most 1"),
     ],
 )
 def test_what_does_not_fit_is_one_line(refusal, knobs, changes, said):
