@@ -1,10 +1,10 @@
 """Speech to pictures measured on its own corpora, one table a command.
 
-python tests/bench_speech2image.py digits --root DIR [--speakers george lucas --stages 1 --out out/digits]
+python -m speech2image.bench digits --root DIR [--speakers george lucas --stages 1 --out out/digits]
     Real spoken digits (FSDD: labels.csv, recordings/) and MNIST's pictures (t10k-*), one speaker left out:
     R@1 of stage 1 among pictures that nothing was trained on; with --stages 2 also how often the generated
     picture is the digit said, by a classifier trained on MNIST.
-python tests/bench_speech2image.py ablation [--steps 400 --out out/ablation --modes adaln sta --key value ...]
+python -m speech2image.bench ablation [--steps 400 --out out/ablation --modes adaln sta --key value ...]
     Stage 2 of the demo, prepared before, for each way of conditioning it: pictures in which all is right;
     nats a code.
 """
@@ -67,7 +67,7 @@ def digits(root: Path, out: Path, speakers: list[str], stages: int) -> list[dict
         if stages == 2:
             options = common | {"corpus": "listed", "stage1": folder / "align", "limit": 150}
             scores = train_recipe("speech_image_demo", folder / "image", options)
-            row |= {f"made {key}": value for key, value in scores.items()}
+            row |= {f"generated {key}": value for key, value in scores.items()}
         rows.append(row)
     return rows
 
@@ -126,15 +126,10 @@ def train_recipe(recipe: str, out: Path, options: dict) -> dict[str, float]:
         line = [sys.executable, ROOT / script, *command, *words]
         subprocess.run(line, cwd=out.parent, check=True, stdout=sys.stderr)
 
-    evaluations = []
+    scores = {}
     for line in read_metrics(out):
-        scores = {}
-        for key, value in line.items():
-            if key.startswith("eval/"):
-                scores[key.removeprefix("eval/")] = value
-        if scores:
-            evaluations.append(scores)
-    return evaluations[-1]
+        scores = {key[len("eval/") :]: line[key] for key in line if key.startswith("eval/")} or scores
+    return scores
 
 
 def read_metrics(out: Path) -> list[dict]:
@@ -205,7 +200,7 @@ def main() -> None:
         parser.error(f"unknown: {' '.join(knobs)}")
     rows = digits(options.root, options.out, options.speakers, options.stages)
     stage1 = ["recall_1", "recall_5", "recall_back_1", "cos_matched", "cos_unmatched"]
-    stage2 = ["made all_match", "made all_match_shuffled", "made all_match_vocoded"]
+    stage2 = [f"generated {key}" for key in ("all_match", "all_match_shuffled", "all_match_vocoded")]
     print_table(rows, ["speaker", *stage1, *stage2])
 
 

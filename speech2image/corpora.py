@@ -1,12 +1,11 @@
-"""Corpora of spoken pictures: `python assets/spoken_pictures.py --config FILE [--key value]`.
+"""Corpora of spoken pictures, read as they are published, and their speech packed.
 
-It packs the speech of config.data, trains the image tower where align.image is scratch, embeds the pictures.
-`python system.py prepare` runs it when any of these is missing. data.corpus:
-  shapes     drawn, and spoken by espeak-ng, on the spot
-  flickr8k   with its audio captions, as published, wherever below data_dir
-  s2igan     CUB-200 or Oxford-102 with spoken captions, as S2IGAN publishes them, wherever below data_dir
-  listed     one's own: lines of data_dir/captions-en.jsonl with the keys picture, wav, text, split, voice and
-             label; paths are below data_dir; pictures of the same label, if it is not "", are equally right
+data.corpus is one of these:
+shapes     drawn, and spoken by espeak-ng, on the spot
+flickr8k   with its audio captions, as published, wherever below data_dir
+s2igan     CUB-200 or Oxford-102 with spoken captions, as S2IGAN publishes them, wherever below data_dir
+listed     one's own: lines of data_dir/captions-en.jsonl with the keys picture, wav, text, split, voice and
+           label; paths are below data_dir; pictures of the same label, if it is not "", are equally right
 """
 
 import functools

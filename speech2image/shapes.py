@@ -1,7 +1,7 @@
 """Drawn shapes: the pictures of data.corpus shapes, their descriptions, and a rule that reads the pictures.
 
 In this order: the rule, the drawing, the words. A combination (c, s, p) numbers a colour, a shape and a place
-of KINDS; assets/shapes.yaml has their words, colours and centres. Lengths are in pixels of a picture of
+of ATTRIBUTES; shapes.yaml has their words, colours and centres. Lengths are in pixels of a picture of
 SIDE x SIDE, whatever size it has. Nothing here is trained: the rule is derived from how shapes are drawn.
 """
 
@@ -38,7 +38,7 @@ FINE = 4  # points a pixel, across and down
 POINTS = (np.arange(SIDE * FINE) + 0.5) / FINE  # where they are
 RADIUS = (5.0, 6.5)  # the least and the greatest of a drawn shape
 JITTER = 1.5  # the most that a centre is moved, across and down
-BRIGHTEST_BACKGROUND = 0.15  # the brightest background
+BRIGHTEST_BACKGROUND = 0.15
 TINT = 0.05  # the most that a colour varies
 
 CORE = 0.02  # share of a picture that surely is object: the smallest one covers 4 %
@@ -52,7 +52,7 @@ RADIUS_MARGIN = 0.5  # by how much a radius may be beyond those drawn
 
 
 class Attributes(NamedTuple):
-    """Names from KINDS; None for an attribute that is like none of the drawn ones."""
+    """Names from ATTRIBUTES; None for an attribute that is like none of the drawn ones."""
 
     colour: str | None
     shape: str | None
@@ -65,7 +65,7 @@ NOTHING = Attributes(None, None, None)
 def attribute_matches(picture: Tensor, label: str) -> dict[str, float]:
     """Whether the rule sees in a picture (3, H, W) what a label such as red-circle-left says.
 
-    returns: 1 or 0 for each part and for all at once, by keys of metric.SCORES.
+    returns: 1 or 0 for each part and for all at once, by keys of image.SCORES.
     """
     seen = read_attributes(picture)
     wanted = Attributes(*label.split("-"))
