@@ -301,6 +301,44 @@ def test_speech_that_is_its_picture_is_found_and_leaves_no_gap(tmp_path):
     assert (tmp_path / "summary.png").stat().st_size > 1000
 
 
+def spoken() -> dict[str, np.ndarray]:
+    """Features of eight descriptions, two of each of four pictures, as far apart as can be.
+
+    The last one is taken for another's.
+    """
+    numbers = np.arange(8) // 2
+    space = np.eye(8)[:4]
+    speech = space[numbers]
+    speech[-1] = space[0]
+    groups = np.array(["en f3", "ar m3"] * 4)
+    return {"speech": speech, "image": space[numbers], "picture": numbers, "label": numbers, "group": groups}
+
+
+def test_retrieval_counts_right_pictures_by_language_and_voice_and_each_picture_once(shapes, tmp_path):
+    found = network(shapes).summarize(spoken(), tmp_path)
+    assert found["recall_1"] == 7 / 8 and found["recall_10"] == 1
+    assert found["recall_1/en"] == found["recall_1/f3"] == 1
+    assert found["recall_1/ar"] == found["recall_1/m3"] == 3 / 4
+    assert found["language_gap"] == 1 / 4 and found["recall_back_1"] == 1
+    # 1 of 8 * 3 unmatched pairs is alike
+    assert found["cos_matched"] == 7 / 8 and found["cos_unmatched"] == pytest.approx(1 / 24)
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_generated_pictures_are_found_again_beside_the_speech_they_came_from(shapes):
+    knobs = {key: value for key, value in shapes.items() if key not in ("speech", "pad_multiple")}
+    generating = image.SpeechImage(system.load_config("", options(knobs | {"system": "speech_image"})))
+    features = spoken()
+    features |= {"generated": features["image"], "chance": np.full(8, 1 / 120)}
+    found = generating.summarize(features, None)
+    assert found["recall_made_1"] == 1 and found["chance"] == pytest.approx(1 / 120)
+    of_speech = retrieval.retrieval(features, "speech")
+    of_generated = retrieval.retrieval(features, "generated")
+    assert of_speech != of_generated
+    again = {f"recall_made_{k}": of_generated[f"recall_{k}"] for k in (1, 5, 10)}
+    assert found == of_speech | {"chance": found["chance"]} | again
+
+
 # Corpora
 
 
