@@ -61,16 +61,14 @@ class SpeechAlign(Stage):
         else:
             self.front = HubertEncoder(a.speech)
         width = self.front.width
-        cls = torch.randn(1, 1, width)
-        self.cls = nn.Parameter(cls)
+        self.cls = nn.Parameter(torch.randn(1, 1, width))
         layer = nn.TransformerEncoderLayer(
             width, m.heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True
         )
         self.encoder = nn.TransformerEncoder(layer, m.layers, enable_nested_tensor=False)
         # Zero-initialised, so all similarities are 0 and the loss starts at log B
         image_width = vision.image_encoder_width(a.image)
-        proj = nn.Linear(width, image_width)
-        self.proj = zero_init(proj)
+        self.proj = zero_init(nn.Linear(width, image_width))
         log_scale = torch.tensor(-math.log(a.temperature))
         self.log_scale = nn.Parameter(log_scale)
 
@@ -123,19 +121,15 @@ class SpeechAlign(Stage):
         embeddings = self.embed_speech(waves)
         for wave, embedding in zip(waves, embeddings):
             found = self.corpus.nearest_pictures(embedding)
-            picture = found[0]
-            output = PictureOutput(wave, RATE, picture, found[1:], embedding)
-            outputs.append(output)
+            outputs.append(PictureOutput(wave, RATE, found[0], found[1:], embedding))
         return outputs
 
     def reference(self, corpus: SpokenImageCorpus, clip: shards.Clip) -> PictureOutput:
         """The clip's own picture, as if its speech had found it."""
-        wave = corpus.wave(clip)
         embedding = corpus.image_embedding(clip)
-        number = corpus.picture_number(clip)
-        picture = corpus.read_picture(number)
+        picture = corpus.read_picture(corpus.picture_number(clip))
         nearest = corpus.nearest_pictures(embedding)
-        return PictureOutput(wave, RATE, picture, nearest, embedding)
+        return PictureOutput(corpus.wave(clip), RATE, picture, nearest, embedding)
 
 
 def gather_ranks(rows: Tensor) -> Tensor:

@@ -43,8 +43,7 @@ class SpokenImageCorpus(data.ShardedCorpus):
         for split in shards.SPLITS:
             clips.update(self.clips(split))
         self.all_clips = sorted(clips, key=lambda clip: clip.number)
-        train = self.clips("train")
-        train = balance_languages(train, d.langs)
+        train = balance_languages(self.clips("train"), d.langs)
         self.splits = self.splits | {"train": train}
         self.labels = {}  # by path of the picture
         for clip in self.all_clips:

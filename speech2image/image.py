@@ -154,8 +154,7 @@ class SpeechImage(Stage):
         outputs = []
         for wave, picture, embedding in zip(waves, pictures, embeddings):
             nearest = self.corpus.nearest_pictures(embedding)
-            output = PictureOutput(wave, RATE, picture, nearest, embedding)
-            outputs.append(output)
+            outputs.append(PictureOutput(wave, RATE, picture, nearest, embedding))
         return outputs
 
     def sample_codes(self, embeddings: Tensor, seeds: Sequence[int], settings: Sample) -> Tensor:
@@ -165,8 +164,7 @@ class SpeechImage(Stage):
         u = []
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
-            row = torch.rand(steps + 1, tokens, generator=generator)
-            u.append(row)
+            u.append(torch.rand(steps + 1, tokens, generator=generator))
         u = torch.stack(u, 1)  # (steps + 1, B, N)
 
         # Rows with the condition, then the same rows without it, for guidance
@@ -223,8 +221,7 @@ class SpeechImage(Stage):
         seen = []
         parts = vision.label_attributes(corpus.label_numbers)
         for names, scores in zip(parts, self.classifier(batch)):
-            best = scores.argmax()
-            seen.append(names[best])
+            seen.append(names[scores.argmax()])
         return seen
 
     @torch.inference_mode()
@@ -250,8 +247,7 @@ class SpeechImage(Stage):
             features[key] = rows[0].float().cpu().numpy()
         if self.config.codes.judge:
             parts = vision.label_attributes(corpus.label_numbers)
-            sizes = map(len, parts)
-            features["chance"] = np.array(1 / math.prod(sizes))
+            features["chance"] = np.array(1 / math.prod(map(len, parts)))
         return features
 
     def summarize(self, features: dict[str, np.ndarray], folder: Path | None) -> dict[str, float]:
@@ -293,9 +289,8 @@ class SpeechImage(Stage):
     def classifier(self) -> frozen.Frozen:
         parts = vision.label_attributes(self.corpus.label_numbers)
         sizes = [len(names) for names in parts]
-        network = vision.AttributeClassifier(sizes)
-        path = classifier_file(self.corpus)
-        return load_weights_frozen(network, path).to(self.device)
+        network = load_weights_frozen(vision.AttributeClassifier(sizes), classifier_file(self.corpus))
+        return network.to(self.device)
 
     @functools.cached_property
     def inception(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

@@ -42,8 +42,7 @@ class CodeTransformer(nn.Module):
         self.null = nn.Parameter(torch.zeros(condition_width))
         self.blocks = nn.ModuleList()
         for _ in range(layers):
-            block = Block(width, heads, conv_ratio, num_steps, condition_mode, condition_width)
-            self.blocks.append(block)
+            self.blocks.append(Block(width, heads, conv_ratio, num_steps, condition_mode, condition_width))
         self.out = zero_init(nn.Linear(width, num_codes))
 
     def embed_condition(self, embedding: Tensor, dropped: Tensor) -> Tensor:

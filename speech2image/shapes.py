@@ -32,6 +32,8 @@ HELD_OUT = {
     for c, _, p in COMBINATIONS
     if (c + 2 * p) % 3
 }
+TRAINED_ON = [combination for combination in COMBINATIONS if combination not in HELD_OUT]
+PICTURES_PER_COMBINATION = 12  # to train on; one each to validate and to test on
 
 SIDE = 32
 FINE = 4  # points a pixel, across and down
@@ -69,13 +71,10 @@ def attribute_matches(picture: Tensor, label: str) -> dict[str, float]:
     """
     seen = read_attributes(picture)
     wanted = Attributes(*label.split("-"))
-    same = {
-        "all_rule": seen == wanted,
-        "colour_rule": seen.colour == wanted.colour,
-        "shape_rule": seen.shape == wanted.shape,
-        "place_rule": seen.place == wanted.place,
-    }
-    return {key: float(value) for key, value in same.items()}
+    matches = {"all_rule": float(seen == wanted)}
+    for name, a, b in zip(Attributes._fields, seen, wanted):
+        matches[f"{name}_rule"] = float(a == b)
+    return matches
 
 
 def read_attributes(picture: Tensor) -> Attributes:
@@ -222,10 +221,6 @@ def describe(language: str, combination: tuple[int, int, int], rng: random.Rando
     return pattern.format(colour=colours[c], shape=shape, place=place)
 
 
-PICTURES_PER_COMBINATION = 12  # of a combination, to train on; one each to validate and to test on
-TRAINED_ON = [combination for combination in COMBINATIONS if combination not in HELD_OUT]
-
-
 def list_shapes(root: Path, language: str, count: int) -> list[dict]:
     """Make `count` descriptions to train on, and each combination twice to validate and twice to test on.
 
@@ -237,10 +232,7 @@ def list_shapes(root: Path, language: str, count: int) -> list[dict]:
     plan = [("train", n) for n in range(count)]
     plan += [("val", n) for n in range(held_out)]
     plan += [("test", n) for n in range(held_out)]
-    captions = []
-    for split, n in tqdm(plan, desc=f"shapes {language}", disable=None):
-        caption = make_shape(root, language, split, n)
-        captions.append(caption)
+    captions = [make_shape(root, language, *part) for part in tqdm(plan, f"shapes {language}", disable=None)]
 
     def order(caption: dict[str, str]) -> int:
         """A random one, so that the first few are of all kinds."""

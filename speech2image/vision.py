@@ -285,12 +285,10 @@ def bags_of_words(clips: list[shards.Clip]) -> tuple[list[Tensor], int]:
     texts = []
     for clip in clips:
         letters = [c if c.isalnum() else " " for c in clip.text.lower()]
-        words = "".join(letters).split()
-        texts.append(words)
+        texts.append("".join(letters).split())
     vocabulary = sorted(set().union(*texts))
     numbers = {word: n for n, word in enumerate(vocabulary, 1)}
     bags = []
     for words in texts:
-        bag = [numbers[word] for word in words]
-        bags.append(torch.tensor(bag, dtype=torch.long))
+        bags.append(torch.tensor([numbers[word] for word in words], dtype=torch.long))
     return bags, len(vocabulary)
