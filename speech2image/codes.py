@@ -1,8 +1,7 @@
-"""What system speech_image trains on: `python assets/picture_codes.py --config FILE [--key value]`.
+"""Pictures as codes: autoencoders, and the codes of a corpus that system speech_image trains on.
 
-It makes, for a packed corpus, what does not exist yet: stage 1's embeddings of the speech; the autoencoder,
-where codes.vq is scratch; the codes of the pictures; the classifier of codes.judge. When any of these is
-missing, `python system.py prepare` runs it.
+An autoencoder has `encode`, pictures (B, 3, H, W) in [0, 1] to vectors (B, N, d), whose codes are the nearest
+rows of its `book` (K', d), and `decode`, such vectors back to pictures. Of its K' codes K are used.
 """
 
 import functools
@@ -10,7 +9,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn as nn
 from einops import rearrange
@@ -18,13 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError
-from corpora import shards
 from pretrained import frozen
 from speech2image import vision
 from speech2image.config import Codes
 from speech2image.data import SpokenImageCorpus, cache_path, load_weights_frozen, read_tensors
-
-# Autoencoders of pictures and their codebooks
 
 
 class PictureDecoder(nn.Module):
@@ -35,20 +30,17 @@ class PictureDecoder(nn.Module):
         super().__init__()
         self.autoencoder = autoencoder
         used = autoencoder.book[kept]
-        self.register_buffer("book", used.detach().clone())
+        self.register_buffer("codebook", used.detach().clone())
 
     def decode(self, codes: Tensor) -> Tensor:
         """(B, N) -> (B, 3, H, W) in [0, 1]."""
-        vectors = self.book[codes]
+        vectors = self.codebook[codes]
         pictures = self.autoencoder.decode(vectors)
         return pictures.clamp(0, 1)
 
 
 class FSQAutoencoder(nn.Module):
     """64 codes, each for 4 x 4 pixels, by finite scalar quantisation: three numbers of four levels.
-
-    `encode` turns pictures (B, 3, H, W) in [0, 1] into vectors (B, N, d), whose codes are the nearest rows of
-    book (K', d); `decode` turns such vectors back into pictures.
 
     source: arXiv 2309.15505
     """
@@ -92,7 +84,7 @@ class FSQAutoencoder(nn.Module):
 
 
 class DiffusersVQ(nn.Module):
-    """A VQModel of diffusers, with SmallVQ's methods."""
+    """A VQModel of diffusers."""
 
     def __init__(self, name: str):
         """name: a folder or hub id; the model may be in its vqvae/. raises UserError where there is none."""
@@ -126,6 +118,9 @@ def nearest_codes(vectors: Tensor, book: Tensor) -> Tensor:
     return distances.argmin(-1)
 
 
+# The codes of a corpus
+
+
 def codes_file(corpus: SpokenImageCorpus) -> Path:
     """The pictures' codes; beside it, `vq_file`, the autoencoder that was trained for them."""
     c = corpus.config.codes
@@ -148,20 +143,11 @@ def read_codes(corpus: SpokenImageCorpus) -> tuple[Tensor, Tensor]:
 
 
 def load_autoencoder(corpus: SpokenImageCorpus) -> nn.Module:
-    """That of codes.vq, frozen: methods as flow.SmallVQ's."""
+    """That of codes.vq, frozen."""
     vq = corpus.config.codes.vq
     if vq == "scratch":
         return load_weights_frozen(FSQAutoencoder(), vq_file(corpus)).module
     return frozen.Frozen(DiffusersVQ(vq)).module
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file."""
-    on_cpu = {}
-    for name, value in tensors.items():
-        on_cpu[name] = value.contiguous().cpu()
-    with shards.atomic_write(path) as part:
-        safetensors.torch.save_file(on_cpu, part)
 
 
 @torch.no_grad()
@@ -173,10 +159,10 @@ def encode_pictures(corpus: SpokenImageCorpus, autoencoder: nn.Module) -> dict[s
     """
     c = corpus.config.codes
     codebook = autoencoder.book  # (K', d)
-    numbers = range(len(corpus.names))
+    numbers = range(len(corpus.picture_paths))
     codes = []
     for n in tqdm(numbers, desc="codes", unit="picture", disable=None):
-        picture = corpus.picture(n, c.picture_size)
+        picture = corpus.read_picture(n, c.picture_size)
         picture = picture.to(codebook.device)
         vectors = autoencoder.encode(picture[None])  # (1, N, d)
         indices = nearest_codes(vectors[0], codebook)

@@ -32,7 +32,7 @@ Languages = Annotated[tuple[Literal["en", "ar"], ...], Field(strict=False, min_l
 @section
 class PictureData(Data):
     # shapes: drawn and described on the spot | flickr8k: and its audio captions | s2igan: CUB-200 or
-    # Oxford-102 with spoken captions, as S2IGAN lays them out | listed: see assets/spoken_pictures.py
+    # Oxford-102 with spoken captions, as S2IGAN lays them out | listed: see speech2image/corpora.py
     corpus: Literal["shapes", "flickr8k", "s2igan", "listed"] = "flickr8k"
     # packed shards, or a folder as published, which is packed on first use
     data_dir: Text = "data/flickr8k"
@@ -104,12 +104,12 @@ class Codes:
     require_r1: Annotated[NonNegative, MOVABLE] = 0.35
     # hub id or folder of a diffusers VQModel | scratch: a small one of 64 codes, made by prepare
     vq: Place = "amused/amused-256"
-    vq_steps: Count = 1200  # in which prepare trains that one; the judge takes a third of them
+    vq_steps: Count = 1200  # in which prepare trains that one; the classifier takes a third of them
     picture_size: Count = 256  # pixels
     grid: Count = 16  # codes in a row and in a column
     # codes of the codebook, the most used; 974 is what ImageNet's 16,384 shrink to
     kept: Annotated[int, Field(gt=0, lt=2**15)] = 974
-    # prepare trains a small judge of what pictures show, by the parts of labels like red-circle-left
+    # prepare trains a small classifier of what pictures show, by the parts of labels like red-circle-left
     judge: bool = False
     # adaln: learned projection to scale and shift | sta: its halves are these, as published | concat:
     # a token | cross: attention to four

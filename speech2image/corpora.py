@@ -1,12 +1,11 @@
-"""Corpora of spoken pictures: `python assets/spoken_pictures.py --config FILE [--key value]`.
+"""Corpora of spoken pictures, read as they are published, and their speech packed.
 
-It packs the speech of config.data, trains the image tower where align.image is scratch, embeds the pictures.
-`python system.py prepare` runs it when any of these is missing. data.corpus:
-  shapes     drawn, and spoken by espeak-ng, on the spot
-  flickr8k   with its audio captions, as published, wherever below data_dir
-  s2igan     CUB-200 or Oxford-102 with spoken captions, as S2IGAN publishes them, wherever below data_dir
-  listed     one's own: lines of data_dir/captions-en.jsonl with the keys picture, wav, text, split, voice and
-             label; paths are below data_dir; pictures of the same label, if it is not "", are equally right
+data.corpus is one of these:
+shapes     drawn, and spoken by espeak-ng, on the spot
+flickr8k   with its audio captions, as published, wherever below data_dir
+s2igan     CUB-200 or Oxford-102 with spoken captions, as S2IGAN publishes them, wherever below data_dir
+listed     one's own: lines of data_dir/captions-en.jsonl with the keys picture, wav, text, split, voice and
+           label; paths are below data_dir; pictures of the same label, if it is not "", are equally right
 """
 
 import functools
@@ -51,15 +50,7 @@ def list_flickr8k(root: Path, language: str) -> list[dict]:
             continue
         text = texts.get(name + number, "")
         path = (wavs / wav).as_posix()
-        caption = {
-            "picture": pictures[name],
-            "wav": path,
-            "text": text,
-            "split": splits[name],
-            "voice": "",
-            "label": "",
-        }
-        captions.append(caption)
+        captions.append(caption(pictures[name], path, text, splits[name]))
     return captions
 
 
@@ -107,16 +98,13 @@ def list_recordings(root: Path, images: Path, name: str, language: str, split: s
     for n, wav in enumerate(sorted(wavs)):
         text = texts[n] if n < len(texts) else Path(name).name
         path = wav.relative_to(root).as_posix()
-        caption = {
-            "picture": picture.as_posix(),
-            "wav": path,
-            "text": text,
-            "split": split,
-            "voice": "",
-            "label": "",
-        }
-        captions.append(caption)
+        captions.append(caption(picture.as_posix(), path, text, split))
     return captions
+
+
+def caption(picture: str, wav: str, text: str, split: str) -> dict[str, str]:
+    """As a line of captions-en.jsonl; picture, wav: paths below data_dir."""
+    return {"picture": picture, "wav": wav, "text": text, "split": split, "voice": "", "label": ""}
 
 
 def read_fields(path: Path, separator: str | None = None) -> list[list[str]]:
@@ -173,35 +161,33 @@ def pack_spoken_pictures(config: Config) -> None:
     clips = []
     for language in d.langs:
         if d.corpus == "shapes":
-            captions = list_shapes(root, language, d.sentences)
+            lines = list_shapes(root, language, d.sentences)
         elif d.corpus == "flickr8k":
-            captions = list_flickr8k(root, language)
+            lines = list_flickr8k(root, language)
         elif d.corpus == "s2igan":
-            captions = list_s2igan(root, language)
+            lines = list_s2igan(root, language)
         else:
-            captions = list_own_corpus(root, language)
-        for n, caption in enumerate(captions):
-            clip = to_clip(root, language, n, caption)
-            clips.append(clip)
-    form = corpus_format(config)
-    folder = shards.packed_dir(config, form)
+            lines = list_own_corpus(root, language)
+        clips += [to_clip(root, language, n, line) for n, line in enumerate(lines)]
+    packed = corpus_format(config)
+    folder = shards.packed_dir(config, packed)
     read = functools.partial(read_clip, root)
-    shards.pack(folder, {"name": d.corpus}, clips, [], form, read, d.workers)
+    shards.pack(folder, {"name": d.corpus}, clips, [], packed, read, d.workers)
 
 
-def to_clip(root: Path, language: str, n: int, caption: dict) -> shards.Clip:
+def to_clip(root: Path, language: str, n: int, line: dict) -> shards.Clip:
     """A line of captions, number n of its language, as a clip.
 
     raises UserError where a key is missing, or a value is not possible
     """
     where = f"{root}: line {n + 1} of its captions"
     try:
-        label = caption["label"]
-        picture = caption["picture"]
-        group = f"{language} {caption['voice']}"
-        text = caption["text"]
-        split = caption["split"]
-        wav = root.resolve() / caption["wav"]
+        label = line["label"]
+        picture = line["picture"]
+        group = f"{language} {line['voice']}"
+        text = line["text"]
+        split = line["split"]
+        wav = root.resolve() / line["wav"]
     except (KeyError, TypeError) as e:
         raise UserError(f"{where} lacks {e}; see {__file__}") from e
     if split not in shards.SPLITS or ":" in label:

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Discrete diffusion on codes x (B, N), 0 ... K - 1: mask-and-replace, and which of its steps are trained.
+
+Steps are whole, t = 0 ... T; at t = 0 x is data, at T almost all of it is MASK, which is code K. Source:
+VQ-Diffusion (arXiv 2111.14822), whose alpha_bar, beta_bar and gamma_bar are meant by these names.
+"""
 
 from collections.abc import Callable
 
@@ -10,9 +14,6 @@ from torch import Tensor
 
 from device import widest_float
 
-# Diffusion on codes x (B, N), 0 ... K - 1, in whole steps t = 0 ... T; at T almost all are MASK, code K.
-# Source: VQ-Diffusion (arXiv 2111.14822), whose alpha_bar, beta_bar and gamma_bar are meant by these names.
-
 
 class MaskAndReplaceDiffusion(nn.Module):
     """Mask-and-replace diffusion: at each step a code stays, is replaced by a random one, or by MASK.
@@ -21,46 +22,46 @@ class MaskAndReplaceDiffusion(nn.Module):
     without the process's (K + 1)^2 matrices.
     """
 
-    def __init__(self, codes: int, steps: int, mask_share: float):
-        """codes: K. steps: T. mask_share: gamma_bar_T, the share of MASK at T; the rest is random codes.
+    def __init__(self, num_codes: int, num_steps: int, mask_share: float):
+        """num_codes: K; num_steps: T; mask_share: gamma_bar_T, of MASK at T, where the rest is random codes.
 
         source: the schedules of microsoft/VQ-Diffusion, linear in t: alpha_bar from 0.99999 to 0.000009,
         gamma_bar from 0.000009 to gamma_bar_T
         """
         super().__init__()
-        self.codes = codes
-        self.steps = steps
-        progress = torch.linspace(0, 1, steps, dtype=torch.float64)
+        self.num_codes = num_codes
+        self.num_steps = num_steps
+        progress = torch.linspace(0, 1, num_steps, dtype=torch.float64)
         alpha_bar = 0.99999 + progress * (9e-6 - 0.99999)
         gamma_bar = 9e-6 + progress * (mask_share - 9e-6)
         # All (T + 1,), for t = 0 ... T: the probability that a code is untouched, is MASK, was replaced
         alpha_bar = torch.cat([progress.new_ones(1), alpha_bar])
         gamma_bar = torch.cat([progress.new_zeros(1), gamma_bar])
         k_beta_bar = 1 - alpha_bar - gamma_bar  # near 0 at the start
-        self.register_buffer("kept", alpha_bar, persistent=False)
-        self.register_buffer("masked", gamma_bar, persistent=False)
+        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
+        self.register_buffer("gamma_bar", gamma_bar, persistent=False)
         self.register_buffer("k_beta_bar", k_beta_bar, persistent=False)
 
-    def corrupt(self, x: Tensor, t: Tensor, u: Tensor, other: Tensor) -> Tensor:
+    def q_sample(self, x: Tensor, t: Tensor, u: Tensor, other: Tensor) -> Tensor:
         """x_t ~ q(x_t | x), (B, N), by what was drawn: u (B, N) uniform in [0, 1), other (B, N) random codes.
 
         t (B,): 0 ... T.
         """
         t = t[:, None]
-        alpha_bar = self.kept[t]  # (B, 1)
-        gamma_bar = self.masked[t]
+        alpha_bar = self.alpha_bar[t]  # (B, 1)
+        gamma_bar = self.gamma_bar[t]
         replaced = torch.where(u < 1 - alpha_bar, other, x)
-        return torch.where(u < gamma_bar, self.codes, replaced)
+        return torch.where(u < gamma_bar, self.num_codes, replaced)
 
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """t (B,) -> alpha_bar_t, gamma_bar_t and K beta_bar_t, each (B, 1, 1)."""
         t = t[:, None, None]
-        alpha_bar = self.kept[t]
-        gamma_bar = self.masked[t]
+        alpha_bar = self.alpha_bar[t]
+        gamma_bar = self.gamma_bar[t]
         k_beta_bar = self.k_beta_bar[t]
         return alpha_bar, gamma_bar, k_beta_bar
 
-    def posterior(self, p0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    def q_posterior(self, p0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """p(x_s | x_t) where x_0 ~ p0 (B, N, K): (B, N, K + 1). t, s (B,): 0 <= s < t, neighbours or not.
 
         The sum over x_0 of q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0) p0(x_0); it is normalised as it stands.
@@ -73,13 +74,14 @@ class MaskAndReplaceDiffusion(nn.Module):
         numerator = alpha_bar_s * k_beta_bar_t - alpha_bar_t * k_beta_bar_s
         denominator = alpha_bar_s * (alpha_bar_s + k_beta_bar_s)
         k_beta = numerator / denominator
-        codes = self.codes
+        codes = self.num_codes
         beta = k_beta / codes
         beta_bar_t = k_beta_bar_t / codes
         beta_bar_s = k_beta_bar_s / codes
         mask_to_code = gamma / gamma_bar_t
         mask_to_mask = gamma_bar_s / gamma_bar_t
 
+        # From the schedule's precision to the network's
         dtype = p0.dtype
         alpha = alpha.to(dtype)
         beta = beta.to(dtype)
@@ -109,15 +111,15 @@ class MaskAndReplaceDiffusion(nn.Module):
         p_mask = is_mask * mask_to_mask
         return torch.cat([p_codes, p_mask], -1)
 
-    def divergence(self, p0: Tensor, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def kl(self, p0: Tensor, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)) of each token, (B, N), nats.
 
         At t = 1 that is -log p0(x).
         """
         s = t - 1
-        one_hot = F.one_hot(x, self.codes)
-        q = self.posterior(one_hot.to(p0.dtype), x_t, t, s)
-        p = self.posterior(p0, x_t, t, s)
+        one_hot = F.one_hot(x, self.num_codes)
+        q = self.q_posterior(one_hot.to(p0.dtype), x_t, t, s)
+        p = self.q_posterior(p0, x_t, t, s)
         q_log_q = torch.xlogy(q, q)
         q_log_p = torch.xlogy(q, p.clamp_min(1e-30))
         return (q_log_q - q_log_p).sum(-1)
@@ -133,22 +135,22 @@ class MaskAndReplaceDiffusion(nn.Module):
     ) -> Tensor:
         """Codes (B, N), a function of the uniform numbers u (strides + 1, B, N) alone.
 
-        network(x_t, t) -> logits of p0 (rows, N, K), with as many rows as in `flow.euler`; guidance is on
-        their log softmax.
+        network(x_t, t) -> logits of p0 (rows, N, K), with as many rows as in `flow.sample_euler`;
+        guidance is on their log softmax.
         truncation: see `truncate`; 1 keeps all codes.
         """
         count, batch, tokens = u.shape
-        timesteps = torch.linspace(self.steps, 0, count, device=u.device)
+        timesteps = torch.linspace(self.num_steps, 0, count, device=u.device)
         timesteps = timesteps.round().long()
-        gamma_bar = self.masked[-1].item()
-        beta_bar = (1 - gamma_bar) / self.codes
-        p = torch.full((self.codes + 1,), beta_bar, device=u.device)
+        gamma_bar = self.gamma_bar[-1].item()
+        beta_bar = (1 - gamma_bar) / self.num_codes
+        p = torch.full((self.num_codes + 1,), beta_bar, device=u.device)
         p[-1] = gamma_bar
         x = sample_categorical(p.expand(batch, tokens, -1), u[0])
         for n in range(1, count):
             t = timesteps[n - 1]
             s = timesteps[n]
-            time = t / self.steps
+            time = t / self.num_steps
             guided = cfg_scale != 1 and cfg_from <= time <= cfg_to
             x_t = torch.cat([x, x]) if guided else x
             rows = len(x_t)
@@ -161,7 +163,7 @@ class MaskAndReplaceDiffusion(nn.Module):
             p0 = truncate(log_p.exp(), truncation)
             t = t.expand(batch)
             s = s.expand(batch)
-            p = self.posterior(p0, x, t, s)
+            p = self.q_posterior(p0, x, t, s)
             x = sample_categorical(p, u[n])
         return x
 
@@ -209,11 +211,10 @@ class LossSecondMomentResampler(nn.Module):
         zeros = torch.zeros(steps, dtype=torch.float64)
         self.register_buffer("hits", zeros)
         self.register_buffer("squares", zeros.clone())  # running mean of squared losses
-        self.register_buffer(
-            "pending", torch.stack([zeros, zeros])
-        )  # this update's hits, and sums of squares
+        # this update's hits, and sums of squares
+        self.register_buffer("pending", torch.stack([zeros, zeros]))
 
-    def draw(self, u: Tensor, new_update: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(self, u: Tensor, new_update: Tensor) -> tuple[Tensor, Tensor]:
         """u (B,) uniform in [0, 1) -> t (B,) from 1 to T, and the probability of each, (B,).
 
         new_update (), bool: the weights have changed since the last call.
@@ -235,7 +236,7 @@ class LossSecondMomentResampler(nn.Module):
         return index + 1, p[index].float()
 
     @torch.no_grad()
-    def learn(self, t: Tensor, loss: Tensor) -> None:
+    def update(self, t: Tensor, loss: Tensor) -> None:
         """t, loss (B,): the loss at each step, from all ranks."""
         ones = torch.ones_like(loss)
         new = torch.stack([ones, loss.square()])  # (2, B)

@@ -1,4 +1,8 @@
-"""TODO."""
+"""System `speech_image`, stage 2: from stage 1's embedding of speech to the codes of a picture.
+
+x (B, N) are codes, 0 to K - 1, of a square grid, row by row. Source: Speak the Art (arXiv 2601.00827), whose
+stage 2 is VQ-Diffusion for ImageNet (arXiv 2111.14822).
+"""
 
 import functools
 import math
@@ -14,36 +18,33 @@ import metric
 from base import Prompt
 from config import Config, Sample, UserError
 from corpora import shards
-from data import Batches
 from metric import Score
 from pretrained import frozen
-from speech2image import align, diffusion, retrieval, vision
-from speech2image.align import AlignBatches, SpeechAlign, load_align
+from speech2image import diffusion, retrieval, vision
+from speech2image.align import SpeechAlign, load_stage1, prepare_device
+from speech2image.batches import ImageBatches, check_stage1
 from speech2image.codes import (
     PictureDecoder,
     codes_file,
     encode_pictures,
     load_autoencoder,
     read_codes,
-    save_tensors,
     train_vq,
     vq_file,
 )
 from speech2image.config import SpeechImageConfig
 from speech2image.data import (
     RATE,
-    PictureOutput,
     SpokenImageCorpus,
-    Stage,
     classifier_file,
     load_weights_frozen,
     parse_clip_id,
+    save_tensors,
     speech_embeddings_file,
-    stack_numbers,
-    stack_tensors,
 )
 from speech2image.model import CodeTransformer
 from speech2image.shapes import attribute_matches
+from speech2image.stage import PictureOutput, Stage
 
 SCORES = {
     "all_match": Score("everything as asked for", "%", "all that the prompt says, at once", is_match=True),
@@ -65,19 +66,28 @@ SCORES = {
     **retrieval.SCORES,
 }
 
-# Stage 2: from the embedding of the speech to the codes of a picture, by VQ-Diffusion
-
 
 class SpeechImage(Stage):
     """`forward` returns losses, `sample` pictures."""
 
     config_class = SpeechImageConfig
-    corpus_class = SpokenImageCorpus
+    batches_class = ImageBatches
     scores = SCORES
 
     @staticmethod
     def prepare(config: Config) -> None:
-        prepare_image(config)
+        """Make what is missing.
+
+        That is what stage 1 needs, its embeddings of the speech, the codes of the pictures, the classifier.
+        """
+        SpeechAlign.prepare(config)
+        corpus = SpokenImageCorpus(config)
+        needed = [speech_embeddings_file(corpus), codes_file(corpus)]
+        if config.codes.judge:
+            needed.append(classifier_file(corpus))
+        if not all(path.exists() for path in needed):
+            prepare_codes(config)
+        check_stage1(corpus)
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -85,7 +95,7 @@ class SpeechImage(Stage):
         self.process = diffusion.MaskAndReplaceDiffusion(c.kept, c.diffusion_steps, c.mask_share)
         self.times = diffusion.LossSecondMomentResampler(c.diffusion_steps)
         condition_width = vision.image_encoder_width(config.align.image)
-        self.denoiser = CodeTransformer(config, condition_width)
+        self.denoiser = build_transformer(config, condition_width)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch of `ImageBatches`; one to train on has new_update: whether weights have changed.
@@ -94,38 +104,38 @@ class SpeechImage(Stage):
         code_loss, the cross-entropy; flow_loss_per_clip (B,).
         """
         x = batch["x"]
-        steps = self.process.steps
+        steps = self.process.num_steps
         is_training = "new_update" in batch
 
         # Diffusion steps t (B,) from 1 to T, and their probabilities
         uniform = batch["t"]
         if is_training:
-            t, p = self.times.draw(uniform, batch["new_update"])
+            t, p = self.times.sample(uniform, batch["new_update"])
         else:
             t = (uniform * steps).long() + 1
             p = torch.full_like(uniform, 1 / steps)
 
         # Noisy codes, and the prediction of the clean ones
-        x_t = self.process.corrupt(x, t, batch["u"], batch["other"])
-        condition = self.denoiser.condition(batch["embedding"], batch["dropped"])
+        x_t = self.process.q_sample(x, t, batch["u"], batch["other"])
+        condition = self.denoiser.embed_condition(batch["embedding"], batch["dropped"])
         logits = self.denoiser(x_t, t, condition)  # (B, N, K)
         log_probs = logits.float().log_softmax(-1)
 
         # Bound and cross-entropy, (B,)
         probs = log_probs.exp()
-        divergence = self.process.divergence(probs, x, x_t, t)
-        divergence = divergence.mean(1)
+        kl = self.process.kl(probs, x, x_t, t)
+        kl = kl.mean(1)
         target = x.unsqueeze(-1)
         log_likelihood = log_probs.gather(-1, target).squeeze(-1)
         entropy = -log_likelihood.mean(1)
 
         if is_training:
-            self.times.learn(t, divergence.detach())
+            self.times.update(t, kl.detach())
         auxiliary_weight = self.config.codes.auxiliary_weight
         weight = auxiliary_weight * (2 - t / steps)
-        loss = divergence + weight * entropy
+        loss = kl + weight * entropy
         loss = loss / p
-        bound = divergence / p
+        bound = kl / p
         return {
             "loss": loss.mean(),
             "flow_loss": bound.mean(),
@@ -138,26 +148,23 @@ class SpeechImage(Stage):
         """Pictures of the prompts as one batch; what is random in one depends on its own seed alone."""
         waves = [prompt.speech for prompt in prompts]
         seeds = [prompt.seed for prompt in prompts]
-        embeddings = self.stage1.listen(waves)
-        codebook = self.autoencoder.module
+        embeddings = self.stage1.embed_speech(waves)
         codes = self.sample_codes(embeddings, seeds, settings)
-        pictures = codebook.decode(codes).cpu()
+        pictures = self.autoencoder.module.decode(codes).cpu()
         outputs = []
         for wave, picture, embedding in zip(waves, pictures, embeddings):
-            nearest = self.corpus.nearest(embedding)
-            output = PictureOutput(wave, RATE, picture, nearest, embedding)
-            outputs.append(output)
+            nearest = self.corpus.nearest_pictures(embedding)
+            outputs.append(PictureOutput(wave, RATE, picture, nearest, embedding))
         return outputs
 
     def sample_codes(self, embeddings: Tensor, seeds: Sequence[int], settings: Sample) -> Tensor:
         """Codes (B, N) for embeddings (B, D)."""
-        steps = min(settings.euler_steps, self.process.steps)
+        steps = min(settings.euler_steps, self.process.num_steps)
         tokens = self.config.codes.grid**2
         u = []
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
-            row = torch.rand(steps + 1, tokens, generator=generator)
-            u.append(row)
+            u.append(torch.rand(steps + 1, tokens, generator=generator))
         u = torch.stack(u, 1)  # (steps + 1, B, N)
 
         # Rows with the condition, then the same rows without it, for guidance
@@ -165,7 +172,7 @@ class SpeechImage(Stage):
         embeddings = embeddings.to(self.device)
         rows = torch.arange(len(embeddings), device=self.device)
         dropped = rows >= len(seeds)
-        condition = self.denoiser.condition(embeddings, dropped)
+        condition = self.denoiser.embed_condition(embeddings, dropped)
 
         def network(x_t: Tensor, t: Tensor) -> Tensor:
             count = len(x_t)  # B of 2 B rows leave guidance out
@@ -175,22 +182,19 @@ class SpeechImage(Stage):
         guidance = (settings.cfg_scale, settings.cfg_from, settings.cfg_to)
         return self.process.sample(network, u, *guidance, settings.truncation)
 
-    def reference(self, corpus: "SpokenImageCorpus", clip: shards.Clip) -> PictureOutput:
+    def reference(self, corpus: SpokenImageCorpus, clip: shards.Clip) -> PictureOutput:
         """The clip's own picture through its codes: no network can be better."""
         wave = corpus.wave(clip)
-        embedding = corpus.embedding(clip)
-        nearest = corpus.nearest(embedding)
-        codebook = self.autoencoder.module
+        embedding = corpus.image_embedding(clip)
+        nearest = corpus.nearest_pictures(embedding)
         all_codes, _ = read_codes(corpus)
-        codes = all_codes[corpus.number(clip)]
+        codes = all_codes[corpus.picture_number(clip)]
         codes = codes.unsqueeze(0).to(self.device)
-        picture = codebook.decode(codes)[0].cpu()
+        picture = self.autoencoder.module.decode(codes)[0].cpu()
         return PictureOutput(wave, RATE, picture, nearest, embedding)
 
     @torch.inference_mode()
-    def score(
-        self, output: PictureOutput, corpus: "SpokenImageCorpus", clip: shards.Clip
-    ) -> dict[str, float]:
+    def score(self, output: PictureOutput, corpus: SpokenImageCorpus, clip: shards.Clip) -> dict[str, float]:
         """Whether a picture shows what the clip's label says, part by part: by the classifier, and by rule.
 
         Only drawn shapes have a rule.
@@ -211,31 +215,30 @@ class SpeechImage(Stage):
         matches["all_match"] = float(seen == wanted)
         return matches | by_rule
 
-    def classify(self, picture: Tensor, corpus: "SpokenImageCorpus") -> list[str]:
+    def classify(self, picture: Tensor, corpus: SpokenImageCorpus) -> list[str]:
         """What the classifier sees in a picture, for each part of a label."""
         batch = picture[None].to(self.device)
         seen = []
-        parts = vision.label_attributes(corpus.kinds)
-        for names, scores in zip(parts, self.judge(batch)):
-            best = scores.argmax()
-            seen.append(names[best])
+        parts = vision.label_attributes(corpus.label_numbers)
+        for names, scores in zip(parts, self.classifier(batch)):
+            seen.append(names[scores.argmax()])
         return seen
 
     @torch.inference_mode()
     def features(
-        self, output: PictureOutput, corpus: "SpokenImageCorpus", clip: shards.Clip
+        self, output: PictureOutput, corpus: SpokenImageCorpus, clip: shards.Clip
     ) -> dict[str, np.ndarray]:
-        """As stage 1's; and made (D,), the image embedding of the picture itself.
+        """As stage 1's; and generated (D,), the image embedding of the picture itself.
 
         Where eval.features names a network, also the features of FID and the class shares of IS; where there
         is a classifier, also the chance that a guess is right.
         """
         picture = output.picture.unsqueeze(0)
         picture = picture.to(self.device)
-        embeddings = {"generated": self.tower(picture)}
+        embeddings = {"generated": self.image_encoder(picture)}
         if self.config.eval.features:
-            number = corpus.number(clip)
-            real = corpus.picture(number, picture.shape[-1])
+            number = corpus.picture_number(clip)
+            real = corpus.read_picture(number, picture.shape[-1])
             real = real.unsqueeze(0).to(self.device)
             embeddings["seen"], embeddings["shares"] = self.inception(picture)
             embeddings["seen_real"], _ = self.inception(real)
@@ -243,9 +246,8 @@ class SpeechImage(Stage):
         for key, rows in embeddings.items():
             features[key] = rows[0].float().cpu().numpy()
         if self.config.codes.judge:
-            parts = vision.label_attributes(corpus.kinds)
-            sizes = map(len, parts)
-            features["chance"] = np.array(1 / math.prod(sizes))
+            parts = vision.label_attributes(corpus.label_numbers)
+            features["chance"] = np.array(1 / math.prod(map(len, parts)))
         return features
 
     def summarize(self, features: dict[str, np.ndarray], folder: Path | None) -> dict[str, float]:
@@ -270,26 +272,25 @@ class SpeechImage(Stage):
 
     @functools.cached_property
     def stage1(self) -> SpeechAlign:
-        return align.load_align(self.config.codes.stage1, self.device)
+        return load_stage1(self.config.codes.stage1, self.device)
 
     @functools.cached_property
     def autoencoder(self) -> frozen.Frozen:
         network = load_autoencoder(self.corpus)
         _, kept = read_codes(self.corpus)
-        codebook = PictureDecoder(network, kept)
-        return frozen.Frozen(codebook).to(self.device)
+        decoder = PictureDecoder(network, kept)
+        return frozen.Frozen(decoder).to(self.device)
 
     @functools.cached_property
-    def tower(self) -> frozen.Frozen:
+    def image_encoder(self) -> frozen.Frozen:
         return vision.load_image_encoder(self.corpus).to(self.device)
 
     @functools.cached_property
-    def judge(self) -> frozen.Frozen:
-        parts = vision.label_attributes(self.corpus.kinds)
+    def classifier(self) -> frozen.Frozen:
+        parts = vision.label_attributes(self.corpus.label_numbers)
         sizes = [len(names) for names in parts]
-        network = vision.AttributeClassifier(sizes)
-        path = classifier_file(self.corpus)
-        return load_weights_frozen(network, path).to(self.device)
+        network = load_weights_frozen(vision.AttributeClassifier(sizes), classifier_file(self.corpus))
+        return network.to(self.device)
 
     @functools.cached_property
     def inception(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -306,121 +307,39 @@ class SpeechImage(Stage):
         return hidden
 
 
-class ImageBatches(AlignBatches):
-    """x (B, N) codes; u, other (B, N) for `flow.MaskReplace.corrupt`; t (B,) uniform in [0, 1); embedding
-    (B, D) of the speech; dropped (B,): rows without it; frames (B,); new_update (), in training: whether this
-    is the first micro-batch of its step.
-
-    A description is trained on with any training picture of its label, all languages equally often.
-    """
-
-    def __init__(self, config: Config, corpus: SpokenImageCorpus, tokenizer, rank: int = 0, world: int = 1):
-        super().__init__(config, corpus, tokenizer, rank, world)
-        check_stage1(corpus)
-        self.codes, _ = read_codes(corpus)
-        path = speech_embeddings_file(corpus)
-        self.embeddings = shards.open_features(path, shards.PREPARE_HINT)
-        alike = {}
-        for clip in corpus.clips("train"):
-            label = corpus.label(clip)
-            numbers = alike.setdefault(label, set())
-            numbers.add(corpus.number(clip))
-        self.alike = {}  # the numbers of the training pictures of a label
-        for label, numbers in alike.items():
-            self.alike[label] = sorted(numbers)
-
-    def train(self, step: int, micro: int = 0) -> dict[str, Tensor]:
-        batch = super().train(step, micro)
-        batch["new_update"] = torch.tensor(micro == 0)
-        return batch
-
-    validation = Batches.validation  # single clips are shared out, their times spread evenly
-
-    def row(self, clip: shards.Clip, rng: np.random.Generator, t: float | None = None) -> dict:
-        """A clip and all that is drawn for it.
-
-        t: given, as for validation, the clip keeps its own picture and its embedding.
-        """
-        dropped = False
-        number = self.corpus.number(clip)
-        if t is None:
-            dropped = rng.random() < self.config.flow.text_condition_dropout
-            label = self.corpus.label(clip)
-            number = rng.choice(self.alike[label])
-            t = rng.random()
-        x = self.codes[number]
-        u = rng.random(len(x), dtype=np.float32)
-        other = rng.integers(self.config.codes.kept, size=len(x))
-        return {
-            "x": x,
-            "u": torch.from_numpy(u),
-            "other": torch.from_numpy(other),
-            "t": t,
-            "dropped": dropped,
-            "frames": clip.frames,
-            "embedding": self.embeddings(clip.number)[0],
-        }
-
-    def collate(self, rows: list[dict]) -> dict[str, Tensor]:
-        batch = stack_numbers(rows, ("t", "frames", "dropped"))
-        return batch | stack_tensors(rows, ("x", "u", "other", "embedding"))
+def build_transformer(config: SpeechImageConfig, condition_width: int) -> CodeTransformer:
+    """raises UserError for codes.condition sta where the embedding is not twice as wide as the network"""
+    c = config.codes
+    m = config.model
+    if c.condition == "sta" and condition_width != 2 * m.width:
+        raise UserError(
+            f"codes.condition sta: model.width {m.width} must be half of the embeddings' "
+            f"{condition_width}; or take adaln"
+        )
+    return CodeTransformer(
+        num_codes=c.kept,
+        grid=c.grid,
+        width=m.width,
+        layers=m.layers,
+        heads=m.heads,
+        conv_ratio=c.conv_ratio,
+        num_steps=c.diffusion_steps,
+        condition_mode=c.condition,
+        condition_width=condition_width,
+        condition_scale=c.condition_scale or math.sqrt(condition_width),
+    )
 
 
-SpeechImage.batches_class = ImageBatches
-
-
-def prepare_image(config: Config) -> None:
-    """Make what training needs and does not find.
-
-    That is what stage 1 needs, its embeddings of the speech, the codes of the pictures, the classifier.
-    """
-    align.prepare_align(config)
-    corpus = SpokenImageCorpus(config)
-    needed = [speech_embeddings_file(corpus), codes_file(corpus)]
-    if config.codes.judge:
-        needed.append(classifier_file(corpus))
-    if not all(path.exists() for path in needed):
-        prepare_codes(config)
-    check_stage1(corpus)
-
-
-def check_stage1(corpus: SpokenImageCorpus) -> None:
-    """raises UserError if stage 1 did not learn to find the pictures validated on.
-
-    What it cannot tell apart, stage 2 cannot either.
-    """
-    c = corpus.config.codes
-    path = speech_embeddings_file(corpus)
-    speech_of = shards.open_features(path, shards.PREPARE_HINT)
-    numbers = []
-    labels = []
-    speech = []
-    for clip in corpus.clips(corpus.config.eval.split):
-        numbers.append(corpus.number(clip))
-        labels.append(corpus.label(clip))
-        speech.append(speech_of(clip.number))
-    labels = np.array(labels)
-    gallery, first = np.unique(numbers, return_index=True)
-    pictures = [corpus.embeddings(n) for n in gallery]
-    similarity = torch.cat(speech) @ torch.cat(pictures).T
-    gallery_labels = labels[first]
-    right = labels[:, None] == gallery_labels
-    recall = metric.recall_at_k(similarity.numpy(), right, 1)
-    if recall < c.require_r1:
-        percent = 100 * recall
-        found = f"it finds {percent:.1f} % of the pictures (R@1)"
-        needed = f"less than require_r1 {c.require_r1}"
-        raise UserError(f"{c.stage1}: {found}, {needed}; train it longer")
+# What training needs
 
 
 def prepare_codes(config: Config) -> None:
-    """Embed the speech by stage 1, train the VQ and the classifier where they are scratch, encode pictures."""
-    use_cuda = torch.cuda.is_available() and config.device != "cpu"
-    device = torch.device("cuda" if use_cuda else "cpu")
+    """Embed the speech, train the VQ where it is scratch, encode the pictures, train the classifier."""
+    device = prepare_device(config)
     c = config.codes
     corpus = SpokenImageCorpus(config)
     if not speech_embeddings_file(corpus).exists():
-        embed_speech(corpus, device)
+        cache_speech_embeddings(corpus, device)
     check_stage1(corpus)
     if c.vq == "scratch" and not vq_file(corpus).exists():
         pictures = vision.training_pictures(corpus, c.picture_size)
@@ -431,15 +350,15 @@ def prepare_codes(config: Config) -> None:
         codes = encode_pictures(corpus, autoencoder)
         save_tensors(codes_file(corpus), codes)
     if c.judge and not classifier_file(corpus).exists():
-        judge = vision.train_attribute_classifier(corpus, c.vq_steps // 3)
-        save_tensors(classifier_file(corpus), judge.state_dict())
+        classifier = vision.train_attribute_classifier(corpus, c.vq_steps // 3)
+        save_tensors(classifier_file(corpus), classifier.state_dict())
 
 
-def embed_speech(corpus: SpokenImageCorpus, device: torch.device) -> None:
+def cache_speech_embeddings(corpus: SpokenImageCorpus, device: torch.device) -> None:
     """Cache stage 1's embeddings of all speech."""
     c = corpus.config
     path = c.codes.stage1
-    stage1 = load_align(path, device)
+    stage1 = load_stage1(path, device)
     trained_against = stage1.config.align.image
     if trained_against != c.align.image:
         raise UserError(
@@ -449,7 +368,7 @@ def embed_speech(corpus: SpokenImageCorpus, device: torch.device) -> None:
     def encode(numbers: list[int]) -> np.ndarray:
         clips = [corpus.all_clips[n] for n in numbers]
         waves = [corpus.wave(clip) for clip in clips]
-        embeddings = stage1.listen(waves).numpy()  # (n, D)
+        embeddings = stage1.embed_speech(waves).numpy()  # (n, D)
         return embeddings[:, None]
 
     lengths = [1] * len(corpus.all_clips)

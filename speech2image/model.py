@@ -1,4 +1,9 @@
-"""TODO."""
+"""The Transformer on codes that stage 2 samples with: it predicts p(x_0 | x_t) of x_t on a square grid.
+
+Modulation takes DiT's order: shift, then scale. Zero-initialised, so each block starts as the identity, and
+all codes as equally likely. Source: VQ-Diffusion (arXiv 2111.14822); condition sta: Speak the Art (arXiv
+2601.00827).
+"""
 
 import math
 
@@ -8,38 +13,39 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from config import Config, UserError
-
-# The Transformer on codes
+from model import zero_init
 
 
 class CodeTransformer(nn.Module):
     """The Transformer that predicts p(x_0 | x_t) from codes, the step, and one embedding of the picture."""
 
-    def __init__(self, config: Config, condition_width: int):
-        """raises UserError for codes.condition sta where the embedding is not twice as wide as the network"""
+    def __init__(
+        self,
+        num_codes: int,  # K; MASK is one more
+        grid: int,  # codes in a row and in a column
+        width: int,
+        layers: int,
+        heads: int,
+        conv_ratio: int,  # how much wider a block is between its two convolutions
+        num_steps: int,  # T
+        condition_mode: str,  # see `Block`
+        condition_width: int,
+        condition_scale: float,  # of the embedding, whose length is 1
+    ):
         super().__init__()
-        c = config.codes
-        width = config.model.width
-        if c.condition == "sta" and condition_width != 2 * width:
-            raise UserError(
-                f"codes.condition sta: model.width {width} must be half of the embeddings' "
-                f"{condition_width}; or take adaln"
-            )
-        self.condition_scale = c.condition_scale or math.sqrt(condition_width)
-        self.embedding = nn.Embedding(c.kept + 1, width)
-        rows = torch.randn(c.grid, 1, width)
-        columns = torch.randn(1, c.grid, width)
+        self.condition_scale = condition_scale
+        self.embedding = nn.Embedding(num_codes + 1, width)
+        rows = torch.randn(grid, 1, width)
+        columns = torch.randn(1, grid, width)
         self.rows = nn.Parameter(0.02 * rows)
         self.columns = nn.Parameter(0.02 * columns)
         self.null = nn.Parameter(torch.zeros(condition_width))
         self.blocks = nn.ModuleList()
-        for _ in range(config.model.layers):
-            block = Block(config, condition_width)
-            self.blocks.append(block)
-        self.out = zero_init(nn.Linear(width, c.kept))
+        for _ in range(layers):
+            self.blocks.append(Block(width, heads, conv_ratio, num_steps, condition_mode, condition_width))
+        self.out = zero_init(nn.Linear(width, num_codes))
 
-    def condition(self, embedding: Tensor, dropped: Tensor) -> Tensor:
+    def embed_condition(self, embedding: Tensor, dropped: Tensor) -> Tensor:
         """Embeddings (B, D) of length 1, scaled for the blocks. Where dropped (B,): the null embedding."""
         scaled = self.condition_scale * embedding
         return torch.where(dropped[:, None], self.null, scaled)
@@ -56,21 +62,27 @@ class CodeTransformer(nn.Module):
 class Block(nn.Module):
     """Self-attention, then two 3 x 3 convolutions on the grid, each after a modulated LayerNorm.
 
-    The step modulates the one before attention. What the condition does is set by codes.condition:
+    The step modulates the one before attention. What the condition does is set by condition_mode:
       sta     the embedding's halves are scale and shift before the convolutions; nothing is learned
       adaln   learned projections to both scales and both shifts
       concat  one more token for self-attention to attend to
       cross   cross-attention to four tokens projected from it
     """
 
-    def __init__(self, config: Config, condition_width: int):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        conv_ratio: int,
+        num_steps: int,
+        condition_mode: str,  # sta | adaln | concat | cross
+        condition_width: int,
+    ):
         super().__init__()
-        c = config.codes
-        width = config.model.width
-        inner = c.conv_ratio * width
-        self.heads = config.model.heads
-        self.mode = c.condition
-        self.by_time = nn.Embedding(c.diffusion_steps, width)
+        inner = conv_ratio * width
+        self.heads = heads
+        self.condition_mode = condition_mode
+        self.by_time = nn.Embedding(num_steps, width)
         self.by_time_out = nn.Linear(width, 2 * width)
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(width, width)
@@ -78,11 +90,11 @@ class Block(nn.Module):
         self.out = zero_init(nn.Linear(width, width))
         self.up = TokenConv2d(width, inner)
         self.down = zero_init(TokenConv2d(inner, width))
-        if self.mode == "adaln":
+        if self.condition_mode == "adaln":
             self.by_condition = zero_init(nn.Linear(condition_width, 4 * width))
-        elif self.mode == "concat":
+        elif self.condition_mode == "concat":
             self.by_condition = nn.Linear(condition_width, width)
-        elif self.mode == "cross":
+        elif self.condition_mode == "cross":
             self.by_condition = nn.Linear(condition_width, 4 * width)
             self.cross_q = nn.Linear(width, width)
             self.cross_k = nn.Linear(width, width)
@@ -97,17 +109,17 @@ class Block(nn.Module):
         attn_scale, attn_shift = modulation.chunk(2, -1)
         conv_scale = 0
         conv_shift = 0
-        if self.mode == "sta":
+        if self.condition_mode == "sta":
             conv_scale, conv_shift = condition[:, None].chunk(2, -1)
-        elif self.mode == "adaln":
+        elif self.condition_mode == "adaln":
             modulation = self.by_condition(condition)[:, None]
             scale, shift, conv_scale, conv_shift = modulation.chunk(4, -1)
             attn_scale = attn_scale + scale
             attn_shift = attn_shift + shift
 
-        h = modulate(x, attn_scale, attn_shift)
+        h = modulate(x, attn_shift, attn_scale)
         context = h
-        if self.mode == "concat":
+        if self.condition_mode == "concat":
             token = self.by_condition(condition)[:, None]  # (B, 1, W)
             context = torch.cat([token, h], 1)
         q = self.q(h)
@@ -115,10 +127,10 @@ class Block(nn.Module):
         v = self.v(context)
         h = multi_head_attention(q, k, v, self.heads)
         x = x + self.out(h)
-        if self.mode == "cross":
+        if self.condition_mode == "cross":
             x = x + self.cross_attention(x, condition)
 
-        h = modulate(x, conv_scale, conv_shift)
+        h = modulate(x, conv_shift, conv_scale)
         h = self.up(h)
         h = h * torch.sigmoid(1.702 * h)  # VQ-Diffusion's GELU2
         return x + self.down(h)
@@ -150,8 +162,8 @@ class TokenConv2d(nn.Linear):
         return rearrange(grid, "b c h w -> b (h w) c")
 
 
-def modulate(x: Tensor, scale, shift) -> Tensor:
-    """Scale and shift: (B, 1, W), or numbers."""
+def modulate(x: Tensor, shift: Tensor | float, scale: Tensor | float) -> Tensor:
+    """LayerNorm without weights, then AdaLN's shift and scale, (B, 1, W) or numbers."""
     x = layer_norm(x)
     return x * (1 + scale) + shift
 
@@ -169,10 +181,3 @@ def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     v = rearrange(v, "b n (h d) -> b h n d", h=heads)
     out = F.scaled_dot_product_attention(q, k, v)
     return rearrange(out, "b h n d -> b n (h d)")
-
-
-def zero_init(linear: nn.Linear) -> nn.Linear:
-    """The layer, zero-initialised: its output starts at 0."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear

@@ -1,7 +1,7 @@
 """Drawn shapes: the pictures of data.corpus shapes, their descriptions, and a rule that reads the pictures.
 
 In this order: the rule, the drawing, the words. A combination (c, s, p) numbers a colour, a shape and a place
-of KINDS; assets/shapes.yaml has their words, colours and centres. Lengths are in pixels of a picture of
+of ATTRIBUTES; shapes.yaml has their words, colours and centres. Lengths are in pixels of a picture of
 SIDE x SIDE, whatever size it has. Nothing here is trained: the rule is derived from how shapes are drawn.
 """
 
@@ -32,13 +32,15 @@ HELD_OUT = {
     for c, _, p in COMBINATIONS
     if (c + 2 * p) % 3
 }
+TRAINED_ON = [combination for combination in COMBINATIONS if combination not in HELD_OUT]
+PICTURES_PER_COMBINATION = 12  # to train on; one each to validate and to test on
 
 SIDE = 32
 FINE = 4  # points a pixel, across and down
 POINTS = (np.arange(SIDE * FINE) + 0.5) / FINE  # where they are
 RADIUS = (5.0, 6.5)  # the least and the greatest of a drawn shape
 JITTER = 1.5  # the most that a centre is moved, across and down
-BRIGHTEST_BACKGROUND = 0.15  # the brightest background
+BRIGHTEST_BACKGROUND = 0.15
 TINT = 0.05  # the most that a colour varies
 
 CORE = 0.02  # share of a picture that surely is object: the smallest one covers 4 %
@@ -52,7 +54,7 @@ RADIUS_MARGIN = 0.5  # by how much a radius may be beyond those drawn
 
 
 class Attributes(NamedTuple):
-    """Names from KINDS; None for an attribute that is like none of the drawn ones."""
+    """Names from ATTRIBUTES; None for an attribute that is like none of the drawn ones."""
 
     colour: str | None
     shape: str | None
@@ -65,17 +67,14 @@ NOTHING = Attributes(None, None, None)
 def attribute_matches(picture: Tensor, label: str) -> dict[str, float]:
     """Whether the rule sees in a picture (3, H, W) what a label such as red-circle-left says.
 
-    returns: 1 or 0 for each part and for all at once, by keys of metric.SCORES.
+    returns: 1 or 0 for each part and for all at once, by keys of image.SCORES.
     """
     seen = read_attributes(picture)
     wanted = Attributes(*label.split("-"))
-    same = {
-        "all_rule": seen == wanted,
-        "colour_rule": seen.colour == wanted.colour,
-        "shape_rule": seen.shape == wanted.shape,
-        "place_rule": seen.place == wanted.place,
-    }
-    return {key: float(value) for key, value in same.items()}
+    matches = {"all_rule": float(seen == wanted)}
+    for name, a, b in zip(Attributes._fields, seen, wanted):
+        matches[f"{name}_rule"] = float(a == b)
+    return matches
 
 
 def read_attributes(picture: Tensor) -> Attributes:
@@ -222,10 +221,6 @@ def describe(language: str, combination: tuple[int, int, int], rng: random.Rando
     return pattern.format(colour=colours[c], shape=shape, place=place)
 
 
-PICTURES_PER_COMBINATION = 12  # of a combination, to train on; one each to validate and to test on
-TRAINED_ON = [combination for combination in COMBINATIONS if combination not in HELD_OUT]
-
-
 def list_shapes(root: Path, language: str, count: int) -> list[dict]:
     """Make `count` descriptions to train on, and each combination twice to validate and twice to test on.
 
@@ -237,10 +232,7 @@ def list_shapes(root: Path, language: str, count: int) -> list[dict]:
     plan = [("train", n) for n in range(count)]
     plan += [("val", n) for n in range(held_out)]
     plan += [("test", n) for n in range(held_out)]
-    captions = []
-    for split, n in tqdm(plan, desc=f"shapes {language}", disable=None):
-        caption = make_shape(root, language, split, n)
-        captions.append(caption)
+    captions = [make_shape(root, language, *part) for part in tqdm(plan, f"shapes {language}", disable=None)]
 
     def order(caption: dict[str, str]) -> int:
         """A random one, so that the first few are of all kinds."""

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Speech encoders of stage 1, the augmentation of speech, and the contrastive loss.
+
+An encoder turns waves (B, N) of mean 0 and deviation 1 into frames (B, T, W). All that is random is drawn
+outside of the networks, in `augment` and `draw_spans`. Source: SpeechCLIP (arXiv 2210.00705).
+"""
 
 import math
 
@@ -14,9 +18,6 @@ from config import Mel
 from model import timestep_embedding
 from pretrained import frozen
 from pretrained.asr import HOP, RATE
-from speech2image.config import Align
-
-# Speech encoders for speech2image.py, their augmentation, and the contrastive loss
 
 
 class HubertEncoder(nn.Module):
@@ -34,7 +35,7 @@ class HubertEncoder(nn.Module):
         self.weights = nn.Parameter(torch.zeros(layers))
 
     def forward(self, wave: Tensor, wave_mask: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """wave (B, N), wave_mask (B, N), hidden (B, 2, K, 2), see `hide` -> (B, T, W) and its mask (B, T)."""
+        """wave, wave_mask (B, N), hidden (B, 2, K, 2): see `spec_augment` -> (B, T, W), its mask (B, T)."""
         hubert = self.hubert.module
         sample_mask = wave_mask.long()
         wave = wave.to(hubert.dtype)
@@ -70,7 +71,7 @@ class MelEncoder(nn.Module):
             self.convs.append(conv)
 
     def forward(self, wave: Tensor, wave_mask: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """As HubertFront, at 12.5 frames a second."""
+        """As `HubertEncoder`, at 12.5 frames a second."""
         x = self.log_mel(wave)
         samples = wave_mask.sum(1)
         n_fft = self.mel.n_fft
@@ -174,9 +175,16 @@ def info_nce(speech: Tensor, image: Tensor, label: Tensor, scale: Tensor) -> Ten
     return loss / 2
 
 
-def augment(wave: Tensor, align: Align, rng: np.random.Generator) -> Tensor:
-    """A wave (N,) as config.align augments it: cropped, under a gain that changes, under noise."""
-    longest = int(align.crop_sec * RATE)
+def augment(
+    wave: Tensor,
+    crop_sec: float,
+    gain_db: float,  # the most that it is made louder or softer
+    noise_prob: float,
+    min_snr_db: float,
+    rng: np.random.Generator,
+) -> Tensor:
+    """A wave (N,) cropped at random, under a gain that changes, with a chance under white noise."""
+    longest = int(crop_sec * RATE)
     samples = len(wave)
     surplus = max(0, samples - longest)
     start = rng.integers(surplus + 1)
@@ -184,16 +192,15 @@ def augment(wave: Tensor, align: Align, rng: np.random.Generator) -> Tensor:
     wave = wave[start:stop]
     samples = len(wave)
 
-    most_db = align.gain_db
-    first_db, last_db = rng.uniform(-most_db, most_db, 2)
-    gain_db = torch.linspace(first_db, last_db, samples)
-    gain = 10 ** (gain_db / 20)
+    first_db, last_db = rng.uniform(-gain_db, gain_db, 2)
+    level_db = torch.linspace(first_db, last_db, samples)
+    gain = 10 ** (level_db / 20)
     wave = wave * gain
 
-    if rng.random() < align.noise_prob:
+    if rng.random() < noise_prob:
         noise = rng.standard_normal(samples, dtype=np.float32)
         noise = torch.from_numpy(noise)
-        snr_db = align.min_snr_db + 30 * rng.random()
+        snr_db = min_snr_db + 30 * rng.random()
         rms = wave.square().mean().sqrt()
         noise = noise * rms
         level = 10 ** (-snr_db / 20)
@@ -202,7 +209,7 @@ def augment(wave: Tensor, align: Align, rng: np.random.Generator) -> Tensor:
 
 
 def draw_spans(count: int, longest: float, rng: np.random.Generator) -> Tensor:
-    """Spans for `hide`, (2, K, 2): `count` each of time and of channels; longest: of a span, a share."""
+    """(2, K, 2) for `spec_augment`: `count` spans each of time and of channels; longest: of one, a share."""
     shape = (2, count)
     lengths = longest * rng.random(shape)
     starts = rng.random(shape) * (1 - lengths)

@@ -1,4 +1,7 @@
-"""TODO."""
+"""Networks that look at pictures (B, 3, H, W) in [0, 1]: image encoders, the classifier, FID's network.
+
+Those for drawn shapes are small, and trained here by `prepare`: the same every time.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,8 +21,6 @@ from corpora import shards
 from pretrained import frozen
 from speech2image import speech
 from speech2image.data import SpokenImageCorpus, image_encoder_file, load_weights_frozen, resize_and_crop
-
-# Networks that look at pictures (B, 3, H, W) in [0, 1]
 
 
 class ClipImageEncoder(nn.Module):
@@ -142,7 +143,7 @@ def load_fid_network(name: str, device: torch.device) -> Callable:
 
 
 def image_encoder_width(name: str) -> int:
-    """D, the width of an image tower's embeddings, which the speech's follows."""
+    """D, the width of an image encoder's embeddings, which the speech's follows."""
     if name == "scratch":
         return SmallImageEncoder.width
     folder = frozen.find_file(name, "config.json").parent
@@ -157,13 +158,16 @@ def load_image_encoder(corpus: SpokenImageCorpus) -> frozen.Frozen:
     return frozen.Frozen(ClipImageEncoder(image))
 
 
+# Training
+
+
 def train_attribute_classifier(corpus: SpokenImageCorpus, steps: int, batch: int = 32) -> AttributeClassifier:
     """A classifier of the training pictures' labels.
 
     The pictures are moved by up to a pixel, noisy, and every other time blurred, as generated ones may be.
     """
     rng = np.random.default_rng(0)
-    attributes = label_attributes(corpus.kinds)
+    attributes = label_attributes(corpus.label_numbers)
     pictures = training_pictures(corpus, 32)
     numbers = corpus.gallery("train")[: len(pictures)]
     targets = attribute_targets(corpus, attributes, numbers)
@@ -177,15 +181,15 @@ def train_attribute_classifier(corpus: SpokenImageCorpus, steps: int, batch: int
         return total
 
     sizes = [len(values) for values in attributes]
-    judge = functools.partial(AttributeClassifier, sizes)
-    return train_network(judge, loss, steps, 5e-3, "judge")
+    make = functools.partial(AttributeClassifier, sizes)
+    return train_network(make, loss, steps, 5e-3, "classifier")
 
 
 def attribute_targets(corpus: SpokenImageCorpus, attributes: list[list[str]], numbers: list[int]) -> Tensor:
     """The class of each attribute of the pictures of these numbers, (n, attributes)."""
     targets = []
     for n in numbers:
-        label = corpus.labels[corpus.names[n]]
+        label = corpus.labels[corpus.picture_paths[n]]
         target = []
         for values, value in zip(attributes, label.split("-")):
             target.append(values.index(value))
@@ -236,44 +240,44 @@ def train_network(
 def training_pictures(corpus: SpokenImageCorpus, size: int) -> Tensor:
     """The first 10,000 training pictures, (n, 3, size, size)."""
     numbers = corpus.gallery("train")[:10_000]
-    pictures = [corpus.picture(n, size) for n in numbers]
+    pictures = [corpus.read_picture(n, size) for n in numbers]
     return torch.stack(pictures)
 
 
 def train_image_encoder(corpus: SpokenImageCorpus, steps: int = 300) -> SmallImageEncoder:
-    """An image tower trained to match pictures with their descriptions, read as bags of words."""
+    """An image encoder trained to match pictures with their descriptions, read as bags of words."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     clips = corpus.clips("train")
     bags, vocabulary_size = bags_of_words(clips)
-    tower = SmallImageEncoder()
+    image_encoder = SmallImageEncoder()
     text_encoder = nn.Sequential(
         nn.EmbeddingBag(vocabulary_size + 1, 256, mode="sum", padding_idx=0),
         nn.GELU(),
-        nn.Linear(256, tower.width),
+        nn.Linear(256, image_encoder.width),
     )
-    both = nn.ModuleList([tower, text_encoder])
+    both = nn.ModuleList([image_encoder, text_encoder])
     optimizer = torch.optim.AdamW(both.parameters(), lr=1e-3)
     scale = torch.tensor(1 / 0.07)
     batch = min(128, len(clips))
-    for _ in tqdm(range(steps), desc="image tower", disable=None):
+    for _ in tqdm(range(steps), desc="image encoder", disable=None):
         pictures = []
         texts = []
         labels = []
         for n in rng.integers(len(clips), size=batch):
-            number = corpus.number(clips[n])
-            pictures.append(corpus.picture(number, tower.size))
+            number = corpus.picture_number(clips[n])
+            pictures.append(corpus.read_picture(number, image_encoder.size))
             texts.append(bags[n])
-            labels.append(corpus.label(clips[n]))
+            labels.append(corpus.label_number(clips[n]))
         words, _ = data.pad(texts, 1)
         text = F.normalize(text_encoder(words), dim=-1)
-        image = tower(torch.stack(pictures))
+        image = image_encoder(torch.stack(pictures))
         loss = speech.info_nce(image, text, torch.tensor(labels), scale)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(f"image tower: {steps} steps, contrast loss {loss.item():.3f}", flush=True)
-    return tower
+    print(f"image encoder: {steps} steps, contrast loss {loss.item():.3f}", flush=True)
+    return image_encoder
 
 
 def bags_of_words(clips: list[shards.Clip]) -> tuple[list[Tensor], int]:
@@ -281,12 +285,10 @@ def bags_of_words(clips: list[shards.Clip]) -> tuple[list[Tensor], int]:
     texts = []
     for clip in clips:
         letters = [c if c.isalnum() else " " for c in clip.text.lower()]
-        words = "".join(letters).split()
-        texts.append(words)
+        texts.append("".join(letters).split())
     vocabulary = sorted(set().union(*texts))
     numbers = {word: n for n, word in enumerate(vocabulary, 1)}
     bags = []
     for words in texts:
-        bag = [numbers[word] for word in words]
-        bags.append(torch.tensor(bag, dtype=torch.long))
+        bags.append(torch.tensor([numbers[word] for word in words], dtype=torch.long))
     return bags, len(vocabulary)

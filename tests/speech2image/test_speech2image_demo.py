@@ -1,4 +1,4 @@
-"""TODO."""
+"""The recipes of both stages on drawn shapes, run as a user runs them."""
 
 import pytest
 import test_demo

@@ -6,7 +6,6 @@ import json
 import math
 import pickle
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -16,19 +15,21 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, call, options
+from conftest import call, options
 from PIL import Image
 
 import config
-import metric
+import evaluator
 import sample
 import system
 import train as train_module
 from base import Prompt
 from corpora import shards
 from speech2image import align, image, retrieval, vision
-from speech2image.data import PictureOutput, SpokenImageCorpus, parse_clip_id, resize_and_crop
+from speech2image.batches import AlignBatches
+from speech2image.data import SpokenImageCorpus, parse_clip_id, resize_and_crop
 from speech2image.speech import info_nce, spec_augment
+from speech2image.stage import PictureOutput
 
 RATE = 16000
 SHAPES = {
@@ -58,7 +59,7 @@ def shapes(tmp_path_factory):
     knobs = SHAPES | {"data_dir": root / "shapes"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        align.prepare_align(system.load_config("", options(knobs)))
+        align.SpeechAlign.prepare(system.load_config("", options(knobs)))
         yield knobs
 
 
@@ -127,9 +128,7 @@ def test_contrast_of_what_is_all_alike_is_log_b():
 
 
 def test_contrast_at_initialisation_is_log_b(corpus, shapes):
-    batch = align.AlignBatches(
-        system.load_config("", options(shapes | {"batch_size": 24})), corpus, None
-    ).train(0)
+    batch = AlignBatches(system.load_config("", options(shapes | {"batch_size": 24})), corpus, None).train(0)
     assert len(batch["label"].unique()) == 24
     assert (
         abs(align.SpeechAlign(system.load_config("", options(shapes)))(batch)["loss"].item() - math.log(24))
@@ -157,7 +156,6 @@ def test_contrast_equals_its_definition_and_masks_what_means_the_same():
 
 
 def rank_of_two(rank: int, port: int, knobs: dict, batch: dict, folder: str) -> None:
-    sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = torch.nn.parallel.DistributedDataParallel(network(knobs))
@@ -173,7 +171,7 @@ def rank_of_two(rank: int, port: int, knobs: dict, batch: dict, folder: str) -> 
 
 def test_two_ranks_have_the_loss_and_the_gradient_of_one_with_the_double_batch(corpus, shapes, tmp_path):
     batch, free = (
-        align.AlignBatches(system.load_config("", options(shapes)), corpus, None).train(0),
+        AlignBatches(system.load_config("", options(shapes)), corpus, None).train(0),
         29400 + hash(str(tmp_path)) % 500,
     )
     torch.multiprocessing.spawn(rank_of_two, (free, shapes, batch, str(tmp_path)), nprocs=2)
@@ -194,8 +192,8 @@ def test_padding_never_reaches_an_embedding(shapes, hubert):
     short, long = speech(0.5), speech(1.3, seed=1)
     for knobs in (shapes, shapes | {"speech": hubert}):
         found = network(knobs).eval()
-        assert torch.allclose(found.listen([short])[0], found.listen([short, long])[0], atol=2e-5)
-        assert (found.listen([short])[0] - found.listen([long])[0]).abs().max() > 1e-3
+        assert torch.allclose(found.embed_speech([short])[0], found.embed_speech([short, long])[0], atol=2e-5)
+        assert (found.embed_speech([short])[0] - found.embed_speech([long])[0]).abs().max() > 1e-3
 
 
 def test_hubert_is_the_one_that_was_saved_frozen_and_its_layers_are_averaged_at_first(shapes, hubert):
@@ -208,8 +206,8 @@ def test_hubert_is_the_one_that_was_saved_frozen_and_its_layers_are_averaged_at_
     h, mask = found.train().front(wave, whole, torch.zeros(1, 2, 0, 2))
     assert len(layers) == 4 and mask.all() and torch.allclose(h, expected, atol=1e-5)
     assert not any("hubert" in name for name in found.state_dict())
-    found.listen([wave[0]])
-    loss = found.embed(wave, whole, torch.zeros(1, 2, 0, 2))[0, 0]
+    found.embed_speech([wave[0]])
+    loss = found.encode(wave, whole, torch.zeros(1, 2, 0, 2))[0, 0]
     loss.backward()
     assert found.front.weights.grad.abs().sum() > 0 and all(
         p.grad is None for p in found.front.hubert.module.parameters()
@@ -241,8 +239,8 @@ def test_clip_sees_as_its_own_processor_prepares(clip_tower):
 
 
 def test_the_width_of_the_space_follows_the_image_tower(shapes, clip_tower):
-    assert network(shapes).listen([speech(0.5)]).shape == (1, 256)
-    assert network(shapes | {"image": clip_tower}).listen([speech(0.5)]).shape == (1, 24)
+    assert network(shapes).embed_speech([speech(0.5)]).shape == (1, 256)
+    assert network(shapes | {"image": clip_tower}).embed_speech([speech(0.5)]).shape == (1, 24)
 
 
 def test_what_is_no_hubert_and_no_clip_is_refused_in_one_line(shapes, clip_tower, tmp_path):
@@ -303,6 +301,44 @@ def test_speech_that_is_its_picture_is_found_and_leaves_no_gap(tmp_path):
     assert (tmp_path / "summary.png").stat().st_size > 1000
 
 
+def spoken() -> dict[str, np.ndarray]:
+    """Features of eight descriptions, two of each of four pictures, as far apart as can be.
+
+    The last one is taken for another's.
+    """
+    numbers = np.arange(8) // 2
+    space = np.eye(8)[:4]
+    speech = space[numbers]
+    speech[-1] = space[0]
+    groups = np.array(["en f3", "ar m3"] * 4)
+    return {"speech": speech, "image": space[numbers], "picture": numbers, "label": numbers, "group": groups}
+
+
+def test_retrieval_counts_right_pictures_by_language_and_voice_and_each_picture_once(shapes, tmp_path):
+    found = network(shapes).summarize(spoken(), tmp_path)
+    assert found["recall_1"] == 7 / 8 and found["recall_10"] == 1
+    assert found["recall_1/en"] == found["recall_1/f3"] == 1
+    assert found["recall_1/ar"] == found["recall_1/m3"] == 3 / 4
+    assert found["language_gap"] == 1 / 4 and found["recall_back_1"] == 1
+    # 1 of 8 * 3 unmatched pairs is alike
+    assert found["cos_matched"] == 7 / 8 and found["cos_unmatched"] == pytest.approx(1 / 24)
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_generated_pictures_are_found_again_beside_the_speech_they_came_from(shapes):
+    knobs = {key: value for key, value in shapes.items() if key not in ("speech", "pad_multiple")}
+    generating = image.SpeechImage(system.load_config("", options(knobs | {"system": "speech_image"})))
+    features = spoken()
+    features |= {"generated": features["image"], "chance": np.full(8, 1 / 120)}
+    found = generating.summarize(features, None)
+    assert found["recall_made_1"] == 1 and found["chance"] == pytest.approx(1 / 120)
+    of_speech = retrieval.retrieval(features, "speech")
+    of_generated = retrieval.retrieval(features, "generated")
+    assert of_speech != of_generated
+    again = {f"recall_made_{k}": of_generated[f"recall_{k}"] for k in (1, 5, 10)}
+    assert found == of_speech | {"chance": found["chance"]} | again
+
+
 # Corpora
 
 
@@ -320,28 +356,28 @@ def test_shapes_hold_voices_and_combinations_back(corpus):
     ]
     # each pair of a new combination's attributes is known
     assert pairs[0] <= pairs[1]
-    assert all(corpus.picture(corpus.number(clip)).shape == (3, 32, 32) for clip in val[:3])
+    assert all(corpus.read_picture(corpus.picture_number(clip)).shape == (3, 32, 32) for clip in val[:3])
 
 
 def test_a_batch_holds_no_text_and_is_a_function_of_its_step(corpus, shapes):
     c = system.load_config("", options(shapes))
-    batches = align.AlignBatches(c, corpus, None)
-    first, again, later = batches.train(3), align.AlignBatches(c, corpus, None).train(3), batches.train(4)
+    batches = AlignBatches(c, corpus, None)
+    first, again, later = batches.train(3), AlignBatches(c, corpus, None).train(3), batches.train(4)
     assert set(first) == {"wave", "wave_mask", "hidden", "image", "label", "frames", "t"}
     assert not [name for name, value in first.items() if value.dtype == torch.float64]  # Metal has none
     assert all(torch.equal(first[key], again[key]) for key in first) and not torch.equal(
         first["label"], later["label"]
     )
     half = system.load_config("", options(shapes | {"batch_size": 4}))
-    halves = [align.AlignBatches(half, corpus, None, rank, 2).train(3) for rank in range(2)]
+    halves = [AlignBatches(half, corpus, None, rank, 2).train(3) for rank in range(2)]
     assert torch.equal(torch.cat([half["hidden"] for half in halves]), first["hidden"])
     assert torch.equal(torch.cat([half["image"] for half in halves]), first["image"])
 
 
 def test_validation_is_whole_and_the_same_for_any_number_of_ranks(corpus, shapes):
     c = system.load_config("", options(shapes | {"batch_size": 50}))
-    whole = align.AlignBatches(c, corpus, None).validation()
-    shared = [align.AlignBatches(c, corpus, None, rank, 2).validation() for rank in range(2)]
+    whole = AlignBatches(c, corpus, None).validation()
+    shared = [AlignBatches(c, corpus, None, rank, 2).validation() for rank in range(2)]
     assert sum(len(batch["t"]) for batch in whole) == 240 and not any(
         batch["hidden"].any() for batch in whole
     )
@@ -393,11 +429,11 @@ def test_every_language_is_drawn_equally_often(shapes, clip_tower, tmp_path, mon
             shapes | {"corpus": "listed", "data_dir": tmp_path, "langs": "[en, ar]", "image": clip_tower}
         ),
     )
-    align.prepare_align(c)
+    align.SpeechAlign.prepare(c)
     corpus = SpokenImageCorpus(c)
     drawn = [clip.group for clip in corpus.clips("train")]
     assert drawn.count("en") == drawn.count("ar") == 12
-    batches, seen = align.AlignBatches(c, corpus, None), []
+    batches, seen = AlignBatches(c, corpus, None), []
     for step in range(3):  # an epoch
         seen += batches.train(step)["label"].tolist()
     # once in English, four times in Arabic
@@ -415,7 +451,7 @@ def test_bad_pictures_and_bad_speech_are_left_out_by_name(shapes, clip_tower, tm
     c = system.load_config(
         "", options(shapes | {"corpus": "listed", "data_dir": tmp_path, "image": clip_tower})
     )
-    align.prepare_align(c)
+    align.SpeechAlign.prepare(c)
     printed, clips = capfd.readouterr().out, {clip.text: clip for clip in SpokenImageCorpus(c).clips("train")}
     assert all(f"skipped :{n}.png" in printed for n in (5, 6, 7)) and "1 too long" in printed
     assert sorted(clips) == sorted(f"number {n}" for n in range(12) if n not in (5, 6, 7, 8))
@@ -430,7 +466,7 @@ def test_bad_pictures_and_bad_speech_are_left_out_by_name(shapes, clip_tower, tm
         if lines:
             (tmp_path / "captions-en.jsonl").write_text(lines)
         with pytest.raises(config.UserError, match=fault):
-            align.prepare_align(c)
+            align.SpeechAlign.prepare(c)
 
 
 def test_flickr8k_is_read_as_published(shapes, clip_tower, tmp_path, monkeypatch):
@@ -453,16 +489,22 @@ def test_flickr8k_is_read_as_published(shapes, clip_tower, tmp_path, monkeypatch
     c = system.load_config(
         "", options(shapes | {"corpus": "flickr8k", "data_dir": root, "image": clip_tower})
     )
-    align.prepare_align(c)
+    align.SpeechAlign.prepare(c)
     corpus = SpokenImageCorpus(c)
     assert [len(corpus.clips(split)) for split in shards.SPLITS] == [4, 2, 2]
     clip = corpus.clips("val")[1]
     assert (
         clip.text == "Caption 1 of 3_c.jpg ."
-        and corpus.names[corpus.number(clip)] == "Flicker8k_Dataset/3_c.jpg"
+        and corpus.picture_paths[corpus.picture_number(clip)] == "Flicker8k_Dataset/3_c.jpg"
     )
-    assert corpus.label(clip) == corpus.label(corpus.clips("val")[0]) != corpus.label(corpus.clips("test")[0])
-    assert corpus.picture(corpus.number(clip), 16).shape == (3, 16, 16) and corpus.wave(clip).shape == (8000,)
+    assert (
+        corpus.label_number(clip)
+        == corpus.label_number(corpus.clips("val")[0])
+        != corpus.label_number(corpus.clips("test")[0])
+    )
+    assert corpus.read_picture(corpus.picture_number(clip), 16).shape == (3, 16, 16) and corpus.wave(
+        clip
+    ).shape == (8000,)
 
 
 def test_s2igan_is_read_as_published_and_its_pickles_are_not_run(
@@ -486,7 +528,7 @@ def test_s2igan_is_read_as_published_and_its_pickles_are_not_run(
             Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(root / f"CUB_200_2011/images/{key}.jpg")
             soundfile.write(root / f"CUB_200_2011/audio/{key}/0.wav", speech(0.2).numpy(), RATE)
     c = system.load_config("", options(shapes | {"corpus": "s2igan", "data_dir": root, "image": clip_tower}))
-    align.prepare_align(c)
+    align.SpeechAlign.prepare(c)
     corpus = SpokenImageCorpus(c)
     counts = [len(corpus.clips(split)) for split in shards.SPLITS]
     assert counts == [38, 2, 1] and corpus.clips("test")[0].text == "Red_0001_9"
@@ -510,37 +552,41 @@ def test_the_rule_sees_in_every_picture_of_the_corpus_what_its_label_says(corpus
     nothing = torch.zeros(0)
     found = []
     for clip, other in zip(clips, clips[1:] + clips[:1]):
-        own = PictureOutput(nothing, RATE, corpus.picture(corpus.number(clip)), nothing, nothing)
+        own = PictureOutput(nothing, RATE, corpus.read_picture(corpus.picture_number(clip)), nothing, nothing)
         found.append(made.score(own, corpus, clip))
-        same = corpus.label(clip) == corpus.label(other)
+        same = corpus.label_number(clip) == corpus.label_number(other)
         assert made.score(own, corpus, other)["all_rule"] == same
     right = dict.fromkeys(("all_rule", "colour_rule", "shape_rule", "place_rule"), 1)
-    assert all(scores == right for scores in found)  # and no judge was asked for
-    assert found[0].keys() <= metric.SCORES.keys()
+    assert all(scores == right for scores in found)  # and no classifier was asked for
+    assert found[0].keys() <= made.scores.keys()
 
 
 def test_a_tenth_of_a_second_and_a_minute_are_heard(shapes):
-    assert network(shapes).listen([speech(0.1), speech(60)]).isfinite().all()
+    assert network(shapes).embed_speech([speech(0.1), speech(60)]).isfinite().all()
 
 
 def test_a_picture_of_training_is_found_and_drawn_with_its_neighbours(corpus, shapes, tmp_path):
     found = network(shapes).eval()
     clip = corpus.clips("val")[0]
     (made,) = found.sample([Prompt("", speech=corpus.wave(clip))], found.config.sample)
-    similarity = torch.stack([corpus.embeddings(n)[0] for n in corpus.gallery("train")]) @ made.embedding
+    similarity = (
+        torch.stack([corpus.image_embedding_by_number(n)[0] for n in corpus.gallery("train")])
+        @ made.embedding
+    )
     nearest = corpus.gallery("train")[similarity.argmax()]
-    assert torch.equal(made.picture, corpus.picture(nearest)) and made.nearest.shape == (4, 3, 32, 32)
+    assert torch.equal(made.picture, corpus.read_picture(nearest)) and made.nearest.shape == (4, 3, 32, 32)
     assert set(made.draw(tmp_path / "000")) == {"picture", "nearest"} and Image.open(
         tmp_path / "000.nearest.png"
     ).size == (128, 32)
     own = found.reference(corpus, clip)
-    assert retrieval.set_scores([found.features(own, corpus, clip)])["eval/recall_1"] == 1
+    features = evaluator.stack_features([found.features(own, corpus, clip)])
+    assert found.summarize(features, None)["recall_1"] == 1
 
 
 def test_the_image_tower_made_here_tells_the_shapes_apart(corpus):
-    pictures = torch.stack([corpus.picture(n) for n in corpus.gallery("train")])
+    pictures = torch.stack([corpus.read_picture(n) for n in corpus.gallery("train")])
     tower = vision.load_image_encoder(corpus)
-    cached = torch.cat([corpus.embeddings(n) for n in corpus.gallery("train")])
+    cached = torch.cat([corpus.image_embedding_by_number(n) for n in corpus.gallery("train")])
     assert torch.allclose(tower(pictures), cached, atol=2e-3) and torch.allclose(
         cached.norm(dim=1), torch.ones(len(cached)), atol=1e-3
     )
@@ -617,11 +663,11 @@ def test_a_sound_file_of_any_rate_finds_a_picture_and_silence_is_refused(
 
 def test_a_trained_stage_is_loaded_with_its_averaged_weights_and_what_is_none_is_refused(run, tmp_path):
     state = torch.load(run / "checkpoints/step_0000004.pt", weights_only=True)
-    found = align.load_align(str(run), torch.device("cpu"))
+    found = align.load_stage1(str(run), torch.device("cpu"))
     assert torch.equal(found.proj.weight, state["ema"]["proj.weight"]) and not torch.equal(
         found.proj.weight, state["model"]["proj.weight"]
     )
     (tmp_path / "garbage.pt").write_bytes(b"garbage")
     for path in (tmp_path, tmp_path / "garbage.pt", tmp_path / "nothing"):
         with pytest.raises(config.UserError, match="train that first"):
-            align.load_align(str(path), torch.device("cpu"))
+            align.load_stage1(str(path), torch.device("cpu"))

@@ -1,12 +1,11 @@
-"""Stage 2 of pictures from speech: the Transformer on codes, its batches, codebooks, the judge, and whole
-runs on drawn shapes.
+"""Stage 2 of pictures from speech: the Transformer on codes, its batches, codebooks, the classifier, and
+whole runs on drawn shapes.
 """
 
 import dataclasses
 import json
 import math
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -20,24 +19,15 @@ from conftest import ROOT, call, options
 from PIL import Image
 
 import config
-import metric
+import evaluator
 import system
 import train
 from base import Prompt
-from corpora import shards
-from speech2image import align, diffusion, image, retrieval, vision
-from speech2image.codes import (
-    DiffusersVQ,
-    codes_file,
-    encode_pictures,
-    load_autoencoder,
-    read_codes,
-    save_tensors,
-)
-from speech2image.data import SpokenImageCorpus
-from speech2image.model import Block, CodeTransformer, TokenConv2d
-
-sys.path.insert(0, str(shards.ASSETS))
+from speech2image import align, diffusion, image, vision
+from speech2image.batches import ImageBatches
+from speech2image.codes import DiffusersVQ, codes_file, encode_pictures, load_autoencoder, read_codes
+from speech2image.data import SpokenImageCorpus, save_tensors
+from speech2image.model import Block, TokenConv2d
 
 TINY = {
     "system": "speech_image",
@@ -139,7 +129,7 @@ def shapes(clip_tower, tmp_path_factory):
     knobs = TINY | {"data_dir": root, "stage1": root / "stage1", "image": clip_tower}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        image.prepare_image(system.load_config("", options(knobs)))
+        image.SpeechImage.prepare(system.load_config("", options(knobs)))
         yield knobs
 
 
@@ -191,7 +181,7 @@ def test_stas_configuration_has_its_number_of_parameters():
     """493.1 M that live; the published network drags 24.9 M along that its forward pass never reads."""
     c = system.load_config(str(ROOT / "configs" / "speech_image.yaml"))
     with torch.device("meta"):
-        network = CodeTransformer(c, 1024)
+        network = image.build_transformer(c, 1024)
     assert (
         c.codes.condition == "sta" and round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 493.1
     )
@@ -199,7 +189,7 @@ def test_stas_configuration_has_its_number_of_parameters():
 
 def test_sta_needs_an_embedding_twice_as_wide_as_the_network():
     with pytest.raises(config.UserError, match="model.width 32"):
-        CodeTransformer(system.load_config("", options(TINY | {"condition": "sta"})), 256)
+        image.build_transformer(system.load_config("", options(TINY | {"condition": "sta"})), 256)
 
 
 def test_a_grid_convolution_is_the_convolution_of_the_picture():
@@ -218,8 +208,8 @@ def test_stas_block_is_the_published_one():
     that before attention.
     """
     torch.manual_seed(0)
-    c = system.load_config("", options(TINY | {"condition": "sta", "conv_ratio": 2}))
-    block, x, t, s = wake(Block(c, 64)), torch.randn(3, 16, 32), torch.tensor([1, 7, 100]), torch.randn(3, 64)
+    block = wake(Block(32, 2, 2, 100, "sta", 64))
+    x, t, s = torch.randn(3, 16, 32), torch.tensor([1, 7, 100]), torch.randn(3, 64)
     attention = torch.nn.MultiheadAttention(32, 2, batch_first=True)
     with torch.no_grad():
         attention.in_proj_weight.copy_(torch.cat([block.q.weight, block.k.weight, block.v.weight]))
@@ -238,24 +228,24 @@ def test_stas_block_is_the_published_one():
 def test_every_condition_is_heard_in_every_token_and_one_that_is_dropped_is_not(mode):
     c = system.load_config("", options(TINY | {"condition": mode, "condition_scale": 1.0}))
     network, x = (
-        wake(CodeTransformer(c, 64)),
+        wake(image.build_transformer(c, 64)),
         torch.randint(65, (2, 64), generator=torch.Generator().manual_seed(0)),
     )
     one, other, t = torch.randn(2, 64), torch.randn(2, 64), torch.tensor([3, 90])
 
     def made(embedding: torch.Tensor, dropped: bool) -> torch.Tensor:
-        return network(x, t, network.condition(embedding, torch.tensor([dropped] * 2)))
+        return network(x, t, network.embed_condition(embedding, torch.tensor([dropped] * 2)))
 
     assert ((made(one, False) - made(other, False)).abs().amax(-1) > 1e-4).all()
     assert made(one, True).equal(made(other, True))
 
 
 @pytest.mark.parametrize("mode", ("adaln", "sta"))
-def test_eight_grids_are_learned_by_heart_and_by_their_conditions(mode):
+def test_eight_grids_are_overfitted_and_found_by_their_conditions(mode):
     """With a neighbour's condition the neighbour's grid comes."""
     torch.manual_seed(0)
     c = system.load_config("", options(TINY | {"condition": mode, "width": 64, "kept": 32}))
-    process, network = diffusion.MaskAndReplaceDiffusion(32, 100, 0.99999), CodeTransformer(c, 128)
+    process, network = diffusion.MaskAndReplaceDiffusion(32, 100, 0.99999), image.build_transformer(c, 128)
     grids, conditions = torch.randint(32, (8, 64)), F.normalize(torch.randn(8, 128), dim=-1)
     hidden = [
         layer.weight
@@ -267,8 +257,8 @@ def test_eight_grids_are_learned_by_heart_and_by_their_conditions(mode):
     optimizers = [torch.optim.Muon(hidden, lr=0.02), torch.optim.AdamW(rest, lr=3e-3)]
     for _ in range(100):
         rows, t = torch.randint(8, (16,)), torch.randint(1, 101, (16,))
-        x_t = process.corrupt(grids[rows], t, torch.rand(16, 64), torch.randint(32, (16, 64)))
-        logits = network(x_t, t, network.condition(conditions[rows], torch.zeros(16, dtype=torch.bool)))
+        x_t = process.q_sample(grids[rows], t, torch.rand(16, 64), torch.randint(32, (16, 64)))
+        logits = network(x_t, t, network.embed_condition(conditions[rows], torch.zeros(16, dtype=torch.bool)))
         for optimizer in optimizers:
             optimizer.zero_grad()
         F.cross_entropy(logits.flatten(0, 1), grids[rows].flatten()).backward()
@@ -277,7 +267,7 @@ def test_eight_grids_are_learned_by_heart_and_by_their_conditions(mode):
 
     @torch.no_grad()
     def made(order: torch.Tensor) -> torch.Tensor:
-        condition = network.condition(conditions[order], torch.zeros(8, dtype=torch.bool))
+        condition = network.embed_condition(conditions[order], torch.zeros(8, dtype=torch.bool))
         return process.sample(lambda x_t, t: network(x_t, t, condition), torch.rand(11, 8, 64))
 
     order = torch.arange(8)
@@ -290,7 +280,7 @@ def test_eight_grids_are_learned_by_heart_and_by_their_conditions(mode):
 
 def test_the_loss_begins_at_the_logarithm_of_the_codes(shapes, corpus):
     network = build(shapes)
-    found = network(image.ImageBatches(network.config, corpus, None).train(0))
+    found = network(ImageBatches(network.config, corpus, None).train(0))
     assert abs(found["code_loss"].item() - math.log(64)) < 1e-4
     assert found["flow_loss_per_clip"].shape == (4,)
 
@@ -298,7 +288,7 @@ def test_the_loss_begins_at_the_logarithm_of_the_codes(shapes, corpus):
 def test_validation_is_the_bound_at_even_steps_and_leaves_no_trace(shapes, corpus):
     network = build(shapes)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    batches = image.ImageBatches(network.config, corpus, None)
+    batches = ImageBatches(network.config, corpus, None)
     with torch.no_grad():
         first, again = ([network(batch)["loss"] for batch in batches.validation()] for _ in range(2))
     assert first == again and all(value.equal(before[name]) for name, value in network.state_dict().items())
@@ -308,26 +298,28 @@ def test_a_batch_has_codes_and_embeddings_alone_and_training_wakes_none_of_the_f
     shapes, corpus
 ):
     network = build(shapes)
-    batch = image.ImageBatches(network.config, corpus, None).train(3)
+    batch = ImageBatches(network.config, corpus, None).train(3)
     network(batch)["loss"].backward()
     assert batch.keys() == {"x", "u", "other", "t", "embedding", "dropped", "frames", "new_update"}
-    assert not {"stage1", "autoencoder", "tower", "judge", "corpus"} & network.__dict__.keys()
+    assert not {"stage1", "autoencoder", "image_encoder", "classifier", "corpus"} & network.__dict__.keys()
     assert all(p.grad is not None for p in network.parameters())
 
 
 def test_a_description_is_trained_on_with_pictures_of_its_label_and_validated_on_its_own(shapes, corpus):
-    batches = image.ImageBatches(system.load_config("", options(shapes)), corpus, None)
+    batches = ImageBatches(system.load_config("", options(shapes)), corpus, None)
     clip = corpus.clips("train")[0]
-    alike = {tuple(batches.codes[n].tolist()) for n in batches.alike[corpus.label(clip)]}
+    alike = {tuple(batches.codes[n].tolist()) for n in batches.pictures_by_label[corpus.label_number(clip)]}
     rows = [batches.row(clip, np.random.default_rng(n)) for n in range(8)]
     assert all(tuple(row["x"].tolist()) in alike for row in rows)
-    assert batches.row(clip, np.random.default_rng(0), 0.5)["x"].equal(batches.codes[corpus.number(clip)])
+    assert batches.row(clip, np.random.default_rng(0), 0.5)["x"].equal(
+        batches.codes[corpus.picture_number(clip)]
+    )
 
 
 def test_micro_batches_make_the_gradient_and_the_important_times_of_the_whole(shapes, corpus):
     def trained(size: int, parts: int) -> image.SpeechImage:
         network = build(shapes | {"batch_size": size, "grad_accum": parts})
-        batches = image.ImageBatches(network.config, corpus, None)
+        batches = ImageBatches(network.config, corpus, None)
         for step in range(2):
             for micro in range(parts):
                 (network(batches.train(step, micro))["loss"] / parts).backward()
@@ -344,7 +336,6 @@ def test_micro_batches_make_the_gradient_and_the_important_times_of_the_whole(sh
 
 
 def rank_of_two(rank: int, port: int, knobs: dict, halves: list[dict], path: str) -> None:
-    sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     network = image.SpeechImage(system.load_config("", options(knobs)))
@@ -363,14 +354,14 @@ def rank_of_two(rank: int, port: int, knobs: dict, halves: list[dict], path: str
 def test_two_ranks_are_one_process_with_the_double_batch(shapes, corpus, tmp_path):
     network = wake(build(shapes))
     torch.save(network.state_dict(), tmp_path / "start.pt")
-    halves = [image.ImageBatches(network.config, corpus, None, rank, 2).train(0) for rank in range(2)]
+    halves = [ImageBatches(network.config, corpus, None, rank, 2).train(0) for rank in range(2)]
     torch.multiprocessing.spawn(
         rank_of_two, (29000 + np.random.default_rng().integers(2000), shapes, halves, str(tmp_path)), nprocs=2
     )
     double = dataclasses.replace(
         network.config, train=dataclasses.replace(network.config.train, batch_size=8)
     )
-    network(image.ImageBatches(double, corpus, None).train(0))["loss"].backward()
+    network(ImageBatches(double, corpus, None).train(0))["loss"].backward()
     found = torch.load(tmp_path / "rank.pt")
     assert found["pending"].allclose(network.times.pending) and found["pending"][0].sum() == 8
     for name, p in network.named_parameters():
@@ -413,11 +404,10 @@ def test_what_is_made_is_judged_and_summed_up_in_known_scores(shapes, corpus, tm
     made = [network.reference(corpus, clip) for clip in clips]
     matches = {"colour_match", "shape_match", "place_match", "all_match"}
     assert all(set(network.score(a, corpus, clip)) == matches for a, clip in zip(made, clips))
-    found = retrieval.set_scores(
-        [{"number": 0, **network.features(a, corpus, clip)} for a, clip in zip(made, clips)], tmp_path
-    )
-    assert {key.split("/")[1] for key in found} <= metric.SCORES.keys() and found["eval/chance"] == 1 / 8
-    assert {"eval/recall_1", "eval/recall_made_1"} <= found.keys() and (tmp_path / "summary.png").exists()
+    features = evaluator.stack_features([network.features(a, corpus, clip) for a, clip in zip(made, clips)])
+    found = network.summarize(features, tmp_path)
+    assert matches | found.keys() <= network.scores.keys() and found["chance"] == 1 / 8
+    assert {"recall_1", "recall_made_1"} <= found.keys() and (tmp_path / "summary.png").exists()
 
 
 class Inception(torch.nn.Module):
@@ -434,15 +424,16 @@ def test_fid_is_of_what_a_torchscript_file_sees_and_zero_for_the_real_pictures(s
     torch.jit.script(Inception()).save(tmp_path / "inception.pt")
     network, clips = build(shapes | {"eval.features": tmp_path / "inception.pt"}), corpus.clips("val")[:6]
     made = [
-        dataclasses.replace(network.reference(corpus, clip), picture=corpus.picture(corpus.number(clip)))
+        dataclasses.replace(
+            network.reference(corpus, clip), picture=corpus.read_picture(corpus.picture_number(clip))
+        )
         for clip in clips
     ]
-    found = retrieval.set_scores(
-        [{"number": 0, **network.features(a, corpus, clip)} for a, clip in zip(made, clips)]
-    )
-    assert abs(found["eval/fid"]) < 1e-3 and found["eval/inception_score"] >= 1
+    features = evaluator.stack_features([network.features(a, corpus, clip) for a, clip in zip(made, clips)])
+    found = network.summarize(features, None)
+    assert abs(found["fid"]) < 1e-3 and found["inception_score"] >= 1
     with pytest.raises(config.UserError, match="TorchScript"):
-        vision.load_fid_network(str(ROOT / "assets" / "shapes.pt"), torch.device("cpu"))
+        vision.load_fid_network(str(ROOT / "nowhere.pt"), torch.device("cpu"))
 
 
 # What it stands on
@@ -450,14 +441,14 @@ def test_fid_is_of_what_a_torchscript_file_sees_and_zero_for_the_real_pictures(s
 
 def test_a_stage_1_that_did_not_learn_is_refused(shapes, corpus):
     c = system.load_config("", options(shapes | {"require_r1": 0.99}))
-    for begin in (lambda: image.prepare_image(c), lambda: image.ImageBatches(c, SpokenImageCorpus(c), None)):
+    for begin in (lambda: image.SpeechImage.prepare(c), lambda: ImageBatches(c, SpokenImageCorpus(c), None)):
         with pytest.raises(config.UserError, match=r"R@1.*0.99"):
             begin()
 
 
 def test_a_stage_1_that_is_not_there_is_named(shapes, corpus):
     with pytest.raises(config.UserError, match="nowhere"):
-        image.prepare_image(system.load_config("", options(shapes | {"stage1": "nowhere"})))
+        image.SpeechImage.prepare(system.load_config("", options(shapes | {"stage1": "nowhere"})))
 
 
 def test_a_published_codebook_is_pruned_to_the_codes_in_use(shapes, corpus, vqmodel):
@@ -473,13 +464,13 @@ def test_a_published_codebook_is_pruned_to_the_codes_in_use(shapes, corpus, vqmo
     codes, kept = read_codes(corpus)
     number = corpus.gallery("train")[0]
     with torch.no_grad():
-        latents = theirs.encode(2 * corpus.picture(number)[None] - 1).latents
+        latents = theirs.encode(2 * corpus.read_picture(number)[None] - 1).latents
         ids, book = theirs.quantize(latents)[2][2].flatten(), theirs.quantize.embedding.weight
         wanted = torch.cdist(book[ids], book[kept]).argmin(-1)
         picture = theirs.decode(
             theirs.quantize.get_codebook_entry(kept[codes[number]], (1, 8, 8, 4)), force_not_quantize=True
         ).sample
-    assert codes.shape == (len(corpus.names), 64) and len(kept) == 9 and codes.max() < 9
+    assert codes.shape == (len(corpus.picture_paths), 64) and len(kept) == 9 and codes.max() < 9
     assert codes[number].equal(wanted)
     made = system.build(c).autoencoder.module.decode(codes[number][None])
     assert torch.allclose(made, ((picture + 1) / 2).clamp(0, 1), atol=1e-5)
@@ -496,4 +487,4 @@ def test_a_codebook_that_does_not_fit_or_cannot_be_had_is_refused(shapes, corpus
 def test_a_stage_1_of_another_image_tower_is_refused(shapes, clip_tower, tmp_path):
     transformers.CLIPVisionModelWithProjection.from_pretrained(clip_tower).save_pretrained(tmp_path)
     with pytest.raises(config.UserError, match="was trained against"):
-        image.prepare_image(system.load_config("", options(shapes | {"image": tmp_path})))
+        image.SpeechImage.prepare(system.load_config("", options(shapes | {"image": tmp_path})))
