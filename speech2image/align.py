@@ -20,6 +20,7 @@ import data
 from base import Prompt
 from config import Config, Sample, UserError, from_checkpoint
 from corpora import shards
+from device import preparing_device
 from model import zero_init
 from speech2image import corpora, retrieval, vision
 from speech2image.batches import AlignBatches
@@ -171,7 +172,7 @@ def prepare_pictures(config: Config) -> None:
     """Pack the speech, train the image encoder where align.image is scratch, embed the pictures."""
     corpora.pack_spoken_pictures(config)
     corpus = SpokenImageCorpus(config)
-    device = prepare_device(config)
+    device = preparing_device(config.device)
     path = image_encoder_file(corpus)
     image = config.align.image
     if image == "scratch" and not path.exists():
@@ -188,8 +189,3 @@ def prepare_pictures(config: Config) -> None:
     path = image_embeddings_file(corpus)
     lengths = [1] * len(corpus.picture_paths)
     shards.cache_features(path, lengths, None, encode, 32, f"pictures by {image}")
-
-
-def prepare_device(config: Config) -> torch.device:
-    use_cuda = torch.cuda.is_available() and config.device != "cpu"
-    return torch.device("cuda" if use_cuda else "cpu")

@@ -18,10 +18,11 @@ import metric
 from base import Prompt
 from config import Config, Sample, UserError
 from corpora import shards
+from device import preparing_device
 from metric import Score
 from pretrained import frozen
 from speech2image import diffusion, retrieval, vision
-from speech2image.align import SpeechAlign, load_stage1, prepare_device
+from speech2image.align import SpeechAlign, load_stage1
 from speech2image.batches import ImageBatches, check_stage1
 from speech2image.codes import (
     PictureDecoder,
@@ -335,7 +336,7 @@ def build_transformer(config: SpeechImageConfig, condition_width: int) -> CodeTr
 
 def prepare_codes(config: Config) -> None:
     """Embed the speech, train the VQ where it is scratch, encode the pictures, train the classifier."""
-    device = prepare_device(config)
+    device = preparing_device(config.device)
     c = config.codes
     corpus = SpokenImageCorpus(config)
     if not speech_embeddings_file(corpus).exists():
