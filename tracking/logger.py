@@ -8,8 +8,6 @@ from pathlib import Path
 
 from config import UserError
 
-# The log
-
 
 class MetricsLogger:
     """One JSON line a call in <out_dir>/metrics.jsonl, and the same to W&B."""
@@ -46,7 +44,7 @@ class MetricsLogger:
         if self.run:
             self.run.log(logged, step=step)
 
-    def media(self, step: int, name: str, paths: list[Path]) -> None:
+    def log_files(self, step: int, name: str, paths: list[Path]) -> None:
         """Hand wavs and pngs to W&B; on disk they already are."""
         if not self.run:
             return
