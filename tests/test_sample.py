@@ -14,8 +14,8 @@ from tts import TextToSpeech
 LONG = (
     "Dr. Watson met Mr. J. R. Smith at half past nine. Had he slept? No! The U.S. ambassador, who had come "
     "by an earlier train, waited in the hall with a very long letter that nobody was going to read; it spoke "
-    "of hats, of baskets, of the weather in the north and of the weather in the south, and of nothing else at "
-    "all, as such letters often do when they are long… So it was."
+    "of hats, of baskets, of the weather in the north and of the weather in the south, and of nothing else "
+    "at all, as such letters often do when they are long… So it was."
 )
 LONGEST = TextToSpeech.longest
 

@@ -1,4 +1,7 @@
-"""The log of a run: one JSON object a line in metrics.jsonl, and the same to W&B."""
+"""The log of a run: one JSON object a line in metrics.jsonl, and the same to W&B.
+
+A line is on disk as soon as it is logged; what reads a log passes over a line that a crash has torn.
+"""
 
 import contextlib
 import json
