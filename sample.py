@@ -2,8 +2,9 @@
 
 Several --text, or a --prompt_file with one a line, are generated in one batch. A long text is split into
 sentences, whose speech is joined again; the pictures stay one a sentence: x.png, x.2.png, x.3.png. A system
-that listens is prompted with `--speech a.wav --out a.png`. A published LoRA goes on top of a checkpoint, or
-of the pretrained network of `--config configs/spectrogram.yaml --lora someone/their-lora`.
+that listens is prompted with `--speech a.wav --out a.png`. Any knob of the config goes on top of what the
+checkpoint says: `--euler_steps 50 --cfg_scale 2`. A published LoRA goes on top of a checkpoint, or of the
+pretrained network of `--config configs/spectrogram.yaml --lora someone/their-lora`.
 """
 
 import argparse
@@ -13,21 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import audio
 import evaluator
 import system
-from base import Prompt
+from base import Output, Prompt, System
 from config import DEVICES, Config, UserError, run_main
 from device import move, pick_device
 from text import normalize
 
 LONGEST_TEXT = 5000  # characters in one text
 PAUSE_SEC = 0.15  # between the sentences of a long text
-SPEECH_RATE = 16000  # Hz, of speech that is a prompt
-SHORTEST_SEC = 0.2  # of it
+SHORTEST_SEC = 0.2  # of speech that is a prompt
 
 
 def main() -> None:
@@ -62,11 +62,9 @@ def main() -> None:
 
 
 def parse_options() -> tuple[argparse.Namespace, list[str]]:
-    """The options of the command line, and what is left of it: knobs of config.py."""
+    """The options of the command line, and what is left of it: knobs of the config."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        epilog="--key value for any knob of config.py changes what the checkpoint says, as --klein.base DIR",
+        description=__doc__.splitlines()[0], epilog=evaluator.KNOBS, allow_abbrev=False
     )
     add = parser.add_argument
     add("--ckpt", default="", help="a checkpoint, or the folder of a run")
@@ -79,14 +77,11 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     out_help = "default: sample.wav, or sample.png; several become sample-0.wav, sample-1.wav, ..."
     add("--out", default="", help=out_help)
     add("--seeds", type=int, default=1, help="samples of each prompt: with --seed, the one after it, ...")
-    add("--steps", type=int, help="of sampling; default: as trained")
-    add("--cfg_scale", type=float, help="guidance, 1 = none; default: as trained")
     add("--seconds", type=float, default=0.0, help="length of each text; default: predicted")
     add("--seed", type=int, default=0)
-    add("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
     add("--png", action="store_true", help="write pictures beside each wav")
     add("--device", default="auto", choices=DEVICES)
-    return parser.parse_known_args()
+    return evaluator.parse_with_knobs(parser)
 
 
 def check_numbers(options: argparse.Namespace, longest: float) -> None:
@@ -101,7 +96,7 @@ def check_numbers(options: argparse.Namespace, longest: float) -> None:
 
 
 def make_prompts(
-    options: argparse.Namespace, config: Config, network: nn.Module, texts: list[str]
+    options: argparse.Namespace, config: Config, network: System, texts: list[str]
 ) -> list[list[Prompt]]:
     """The prompts of each file to write: the sentences of a text, or a recording; once for each seed."""
     files = []
@@ -126,17 +121,15 @@ def make_prompts(
     return seeded
 
 
-def open_network(options: argparse.Namespace, knobs: list[str]) -> tuple[Config, nn.Module]:
+def open_network(options: argparse.Namespace, knobs: list[str]) -> tuple[Config, System]:
     """The network of --ckpt or --config, with `knobs` on top, ready to sample, with the adapter of --lora."""
     if bool(options.ckpt) == bool(options.config):
         raise UserError(
             "give --ckpt, a checkpoint or the folder of a run, or --config, a recipe: one of the two"
         )
     device = pick_device(options.device)
-    given = {"euler_steps": options.steps, "cfg_scale": options.cfg_scale, "vocoder": options.vocoder or None}
-    knobs = [f"--sample.{name}={value}" for name, value in given.items() if value is not None] + knobs
     if options.ckpt:
-        config, network, _ = system.load(options.ckpt, device, {}, words=knobs)
+        config, network, _ = system.load(options.ckpt, device, knobs)
     else:
         config = system.load_config(options.config, knobs)
         network = move(system.build(config), device).eval()
@@ -145,7 +138,7 @@ def open_network(options: argparse.Namespace, knobs: list[str]) -> tuple[Config,
     return config, network
 
 
-def write(path: Path, outputs: list, makes: tuple[str, ...], pictures: bool) -> None:
+def write(path: Path, outputs: list[Output], makes: tuple[str, ...], pictures: bool) -> None:
     """The outputs of one file as one wav, with pauses between, where there is sound.
 
     pictures: draw those of each output too; where there is no sound they are drawn anyway.
@@ -171,9 +164,10 @@ def write(path: Path, outputs: list, makes: tuple[str, ...], pictures: bool) -> 
 
 def read_speech(path: str, longest: float) -> Tensor:
     """A prompt (N,) at 16 kHz from any sound file; raises UserError if silent, too short or too long."""
-    wave = audio.load_wav(path, SPEECH_RATE)
-    seconds = len(wave) / SPEECH_RATE
-    if not SHORTEST_SEC * SPEECH_RATE <= len(wave) <= longest * SPEECH_RATE:
+    rate = evaluator.SPEECH_RATE
+    wave = audio.load_wav(path, rate)
+    seconds = len(wave) / rate
+    if not SHORTEST_SEC * rate <= len(wave) <= longest * rate:
         bounds = f"it must have {SHORTEST_SEC} to {longest} s, data.max_seconds"
         raise UserError(f"{path}: {seconds:.2f} s of speech; {bounds}")
     if not wave.isfinite().all() or wave.abs().max() < 1e-4:

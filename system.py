@@ -129,19 +129,12 @@ def open_batches(config: Config, corpus: Corpus, network: System, rank: int, wor
     return network.batches_class(config, corpus, network.tokenizer, rank, world)
 
 
-def load(
-    path: str,
-    device: torch.device,
-    overrides: dict[str, dict],
-    out_dir: str = "",
-    words: Sequence[str] = (),
-) -> tuple[Config, System, int]:
+def load(path: str, device: torch.device, words: Sequence[str] = ()) -> tuple[Config, System, int]:
     """A trained system, ready to sample, with its averaged weights.
 
     returns: its config, the network, its step.
     path: a checkpoint, or the folder of a run, of which the newest is taken.
-    overrides, out_dir: sections of the config to change, {"sample": {"vocoder": ...}}, and its out_dir.
-    words: of a command line, ["--klein.base", "elsewhere"], on top.
+    words: of a command line, what to change of its config: ["--klein.base", "elsewhere"].
     """
     if Path(path).is_dir():
         newest = checkpoint.newest_checkpoint(path)
@@ -151,11 +144,6 @@ def load(
     state = checkpoint.load_checkpoint(Path(path))
     cls = find(state["config"].get("system"), str(path)).config_class
     values = configs.without_former(cls, state["config"])
-    if out_dir:
-        values["out_dir"] = out_dir
-    for section, changes in overrides.items():
-        if changes:
-            values[section] = {**values.get(section, {}), **changes}
     config = from_values(values, str(path), words)
     config = settle_precision(config, device, world=1)
     network = build(config)
@@ -201,7 +189,7 @@ def main() -> None:
         pick_device(config.device)  # what training will refuse is refused before anything is made
         find(config.system).prepare(config)
     else:
-        config, network, step = load(o.ckpt, torch.device("cpu"), {}, words=rest)
+        config, network, step = load(o.ckpt, torch.device("cpu"), rest)
         checkpoint.make_folder(o.out)
         facts = {"step": str(step), "commit": checkpoint.commit(), "corpus": config.data.corpus}
         network.export(o.out, facts)

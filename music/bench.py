@@ -126,7 +126,7 @@ def bench_sampling(options: argparse.Namespace, device: str) -> dict:
 def compare(options: argparse.Namespace, device: str) -> dict:
     """Seconds and scores of the same captions and seeds by both procedures, at the same guidance."""
     words = [f"--euler_steps={options.steps}"] if options.steps else []
-    config, network, _ = system.load(options.ckpt, torch.device(device), {}, words=words)
+    config, network, _ = system.load(options.ckpt, torch.device(device), words)
     corpus = system.open_corpus(config)
     clips = corpus.clips("test")[: options.prompts]
 

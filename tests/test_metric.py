@@ -1,5 +1,5 @@
-"""metric: nothing is logged twice, scores agree with brute force and known cases, the report is one page that
-needs nothing else.
+"""Scores and the record of a run: scores agree with brute force and known cases, nothing is logged twice, the
+report is one page that needs nothing else.
 
 W&B is the real client, offline.
 """
@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from conftest import ROOT
 
 import audio
 import metric
 from config import Mel, UserError
 from corpora import voice
+from metric import Score
 from tracking import logger, plot, report
 
-ROOT = Path(__file__).resolve().parents[1]
 RATE = Mel().sample_rate
 NASTY = 'Say <script>alert("&")</script> twice'
 
@@ -88,8 +89,8 @@ def test_wandb_runs_offline_in_silence_and_a_resumed_run_keeps_its_id(tmp_path, 
     plot.save_spectrogram_png(np.zeros((8, 80)), tmp_path / "a.png", Mel())
     first = writer(tmp_path, mode="offline")
     first.log(1, {"train/loss": 1.0, "eval/recogniser": "base.en", "bad": math.nan})
-    first.media(1, "eval/audio", [tmp_path / "a.wav"])
-    first.media(1, "eval/picture", [tmp_path / "a.png"])
+    first.log_files(1, "eval/audio", [tmp_path / "a.wav"])
+    first.log_files(1, "eval/picture", [tmp_path / "a.png"])
     first.close()
     identity = (tmp_path / "wandb_id").read_text().strip()
     # W&B names a run's folder by the second in which it began
@@ -110,7 +111,8 @@ def test_a_server_that_is_no_address_is_the_users_error(tmp_path):
 
 
 def test_importing_metric_is_light():
-    code = "import sys, metric; print([m for m in ('torch', 'wandb', 'matplotlib', 'jiwer') if m in sys.modules])"
+    heavy = ("torch", "wandb", "matplotlib", "jiwer")
+    code = f"import sys, metric; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
 
 
@@ -294,6 +296,7 @@ def run_folder(tmp_path_factory) -> Path:
                 "started": "2026-01-02",
                 "parameters": 4_400_000,
                 "versions": {"torch": "2.11.0"},
+                "scores": {"mcd": Score("mel-cepstral distortion", "dB")._asdict()},
             }
         )
     )
@@ -491,40 +494,83 @@ def test_recall_counts_a_row_whose_best_right_one_is_among_the_first():
     )
 
 
+# Matches, and how scores are shown
+
+MATCHES = {
+    "all_match": Score("everything as asked for", "%", is_match=True),
+    "all_rule": Score("everything, by rule", "%", is_match=True),
+    "colour_match": Score("colour as asked for", "%", is_match=True),
+    "shape_match": Score("shape as asked for", "%", is_match=True),
+    "shape_rule": Score("shape, by rule", "%", is_match=True),
+}
+
+
+def test_a_score_is_averaged_over_the_samples_that_have_it_and_its_control_beside_it():
+    rows = [
+        {"all_match": 1.0, "all_match_shuffled": 0.0},
+        {"all_match": 0.0, "text": "a"},
+        {"all_match": None},
+    ]
+    assert metric.mean_scores(rows, MATCHES) == {"all_match": 0.5, "all_match_shuffled": 0}
+    assert metric.mean_scores([], MATCHES) == {}
+
+
+def test_matches_are_also_told_by_the_words_of_their_groups_by_the_judge_and_by_the_rule():
+    rows = [
+        {"group": "en new", "all_match": 1.0, "all_rule": 0.0},
+        {"group": "en known", "all_match": 1.0, "all_rule": 1.0},
+        {"group": "ar known", "all_match": 0.0, "all_rule": 1.0},
+        {"group": "", "all_match": 0.0, "all_rule": 0.0},
+    ]
+    judged = {"all_match/ar": 0, "all_match/en": 1, "all_match/known": 0.5, "all_match/new": 1}
+    ruled = {"all_rule/ar": 1, "all_rule/en": 0.5, "all_rule/known": 1, "all_rule/new": 0}
+    assert metric.match_rates_by_group(rows, MATCHES) == judged | ruled
+    without_rule = [{key: row[key] for key in ("group", "all_match")} for row in rows]
+    assert metric.match_rates_by_group(without_rule, MATCHES) == judged
+    for few in ([], [{"group": "en", "all_match": 1.0}], [{"mcd": 3.0}]):
+        assert metric.match_rates_by_group(few, MATCHES) == {}
+
+
+def report_of(out: Path, values: dict, scores: dict[str, Score]) -> str:
+    """The report of a run of one line, whose run.json declares the scores."""
+    log = writer(out)
+    log.log(1, values)
+    log.close()
+    declared = {key: score._asdict() for key, score in scores.items()}
+    (out / "run.json").write_text(json.dumps({"scores": declared}))
+    return report.write_report(out).read_text()
+
+
 def test_a_match_is_shown_in_percent_beside_its_controls_and_its_groups(tmp_path):
-    log = writer(tmp_path)
-    log.log(
-        1,
-        {
-            "eval/all_match": 0.875,
-            "eval/all_match_vocoded": 0.99,
-            "eval/all_match_shuffled": 0.01,
-            "eval/all_match/en": 0.9,
-        },
-    )
-    log.close()
-    page = report.write_report(tmp_path).read_text()
+    values = {
+        "eval/all_match": 0.875,
+        "eval/all_match_vocoded": 0.99,
+        "eval/all_match_shuffled": 0.01,
+        "eval/all_match/en": 0.9,
+        "eval/all_rule": 0.625,
+        "eval/all_rule_vocoded": 0.98,
+        "eval/all_rule_shuffled": 0.02,
+        "eval/all_rule/new": 0.5,
+    }
+    page = report_of(tmp_path, values, MATCHES)
     assert "87.5 %" in page and "at best: 99.0 %; shuffled prompts: 1.0 %; en: 90.0 %" in page
+    assert "62.5 %" in page and "at best: 98.0 %; shuffled prompts: 2.0 %; new: 50.0 %" in page
 
 
-def test_the_figure_of_the_rule_stands_right_beside_that_of_the_judge(tmp_path):
+def test_a_run_that_declares_no_scores_has_them_under_their_keys(tmp_path):
+    """As those of trees up to November 2026: their run.json says nothing of scores."""
     log = writer(tmp_path)
-    log.log(
-        1,
-        {
-            "eval/all_match": 0.875,
-            "eval/all_rule": 0.625,
-            "eval/all_rule_vocoded": 0.99,
-            "eval/all_rule_shuffled": 0.02,
-            "eval/all_rule/new": 0.5,
-        },
-    )
+    values = {"eval/recall_1": 0.5, "eval/recall_1/en": 0.75, "eval/recall_1_vocoded": 0.9, "eval/wer": 0.1}
+    log.log(1, {"eval/recogniser": "base.en", "train/loss": 1.0} | values)
     log.close()
-    page = report.write_report(tmp_path).read_text()
-    assert "at best: 99.0 %; shuffled prompts: 2.0 %; new: 50.0 %" in page
-    keys = list(metric.SCORES)
-    for of in ("all", "colour", "shape", "place"):
-        assert keys.index(f"{of}_rule") == keys.index(f"{of}_match") + 1 and metric.SCORES[f"{of}_rule"].match
+    folder = tmp_path / "eval/step_0000001"
+    folder.mkdir(parents=True)
+    (folder / "samples.jsonl").write_text('{"id": "a", "text": "Hats.", "recall_1": 0.25}\n')
+    (tmp_path / "run.json").write_text('{"hardware": "1 x H200"}')
+    page = Page(report.write_report(tmp_path).read_text())
+    assert "recall 10.5at best: 0.9; en: 0.75" in page.text and "recall 1 0.25" in page.text
+    titles = [a["aria-label"] for tag, a in page.tags if tag == "svg"]
+    assert titles == ["Loss: training is smoothed", "Word error rate, %: shaded: 95 % interval", "Recall 1: "]
 
 
 def test_a_sample_says_what_is_wrong_in_it_and_by_whom():
@@ -537,4 +583,5 @@ def test_a_sample_says_what_is_wrong_in_it_and_by_whom():
         "all_rule": 0.0,
         "shape_rule": 0.0,
     }
-    assert report.describe_scores(entry) == ["not as asked for: all, all by rule, colour, shape by rule"]
+    said = report.describe_scores(entry, MATCHES)
+    assert said == ["not as asked for: all, all by rule, colour, shape by rule"]

@@ -8,15 +8,16 @@ import soundfile
 from conftest import call, finish, options, start
 
 import sample
-import tts as model
 from text import normalize
+from tts import TextToSpeech
 
 LONG = (
-    "Dr. Watson met Mr. J. R. Smith at half past nine. Had he slept? No! The U.S. ambassador, who had come by an earlier train, "
-    "waited in the hall with a very long letter that nobody was going to read; it spoke of hats, of baskets, of the weather in the "
-    "north and of the weather in the south, and of nothing else at all, as such letters often do when they are long… So it was."
+    "Dr. Watson met Mr. J. R. Smith at half past nine. Had he slept? No! The U.S. ambassador, who had come "
+    "by an earlier train, waited in the hall with a very long letter that nobody was going to read; it spoke "
+    "of hats, of baskets, of the weather in the north and of the weather in the south, and of nothing else "
+    "at all, as such letters often do when they are long… So it was."
 )
-LONGEST = model.TextToSpeech.longest
+LONGEST = TextToSpeech.longest
 
 
 @pytest.fixture
@@ -79,9 +80,9 @@ def test_a_seed_is_a_wave(speak):
 
 
 def test_steps_and_guidance_are_heard(speak):
-    plain, finer, guided = (
-        speak("--text=Hello there.", **knobs)["x"][0] for knobs in ({}, {"steps": 5}, {"cfg_scale": 1.0})
-    )
+    plain = speak("--text=Hello there.")["x"][0]
+    finer = speak("--text=Hello there.", euler_steps=5)["x"][0]
+    guided = speak("--text=Hello there.", cfg_scale=1.0)["x"][0]
     assert (plain != finer).any() and (plain != guided).any()
 
 
@@ -176,13 +177,19 @@ def test_one_bad_text_of_several_stops_before_anything_is_spoken(run, refusal, t
 @pytest.mark.parametrize(
     "words, knob",
     [
-        ("--steps=0", "sample.euler_steps"),
+        ("--euler_steps=0", "sample.euler_steps"),
         ("--cfg_scale=nan", "sample.cfg_scale"),
         ("--cfg_scale=-1", "sample.cfg_scale"),
     ],
 )
 def test_settings_are_checked_as_in_a_config(run, refusal, words, knob):
     assert knob in refusal(sample, f"--ckpt={run}", "--text=Hello.", words)
+
+
+def test_steps_of_training_are_refused_where_those_of_sampling_are_meant(run, refusal):
+    for words in (["--steps=5"], ["--steps", "5"]):
+        assert "--euler_steps" in refusal(sample, f"--ckpt={run}", "--text=Hello.", *words)
+    assert "--euler_steps" in refusal(sample, "--config=configs/demo.yaml", "--text=Hello.", "--steps=5")
 
 
 def test_no_text_at_all_is_an_error(run, refusal):

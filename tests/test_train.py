@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(tiny, 
     call(train, *options(command | {"steps": 2}))
     line = refusal(train, *options(command | {"steps": 9, "lr": 1e30, "muon_lr": 1e30}))
     assert "step 4" in line and f"{tmp_path}/checkpoints/step_0000002.pt" in line
-    _, network, step = system.load(tmp_path, torch.device("cpu"), {})
+    _, network, step = system.load(tmp_path, torch.device("cpu"))
     assert step == 2 and all(value.isfinite().all() for value in network.state_dict().values())
 
 

@@ -1,4 +1,7 @@
-"""The log of a run: one JSON object a line in metrics.jsonl, and the same to W&B."""
+"""The log of a run: one JSON object a line in metrics.jsonl, and the same to W&B.
+
+A line is on disk as soon as it is logged; what reads a log passes over a line that a crash has torn.
+"""
 
 import contextlib
 import json
@@ -7,8 +10,6 @@ import os
 from pathlib import Path
 
 from config import UserError
-
-# The log
 
 
 class MetricsLogger:
@@ -46,7 +47,7 @@ class MetricsLogger:
         if self.run:
             self.run.log(logged, step=step)
 
-    def media(self, step: int, name: str, paths: list[Path]) -> None:
+    def log_files(self, step: int, name: str, paths: list[Path]) -> None:
         """Hand wavs and pngs to W&B; on disk they already are."""
         if not self.run:
             return

@@ -1,25 +1,29 @@
-"""Pictures: spectrograms and attention as PNG, charts as SVG."""
+"""Pictures: spectrograms and attention as PNG, charts as SVG.
+
+Matplotlib is imported where something is drawn, for it takes long; backgrounds are transparent, so that a
+picture is legible on white and on black.
+"""
 
 import io
 import math
 import re
 from html import escape
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from config import Mel
 
-# Legible on white and on black; INK stands for the text colour of the page around a chart
 BLUE = "#3d7fd9"
 ORANGE = "#d97b29"
 GREY = "#7d7d7d"
-INK = "#010203"
+INK = "#010203"  # stands for the text colour of the page around a chart
 
 # Pictures
 
 
-def save_spectrogram_png(log_mel: np.ndarray, path: str, mel: Mel) -> None:
+def save_spectrogram_png(log_mel: np.ndarray, path: Path, mel: Mel) -> None:
     """Draw log_mel (T, M), natural log, in the same colours for every clip.
 
     Seconds across, kHz up on the mel scale.
@@ -49,7 +53,7 @@ def rows_of_khz(mel: Mel, n_mels: int) -> dict[str, float]:
     return rows
 
 
-def save_attention_png(weights: np.ndarray, text: str, path: str, seconds: float = 0) -> None:
+def save_attention_png(weights: np.ndarray, text: str, path: Path, seconds: float = 0) -> None:
     """Draw weights (frames, bytes): which byte of `text` each frame looks at.
 
     Bytes across, time up, in seconds where the length is given.
@@ -104,6 +108,9 @@ def picture_axes(width: float, height: float, x_label: str, y_label: str):
     axes.set_xlabel(x_label, color=GREY, fontsize=8, loc="right", labelpad=0)
     axes.set_ylabel(y_label, color=GREY, fontsize=8)
     return axes
+
+
+# Charts
 
 
 class Line(NamedTuple):

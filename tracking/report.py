@@ -38,32 +38,38 @@ def write_report(out_dir: str, shown: int = 8) -> Path:
     config = logger.read_text(out / "config.yaml")
     system = re.search(r"^system:\s*(\S+)", config, re.MULTILINE)
     metrics = [row for row in logger.read_lines(out / "metrics.jsonl") if "step" in row]
-    scores = read_scores(run)
+    newest = metric.newest_values(metrics)
+    scores = read_scores(run, newest)
     origin = {"command": run.get("command"), "commit": run.get("commit")} | (run.get("versions") or {})
     content = {
         "title": f"{system[1] if system else 'nanoaudio'} · {out.resolve().name}",
         "facts": headline(metrics, run),
-        "newest": metric.newest_values(metrics),
+        "newest": newest,
+        "scores": scores,
         "charts": all_charts(metrics, scores),
         "origin": {name: value for name, value in origin.items() if value},
         "config": config,
         **newest_evaluation(out, shown, scores),
-        "scores": scores,
     }
-    content |= {"percent": metric.format_percent, "with_unit": metric.format_score}
-    content |= {"wer_notes": wer_notes, "score_notes": score_notes, "remarks": describe_scores}
-    content |= {"compared": align_transcript, "data_uri": data_uri}
+    functions = [metric.format_percent, metric.format_score]
+    functions += [wer_notes, score_notes, describe_scores, align_transcript, data_uri]
+    content |= {function.__name__: function for function in functions}
     template = TEMPLATE.read_text(encoding="utf-8")
     template = jinja2.Template(template, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     logger.atomic_write_text(out / "report.html", template.render(content))
     return out / "report.html"
 
 
-def read_scores(run: dict) -> dict[str, Score]:
-    """What run.json says of the scores of its system; {} where it says nothing, as those of older runs."""
+def read_scores(run: dict, newest: dict) -> dict[str, Score]:
+    """How the scores of a run are shown, as its run.json says; those of an older one by their keys."""
+    if "scores" in run:
+        return {key: Score(**fields) for key, fields in run["scores"].items()}
     scores = {}
-    for key, fields in (run.get("scores") or {}).items():
-        scores[key] = Score(**fields)
+    for name, value in newest.items():
+        _, evaluated, key = name.partition("eval/")
+        compared = key.endswith(("_vocoded", "_shuffled")) or "/" in key
+        if evaluated and not compared and not key.startswith("wer") and not isinstance(value, str):
+            scores[key] = Score(key.replace("_", " "))
     return scores
 
 

@@ -168,8 +168,8 @@ def test_a_klein_tuned_in_full_is_the_base_of_a_lora_that_leaves_it_as_it_is(ref
     assert "klein.base" in refusal(sample, *words) and "unknown key" in refusal(sample, *words, "--bse=x")
     call(sample, *words, f"--klein.base={tmp_path / 'moved'}")
     (tmp_path / "moved").rename(tmp_path / "klein")
-    _, tuned, _ = system.load(str(tmp_path / "full"), torch.device("cpu"), {})
-    _, adapted, _ = system.load(str(tmp_path / "lora"), torch.device("cpu"), {})
+    _, tuned, _ = system.load(str(tmp_path / "full"), torch.device("cpu"))
+    _, adapted, _ = system.load(str(tmp_path / "lora"), torch.device("cpu"))
     trained = dict(tuned.transformer.named_parameters())
     for key, value in adapted.transformer.named_parameters():
         if not key.endswith((".A", ".B")):
