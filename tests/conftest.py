@@ -62,7 +62,7 @@ def options(knobs: dict) -> list[str]:
 
 
 def start(script: str, *words: str, ranks: int = 0) -> subprocess.Popen:
-    """`python SCRIPT WORDS` as a user starts it, from another folder; under torchrun where `ranks` are given."""
+    """`python SCRIPT WORDS` as a user starts it, from another folder; ranks: how many, under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / script), *words],
@@ -121,7 +121,7 @@ def refusal(capsys):
 
 @pytest.fixture(scope="session")
 def recordings() -> Path:
-    """A folder of real LJSpeech clips beside the repository, in the published layout (metadata.csv, wavs/)."""
+    """Real LJSpeech clips beside the repository, in the published layout (metadata.csv, wavs/)."""
     folder = ROOT.parent / "shared" / "data" / "LJSpeech-64"
     if not folder.exists():
         pytest.skip("no recordings beside the repository")
