@@ -17,7 +17,7 @@ import data
 import system
 import tts
 from base import Prompt
-from config import Sample
+from config import TTSSample
 from corpora import voice
 from model import gaussian_upsample
 from pretrained import text_encoder
@@ -66,7 +66,7 @@ def test_a_network_of_phonemes_reads_words_that_sound_alike_alike():
         Prompt(text, seconds=0.5, seed=3)
         for text in ("I see two boats.", "I sea too boats.", "I see two boots.")
     ]
-    alike, same, other = network.sample(prompts, Sample(euler_steps=2))
+    alike, same, other = network.sample(prompts, TTSSample(euler_steps=2))
     assert torch.equal(alike.log_mel, same.log_mel) and alike.symbols == same.symbols == voice.phonemes(
         "I see two boats."
     )
@@ -143,7 +143,7 @@ def test_a_dropped_text_teaches_no_duration():
 def test_predicted_length_grows_with_the_text():
     network = system.build(configs.from_dict(configs.TTSConfig, TINY))
     short, long = network.sample_log_mels(
-        [Prompt("Hi."), Prompt("Hi there, my dear old friend.")], Sample(euler_steps=1)
+        [Prompt("Hi."), Prompt("Hi there, my dear old friend.")], TTSSample(euler_steps=1)
     )[0]
     assert len(long) > 3 * len(short)
 
@@ -161,7 +161,7 @@ def test_upsampling_gives_every_token_the_text_spoken_there():
 
 @pytest.mark.parametrize("predict", ["x", "v"])
 def test_a_sample_depends_on_its_own_seed_and_text_alone(predict):
-    network, settings = make(predict=predict), Sample(euler_steps=3, cfg_scale=2.0)
+    network, settings = make(predict=predict), TTSSample(euler_steps=3, cfg_scale=2.0)
     first, second = (
         Prompt("Two green hats.", seed=1),
         Prompt("A much longer line of text than that.", seed=2),
@@ -175,7 +175,7 @@ def test_a_sample_depends_on_its_own_seed_and_text_alone(predict):
 
 def test_sampling_speaks_for_as_long_as_it_is_told():
     made = make().sample(
-        [Prompt("Hello.", seconds=0.5), Prompt("Hello.", seconds=1.0)], Sample(euler_steps=2)
+        [Prompt("Hello.", seconds=0.5), Prompt("Hello.", seconds=1.0)], TTSSample(euler_steps=2)
     )
     assert [round(len(a.wave) / a.sample_rate, 1) for a in made] == [0.5, 1.0]
     assert made[1].attention.shape == (43, 7) and torch.allclose(
@@ -388,7 +388,7 @@ def test_cached_features_are_what_the_frozen_encoder_makes_of_each_row(corpus_fo
     frozen = (*VARIED, "--text_encoder", str(t5_folder), "--device", "cpu")
     with pytest.raises(configs.UserError, match="system.py prepare"):
         batches_for(folder, *frozen)
-    tts.prepare(config_for(folder, *frozen))
+    tts.TextToSpeech.prepare(config_for(folder, *frozen))
     encoder, tokenizer, width = text_encoder.load_text_encoder(str(t5_folder))
     config = config_for(folder, *frozen)
     batch = data.SpeechBatches(config, data.Corpus(config), tokenizer).train(0)
@@ -401,7 +401,7 @@ def test_cached_features_are_what_the_frozen_encoder_makes_of_each_row(corpus_fo
     )
     assert not batch["features"][~batch["text_mask"]].any()
     times = {path: path.stat().st_mtime_ns for path in folder.glob("features*")}
-    tts.prepare(config)
+    tts.TextToSpeech.prepare(config)
     assert len(times) == 2 and times == {path: path.stat().st_mtime_ns for path in folder.glob("features*")}
     next(path for path in times if "spans" not in path.name).write_bytes(b"half")
     with pytest.raises(configs.UserError, match="missing, or damaged"):
