@@ -1,5 +1,5 @@
-"""For all tests: a few polite threads, no downloads; and, made once, a small corpus, a trained run, and runs of
-one and of two ranks, by the commands that a user types.
+"""For all tests: a few polite threads, no downloads; and, made once, a small corpus, a trained run, and runs
+of one and of two ranks, by the commands that a user types.
 
 The environment is set before the first import of torch, hence imports inside functions; processes that tests
 start inherit it.

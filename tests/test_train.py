@@ -235,10 +235,10 @@ def test_a_recipe_knows_its_figure_and_says_whether_it_is_met(
 def test_what_was_not_measured_is_neither_met_nor_missed(run, tiny, tmp_path, capsys):
     done = shutil.copytree(run, tmp_path / "run")
     with pytest.raises(SystemExit) as end:
-        call(train, *options(tiny | {"out_dir": done, "steps": 6, "expect": "{eval/recall_1: at least 0.9}"}))
+        call(train, *options(tiny | {"out_dir": done, "steps": 6, "expect": "{eval/wer/en: at least 0.9}"}))
     assert (
         end.value.code == 0
-        and capsys.readouterr().out.splitlines()[-1] == "expected eval/recall_1 at least 90.0 %: not measured"
+        and capsys.readouterr().out.splitlines()[-1] == "expected eval/wer/en at least 90.0 %: not measured"
     )
 
 
