@@ -47,7 +47,7 @@ class Output(Protocol):
 class MelOutput:
     """Generated speech, on the CPU; or a recording after the vocoder."""
 
-    letters: str  # whose bytes were attended to: the text or its phonemes
+    symbols: str  # whose bytes were attended to: the text or its phonemes
     wave: Tensor  # (N,)
     sample_rate: int  # Hz
     log_mel: Tensor  # (T, M)
@@ -63,7 +63,7 @@ class MelOutput:
             names["attention"] = f"{stem.name}.attention.png"
             picture = stem.with_name(names["attention"])
             seconds = len(self.wave) / self.sample_rate
-            plot.save_attention_png(self.attention.numpy(), self.letters, picture, seconds)
+            plot.save_attention_png(self.attention.numpy(), self.symbols, picture, seconds)
         return names
 
 
@@ -135,7 +135,7 @@ class System(nn.Module):
         """One output a prompt, made as one batch; raises UserError for a prompt that it cannot make."""
 
     def reference(self, corpus: Corpus, clip: Clip) -> Output:
-        """The recorded clip through everything but the generative network: what the best network could make."""
+        """The recorded clip through all but the generative network: what the best one could make."""
 
     def score(self, output: Output, corpus: Corpus, clip: Clip) -> dict[str, float]:
         """An output beside the clip whose text it was made from, by keys of `scores`: distances, and matches

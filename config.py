@@ -149,7 +149,7 @@ class Model:
 class Flow:
     predict: Literal["x", "v"] = "x"  # what the network puts out; the loss is in v either way
     min_t: Positive = 0.05  # predicting x: v = (x_t - x) / max(t, min_t)
-    timestep_logit_mean: float = 0.0
+    timestep_logit_mean: float = 0.0  # of training times, logit-normal: above 0, more near the noise
     timestep_logit_std: Positive = 1.0
     timestep_uniform: Share = 0.1  # share of times drawn uniformly, so that both ends are trained
     # SD3's time shift of what was drawn: above 1 trains more near the noise
@@ -175,13 +175,13 @@ class Sample:
 class FlowSample(Sample):
     # F5's sway coefficient: negative spends more steps near the noise
     sway: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    # SD3's time shift: t' = shift t / (1 + (shift - 1) t); Klein's own comes on top
+    # SD3's time shift, t' = shift t / (1 + (shift - 1) t): above 1 spends more steps near the noise
     shift: Positive = 1.0
 
 
 @section
 class Train:
-    steps: Count = 200_000
+    steps: Count = 200_000  # updates
     batch_size: Count = 16  # clips a rank and micro-step
     grad_accum: Count = 1  # micro-steps an update
     # end, with the schedule's decay inside, after this much training; 0 = no limit
@@ -189,19 +189,19 @@ class Train:
     muon_lr: NonNegative = 0.02  # hidden matrices
     lr: NonNegative = 3e-4  # everything else, by AdamW
     weight_decay: NonNegative = 0.01
-    schedule: Literal["cosine", "trapezoid"] = "cosine"
+    schedule: Literal["cosine", "trapezoid"] = "cosine"  # of the learning rates
     warmup: Whole = 1000  # steps
     decay: Share = 0.3  # trapezoid: share of the run in which the rate falls to zero
-    grad_clip: NonNegative = 1.0  # 0 = off
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999  # 0 = off
+    grad_clip: NonNegative = 1.0  # of the gradient's norm; 0 = off
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999  # decay of the weights' moving average; 0 = off
     # auto: bf16 (autocast) where the hardware is faster with it
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: bool = False
+    compile: bool = False  # by torch.compile, which takes minutes at the start
     log_interval: Count = 10  # steps, as the others; the last step is always one of them
-    val_interval: Whole = 1000  # 0 = never
+    val_interval: Whole = 1000  # validation loss; 0 = never
     eval_interval: Whole = 5000  # sampling and word error rate; 0 = never
-    save_interval: Count = 1000
-    keep: Count = 2  # checkpoints kept
+    save_interval: Count = 1000  # checkpoints
+    keep: Count = 2  # checkpoints: older ones are deleted
 
 
 @section
@@ -225,9 +225,9 @@ class Config:
 
     system: str = ""
     out_dir: Text = ""  # of the run: checkpoints, metrics, samples
-    seed: Whole = 1337
-    device: Device = "auto"  # auto: cuda where there are GPUs
-    wandb: Literal["offline", "online", "disabled"] = "offline"
+    seed: Whole = 1337  # of the weights, the noise, and the order of the clips
+    device: Device = "auto"  # auto: cuda where there are GPUs, else cpu
+    wandb: Literal["offline", "online", "disabled"] = "offline"  # Weights & Biases
     wandb_url: Text = ""  # a W&B server of your own
     wandb_project: Text = "nanoaudio"
     # what the last evaluation is to find, as {eval/wer: at most 0.1}; missed is exit code 1
@@ -617,36 +617,29 @@ def describe_rule(kind: str, bounds: dict, hint) -> str:
 
 # Help
 
-FIELD = re.compile(r"    (\w+): ")
 
-
-def describe(cls: type[Config]) -> str:
-    """Every knob of a system: kind or choices, default, and the comment beside it; a paragraph a section."""
-    hints = fields_of(cls)
+def describe(config: Config) -> str:
+    """Every knob of a config's system, with its value there, [in brackets]; a paragraph a section."""
     own = []
     paragraphs = []
-    in_order = [*cls.__annotations__, *hints]
+    in_order = [*type(config).__annotations__, *fields_of(type(config))]
     for name in dict.fromkeys(in_order):
-        hint = hints.get(name)
-        if dataclasses.is_dataclass(hint):
-            knobs = [describe_knob(hint, knob, f"{name}.") for knob in fields_of(hint)]
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            knobs = [describe_knob(value, knob, f"{name}.") for knob in fields_of(type(value))]
             paragraphs.append("\n".join([name, *knobs]))
-        elif hint:
-            own.append(describe_knob(cls, name))
+        elif name in fields_of(type(config)):
+            own.append(describe_knob(config, name))
     return "\n\n".join(["\n".join(own), *paragraphs])
 
 
-def describe_knob(cls: type, name: str, prefix: str = "") -> str:
-    """Two columns: its full name; what it takes, [its default], its comment."""
-    default = getattr(cls, name, "")
-    if isinstance(default, tuple):
-        default = " ".join(default)
-    elif isinstance(default, bool):
-        default = str(default).lower()
-    kind = describe_kind(fields_of(cls)[name])
-    comment = comments(cls)[name]
+def describe_knob(owner: object, name: str, prefix: str = "") -> str:
+    """Two columns: its full name; what it takes, [its value in `owner`, a section], its comment."""
+    kind = describe_kind(fields_of(type(owner))[name])
+    value = describe_value(getattr(owner, name))
+    comment = comments(type(owner))[name]
     return textwrap.fill(
-        f"{kind} [{default}]  {comment}".strip(),
+        f"{kind} [{value}]  {comment}".strip(),
         width=110,
         initial_indent=f"  --{prefix}{name}".ljust(34),
         subsequent_indent=" " * 34,
@@ -654,6 +647,19 @@ def describe_knob(cls: type, name: str, prefix: str = "") -> str:
     )
 
 
+def describe_value(value: object) -> str:
+    """As it may be typed."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
+    if isinstance(value, dict):
+        entries = [f"{key}: {entry}" for key, entry in value.items()]
+        return f"{{{', '.join(entries)}}}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if value != "" else '""'
+
+
+NAMES = {str: "text", bool: "true | false"}
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
@@ -664,12 +670,17 @@ def describe_kind(hint) -> str:
         return " | ".join(get_args(kind))
     if get_origin(kind) is tuple:
         return f"list of {describe_kind(get_args(kind)[0])}"
-    words = [kind.__name__]
+    if get_origin(kind) is dict:
+        return "table"
+    words = [NAMES.get(kind, kind.__name__)]
     for mark in getattr(hint, "__metadata__", ()):
         for bound in getattr(mark, "metadata", ()):
             for name, value in dataclasses.asdict(bound).items():
                 words.append(f"{BOUNDS[name]} {value:g}")
     return ", ".join(words)
+
+
+FIELD = re.compile(r"    (\w+): ")
 
 
 @functools.cache

@@ -1,7 +1,5 @@
-"""Both ways from noise to data: rectified flow for numbers, mask-and-replace diffusion for codes.
+"""Rectified flow: the path from noise to data, the velocity along it, its loss; times; Euler with guidance.
 
-In this order: rectified flow; diffusion on codes and the Transformer that predicts them; the autoencoders
-and codebooks that turn pictures into codes; the networks that look at pictures.
 t = 0 is data, t = 1 is noise, x_t = (1 - t) x + t noise, v = noise - x (Liu et al. 2022; so FLUX and SD3).
 A network predicts v, or x, from which v follows; the loss is in v either way. Sampling goes from t = 1 to 0.
 """

@@ -1,10 +1,8 @@
-"""Text to speech: text encoder, alignment, mel flow Transformer. System `tts`.
+"""The networks of text-to-speech, built from plain numbers: the mel Transformer, and the text encoder.
 
 text (B, S, D) has one vector a byte; x (B, T, M) is a normalised log-mel; N tokens, `patch_size` frames each.
-When each byte is spoken is learned without an aligner: every byte has a predicted duration, and its place in
-time is the sum of those before it. The flow loss trains the durations, because each token is given the text
-blurred around its own time by a Gaussian, which is differentiable (as in EATS, arXiv 2006.03575, and
-Non-Attentive Tacotron). The sum of the durations predicts the length of the speech.
+Tokens and bytes stand on one axis of time, counted in tokens: token n at n + 1/2, byte s at token_centres
+(B, S), which need not be whole numbers. Their losses and their sampling are in tts.py.
 """
 
 import math
@@ -132,7 +130,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """returns: (B, N, D)."""
         # self-attention
-        x = self.look_around(x, context)
+        x = self.self_attend(x, context)
 
         # cross-attention
         x = x + self.cross_attention(
@@ -150,7 +148,7 @@ class Block(nn.Module):
         h = norm(x) * (1 + scale_mlp) + shift_mlp
         return x + (1 + gate_mlp) * self.mlp(h)
 
-    def look_around(self, x: Tensor, context: Conditioning) -> Tensor:
+    def self_attend(self, x: Tensor, context: Conditioning) -> Tensor:
         """Self-attention over the tokens."""
         shift_msa = context.modulation[0] + self.table[0]  # (B, 1, D)
         scale_msa = context.modulation[1] + self.table[1]
@@ -162,7 +160,7 @@ class Block(nn.Module):
 
     def cross_weights(self, x: Tensor, text: Tensor, context: Conditioning) -> Tensor:
         """The weights (B, N, S) of the cross-attention, the mean over heads; arguments as `forward`."""
-        x = self.look_around(x, context)
+        x = self.self_attend(x, context)
         q, k, _ = self.cross_attention.project(
             norm(x),
             source=text,

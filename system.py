@@ -104,11 +104,12 @@ def owners_of(name: str) -> list[str]:
 
 
 def describe_knobs(words: Sequence[str]) -> str:
-    """The knobs of the system of a command line: the text of `--help`."""
-    asked = [word for word in words if word not in ("-h", "--help")]
-    given = configs.parse_overrides(asked)
-    values = named_values(given.get("config", ""), given)
-    return configs.describe(find(values["system"]).config_class)
+    """The knobs of the system of a command line and the values that it gives them: the text of `--help`."""
+    config = config_from_command_line([word for word in words if word not in ("-h", "--help")])
+    return (
+        f"Knobs of system {config.system}: --key value, or the bare key where it is unique, --lr 1e-3.\n"
+        f"[In brackets: the value that this command line gives.]\n\n{configs.describe(config)}"
+    )
 
 
 # Building

@@ -1,10 +1,10 @@
-"""Text to speech: text encoder, alignment, mel flow Transformer, vocoder. System `tts`.
+"""Text to speech, system `tts`: its losses, its sampling, and what it prepares; the networks are in model.py.
 
-text (B, S, D) has a vector a byte; x (B, T, M) is a normalised log-mel; model.frame_stack frames make one of N
-tokens. When each byte is spoken is learned without an aligner: every byte has a duration, its position is the
-sum of those before it, and the flow loss itself moves the durations, because the text that a frame is given
-is a blur around that position (differentiable, as in EATS, arXiv 2006.03575, and Non-Attentive Tacotron).
-Their sum predicts the length of the speech.
+text (B, S, D) has one vector a byte; x (B, T, M) is a normalised log-mel; model.frame_stack frames are one of
+N tokens. When each byte is spoken is learned without an aligner: every byte has a predicted duration, and its
+place in time is the sum of those before it. The flow loss trains the durations, because each token is given
+the text blurred around its own time by a Gaussian, which is differentiable (as in EATS, arXiv 2006.03575, and
+Non-Attentive Tacotron). The sum of the durations predicts the length of the speech.
 """
 
 import functools
@@ -47,10 +47,6 @@ class TextToSpeech(System):
     }
     longest = 200  # characters spoken in one go: about 13 seconds, the longest that training has seen
     SECONDS_PER_BYTE = 0.065  # of LJSpeech, 5.6 frames: the predicted durations before training
-
-    @staticmethod
-    def prepare(config: Config) -> None:
-        prepare_text_to_speech(config)
 
     def __init__(self, config: Config, mean: float = 0.0, std: float = 1.0):
         """mean, std: of the training set's log-mels; saved in checkpoints."""
@@ -140,7 +136,7 @@ class TextToSpeech(System):
         log_mels, attention = self.sample_log_mels(prompts, settings)
         outputs = []
         for prompt, log_mel, weights in zip(prompts, log_mels, attention):
-            outputs.append(self.artifact(prompt.text, log_mel, weights))
+            outputs.append(self.to_output(prompt.text, log_mel, weights))
         return outputs
 
     def sample_log_mels(
@@ -216,7 +212,9 @@ class TextToSpeech(System):
     def integrate(
         self,
         noise: Tensor,  # (B, T, M)
-        condition: dict[str, Tensor],  # arguments of `MelFlow.forward`, 2 B rows, the conditional ones first
+        condition: dict[
+            str, Tensor
+        ],  # arguments of `MelTransformer.forward`, 2 B rows, the conditional ones first
         settings: Sample,
     ) -> Tensor:
         """x (B, T, M), by Euler's method with guidance."""
@@ -246,19 +244,19 @@ class TextToSpeech(System):
         given = first_rows(condition, len(x))
         return self.decoder.attention(x_t, t, **given)
 
-    def artifact(self, text: str, log_mel: Tensor, attention: Tensor | None = None) -> MelOutput:
-        letters = text
+    def to_output(self, text: str, log_mel: Tensor, attention: Tensor | None = None) -> MelOutput:
+        symbols = text
         if self.config.model.text == "phonemes":
-            letters = voice.phonemes(text)
+            symbols = voice.phonemes(text)
         mel = self.config.mel
         wave = self.vocoder(log_mel)
-        return MelOutput(letters, wave, mel.sample_rate, log_mel, mel, attention)
+        return MelOutput(symbols, wave, mel.sample_rate, log_mel, mel, attention)
 
-    def reference(self, corpus: "Corpus", clip: shards.Clip) -> MelOutput:
+    def reference(self, corpus: Corpus, clip: shards.Clip) -> MelOutput:
         """The recorded clip's log-mel, and what the vocoder makes of it."""
-        return self.artifact(clip.text, corpus.log_mel(clip))
+        return self.to_output(clip.text, corpus.log_mel(clip))
 
-    def score(self, output: MelOutput, corpus: "Corpus", clip: shards.Clip) -> dict[str, float]:
+    def score(self, output: MelOutput, corpus: Corpus, clip: shards.Clip) -> dict[str, float]:
         """output: generated from the clip's text."""
         generated = output.log_mel.numpy()
         recorded = corpus.log_mel(clip).numpy()
@@ -281,35 +279,35 @@ class TextToSpeech(System):
             matrices += [layer.weight for layer in stack.modules() if isinstance(layer, nn.Linear)]
         return matrices
 
+    @staticmethod
+    def prepare(config: Config) -> None:
+        """Make what training needs and does not find: the packed corpus, the features of its texts."""
+        prepare_recordings(config, config.packed_format())
+        corpus = Corpus(config)
+        path, texts = data.text_features_file(config, corpus)
+        name = config.model.text_encoder
+        if name == "scratch" or path.exists():
+            return
+        on_gpu = torch.cuda.is_available() and config.device != "cpu"
+        device = "cuda" if on_gpu else "cpu"
+        encoder, tokenizer, width = load_text_encoder(name)
+        encoder = encoder.to(device)
+        ids = tokenize(tokenizer, texts)
+        ids = [torch.tensor(row) for row in ids]
+        lengths = [len(row) for row in ids]
+
+        def encode(numbers: list[int]) -> list[np.ndarray]:
+            """The features (S, E) of these texts."""
+            padded, mask = data.pad([ids[n] for n in numbers], 8)
+            features = encoder(padded.to(device), mask.to(device))
+            features = features.float().cpu().numpy()
+            found = []
+            for row, n in zip(features, numbers):
+                found.append(row[: lengths[n]])
+            return found
+
+        shards.cache_features(path, lengths, width, encode, 32, f"features of {name}")
+
 
 def first_rows(condition: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
     return {name: value[:rows] for name, value in condition.items()}
-
-
-def prepare_text_to_speech(config: Config) -> None:
-    """Make what a config's training needs and does not find: the packed corpus, the features of its texts."""
-    prepare_recordings(config, config.packed_format())
-    corpus = Corpus(config)
-    path, texts = data.text_features_file(config, corpus)
-    name = config.model.text_encoder
-    if name == "scratch" or path.exists():
-        return
-    on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    device = "cuda" if on_gpu else "cpu"
-    encoder, tokenizer, width = load_text_encoder(name)
-    encoder = encoder.to(device)
-    ids = tokenize(tokenizer, texts)
-    ids = [torch.tensor(row) for row in ids]
-    lengths = [len(row) for row in ids]
-
-    def encode(numbers: list[int]) -> list[np.ndarray]:
-        """The features (S, E) of these texts."""
-        padded, mask = data.pad([ids[n] for n in numbers], 8)
-        features = encoder(padded.to(device), mask.to(device))
-        features = features.float().cpu().numpy()
-        found = []
-        for row, n in zip(features, numbers):
-            found.append(row[: lengths[n]])
-        return found
-
-    shards.cache_features(path, lengths, width, encode, 32, f"features of {name}")

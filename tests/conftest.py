@@ -1,8 +1,8 @@
-"""For all tests: the modules of the repository's root importable from anywhere, a few polite threads, no
-downloads; and, made once, a small corpus, a trained run, and runs of one and of two ranks, by the commands
-that a user types.
+"""For all tests: a few polite threads, no downloads; and, made once, a small corpus, a trained run, and runs
+of one and of two ranks, by the commands that a user types.
 
-The environment is set before the first import of torch, and processes that tests start inherit it.
+The environment is set before the first import of torch, hence imports inside functions; processes that tests
+start inherit it.
 """
 
 import atexit
@@ -18,13 +18,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import torch
-from test_audio import MEL
-
-from corpora import voice
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 # idle threads sleep: spinning ones slow the other ranks down
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # tests are small: more threads cost more than they bring
@@ -62,7 +57,7 @@ def options(knobs: dict) -> list[str]:
 
 
 def start(script: str, *words: str, ranks: int = 0) -> subprocess.Popen:
-    """`python SCRIPT WORDS` as a user starts it, from another folder; under torchrun where `ranks` are given."""
+    """`python SCRIPT WORDS` as a user starts it, from another folder; ranks: how many, under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / script), *words],
@@ -121,7 +116,7 @@ def refusal(capsys):
 
 @pytest.fixture(scope="session")
 def recordings() -> Path:
-    """A folder of real LJSpeech clips beside the repository, in the published layout (metadata.csv, wavs/)."""
+    """Real LJSpeech clips beside the repository, in the published layout (metadata.csv, wavs/)."""
     folder = ROOT.parent / "shared" / "data" / "LJSpeech-64"
     if not folder.exists():
         pytest.skip("no recordings beside the repository")
@@ -261,5 +256,9 @@ def t5_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def spoken() -> torch.Tensor:
-    return voice.speak_espeak("Julia ordered thirty purple umbrellas.", MEL.sample_rate)
+def spoken():
+    """Two seconds of speech, (N,), at the rate of text-to-speech."""
+    from config import Mel
+    from corpora import voice
+
+    return voice.speak_espeak("Julia ordered thirty purple umbrellas.", Mel.sample_rate)

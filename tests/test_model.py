@@ -12,12 +12,12 @@ import torch
 import transformers
 
 import audio
-import base as model
 import config as configs
 import data
 import system
 import tts
-from config import Sample
+from base import Prompt
+from config import TTSSample
 from corpora import voice
 from model import gaussian_upsample
 from pretrained import text_encoder
@@ -63,14 +63,14 @@ def make_batch(frames=(24, 16), text_lengths=(9, 5), pad=0, text_pad=0):
 def test_a_network_of_phonemes_reads_words_that_sound_alike_alike():
     network = make(text="phonemes")
     prompts = [
-        model.Prompt(text, seconds=0.5, seed=3)
+        Prompt(text, seconds=0.5, seed=3)
         for text in ("I see two boats.", "I sea too boats.", "I see two boots.")
     ]
-    alike, same, other = network.sample(prompts, Sample(euler_steps=2))
-    assert torch.equal(alike.log_mel, same.log_mel) and alike.letters == same.letters == voice.phonemes(
+    alike, same, other = network.sample(prompts, TTSSample(euler_steps=2))
+    assert torch.equal(alike.log_mel, same.log_mel) and alike.symbols == same.symbols == voice.phonemes(
         "I see two boats."
     )
-    assert alike.attention.shape[1] == len(alike.letters) + 1  # a byte each, and the end
+    assert alike.attention.shape[1] == len(alike.symbols) + 1  # a byte each, and the end
     assert not torch.equal(alike.log_mel, other.log_mel[: len(alike.log_mel)])
 
 
@@ -114,7 +114,7 @@ def test_self_attention_has_positions():
     )
     block, order = network.decoder.blocks[0], torch.tensor([3, 1, 4, 0, 5, 2])
     assert not torch.allclose(
-        block.look_around(h[:, order], context), block.look_around(h, context)[:, order], atol=1e-3
+        block.self_attend(h[:, order], context), block.self_attend(h, context)[:, order], atol=1e-3
     )
 
 
@@ -143,7 +143,7 @@ def test_a_dropped_text_teaches_no_duration():
 def test_predicted_length_grows_with_the_text():
     network = system.build(configs.from_dict(configs.TTSConfig, TINY))
     short, long = network.sample_log_mels(
-        [model.Prompt("Hi."), model.Prompt("Hi there, my dear old friend.")], Sample(euler_steps=1)
+        [Prompt("Hi."), Prompt("Hi there, my dear old friend.")], TTSSample(euler_steps=1)
     )[0]
     assert len(long) > 3 * len(short)
 
@@ -161,10 +161,10 @@ def test_upsampling_gives_every_token_the_text_spoken_there():
 
 @pytest.mark.parametrize("predict", ["x", "v"])
 def test_a_sample_depends_on_its_own_seed_and_text_alone(predict):
-    network, settings = make(predict=predict), Sample(euler_steps=3, cfg_scale=2.0)
+    network, settings = make(predict=predict), TTSSample(euler_steps=3, cfg_scale=2.0)
     first, second = (
-        model.Prompt("Two green hats.", seed=1),
-        model.Prompt("A much longer line of text than that.", seed=2),
+        Prompt("Two green hats.", seed=1),
+        Prompt("A much longer line of text than that.", seed=2),
     )
     together = network.sample_log_mels([first, second], settings)[0]
     alone = network.sample_log_mels([second], settings)[0][0]
@@ -175,7 +175,7 @@ def test_a_sample_depends_on_its_own_seed_and_text_alone(predict):
 
 def test_sampling_speaks_for_as_long_as_it_is_told():
     made = make().sample(
-        [model.Prompt("Hello.", seconds=0.5), model.Prompt("Hello.", seconds=1.0)], Sample(euler_steps=2)
+        [Prompt("Hello.", seconds=0.5), Prompt("Hello.", seconds=1.0)], TTSSample(euler_steps=2)
     )
     assert [round(len(a.wave) / a.sample_rate, 1) for a in made] == [0.5, 1.0]
     assert made[1].attention.shape == (43, 7) and torch.allclose(
@@ -211,7 +211,7 @@ def test_muon_gets_hidden_matrices_only():
         assert outer not in hidden, outer
 
 
-def test_a_handful_is_learned_by_heart():
+def test_a_handful_is_overfit():
     network = system.build(configs.from_dict(configs.TTSConfig, TINY))
     batch, optimizer = make_batch(), torch.optim.AdamW(network.parameters(), lr=1e-2)
     batch["t"] = torch.tensor([0.7, 0.9])
@@ -388,7 +388,7 @@ def test_cached_features_are_what_the_frozen_encoder_makes_of_each_row(corpus_fo
     frozen = (*VARIED, "--text_encoder", str(t5_folder), "--device", "cpu")
     with pytest.raises(configs.UserError, match="system.py prepare"):
         batches_for(folder, *frozen)
-    tts.prepare(config_for(folder, *frozen))
+    tts.TextToSpeech.prepare(config_for(folder, *frozen))
     encoder, tokenizer, width = text_encoder.load_text_encoder(str(t5_folder))
     config = config_for(folder, *frozen)
     batch = data.SpeechBatches(config, data.Corpus(config), tokenizer).train(0)
@@ -401,7 +401,7 @@ def test_cached_features_are_what_the_frozen_encoder_makes_of_each_row(corpus_fo
     )
     assert not batch["features"][~batch["text_mask"]].any()
     times = {path: path.stat().st_mtime_ns for path in folder.glob("features*")}
-    tts.prepare(config)
+    tts.TextToSpeech.prepare(config)
     assert len(times) == 2 and times == {path: path.stat().st_mtime_ns for path in folder.glob("features*")}
     next(path for path in times if "spans" not in path.name).write_bytes(b"half")
     with pytest.raises(configs.UserError, match="missing, or damaged"):

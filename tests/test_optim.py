@@ -111,11 +111,11 @@ class Operations(TorchDispatchMode):
 
 
 def operations(kind: type) -> int:
-    """Of one step on the 84 matrices of the main recipe's network, small ones of the same number and kinds."""
+    """Of one step on the 84 matrices of the main recipe's network, made small."""
     params = [nn.Parameter(torch.randn(*shape)) for shape in [(8, 8)] * 64 + [(32, 8)] * 10 + [(8, 32)] * 10]
     optimizer = kind(params, lr=0.02)
     with Operations() as counted:
-        for step in range(2):
+        for _ in range(2):
             counted.count = 0  # the first step also makes the buffers
             for p in params:
                 p.grad = torch.ones_like(p)

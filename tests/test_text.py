@@ -14,7 +14,9 @@ from text import comparable, normalize
 
 KINDS = {
     "the issue's examples": {
-        "Dr. Smith paid $3.50 on May 5th, 1999.": "Doctor Smith paid three dollars and fifty cents on May fifth, nineteen ninety-nine.",
+        "Dr. Smith paid $3.50 on May 5th, 1999.": (
+            "Doctor Smith paid three dollars and fifty cents on May fifth, nineteen ninety-nine."
+        ),
         "It's 3 p.m.": "It's three p.m.",
     },
     "cardinal numbers": {
@@ -145,7 +147,9 @@ KINDS = {
         "Mr. and Mrs. Brown": "Mister and Missus Brown",
         "Dr Jones, Prof. Li": "Doctor Jones, Professor Li",
         "Gen. Lee, Col. Fox, Capt. Hook": "General Lee, Colonel Fox, Captain Hook",
-        "Rev. King, Hon. Black, Gov. White, Sgt. Pepper": "Reverend King, Honorable Black, Governor White, Sergeant Pepper",
+        "Rev. King, Hon. Black, Gov. White, Sgt. Pepper": (
+            "Reverend King, Honorable Black, Governor White, Sergeant Pepper"
+        ),
         "Lt. Col. Gray": "Lieutenant Colonel Gray",
         "Davis, Jr., sang": "Davis, Junior, sang",
         "Ms. Green": "Miz Green",
@@ -203,7 +207,9 @@ KINDS = {
         "jo.li@example.com": "jo dot li at example dot com",
         "a_b-9@mail.example.co.uk.": "a underscore b dash nine at mail dot example dot co dot uk.",
         "www.nasa.gov": "WWW dot nasa dot gov",
-        "https://example.com/a?b=1.": "HTTPS colon slash slash example dot com slash a question mark b equals one.",
+        "https://example.com/a?b=1.": (
+            "HTTPS colon slash slash example dot com slash a question mark b equals one."
+        ),
         "see example.org, or node.js": "see example dot org, or node dot js",
     },
     "symbols": {

@@ -26,7 +26,8 @@ from device import hardware_name
 from optim import EMA
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_SOURCE = ("tests", "out", "data", ".venv")  # folders of the root
+SOURCE = "*.py */*.py */*.json */*.yaml */*.md assets/* pyproject.toml requirements.lock".split()
+NOT_SOURCE = ("tests", "docs", "out", "data", ".venv")  # folders of the root
 
 
 def save_checkpoint(path: Path, state: dict, keep: int) -> None:
@@ -149,9 +150,8 @@ def record_run(config: Config, dtype: str, network: nn.Module, device: torch.dev
     }
     if frozen:
         run["frozen_parameters"] = frozen
-    run["scores"] = {
-        key: score._asdict() for key, score in network.scores.items()
-    }  # how the report shows them
+    # how the report shows them
+    run["scores"] = {key: score._asdict() for key, score in network.scores.items()}
     for name in ("torch", "transformers", "openai-whisper", "numpy"):
         run["versions"][name] = version(name)
     (out / "run.json").write_text(json.dumps(run, indent=1))
@@ -165,13 +165,12 @@ def record_run(config: Config, dtype: str, network: nn.Module, device: torch.dev
 
 def copy_source(folder: Path) -> None:
     """All of the source, so that a run can be repeated: every Python file and the data that they read."""
-    for part in ["*.py", "*/*.py", "assets/*", "configs/*.yaml", "pyproject.toml", "requirements.lock"]:
-        for source in ROOT.glob(part):
-            if source.parts[len(ROOT.parts)] in NOT_SOURCE:
-                continue
-            target = folder / source.relative_to(ROOT)
-            make_folder(target.parent)
-            shutil.copy(source, target)
+    for pattern in SOURCE:
+        for source in ROOT.glob(pattern):
+            path = source.relative_to(ROOT)
+            if path.parts[0] not in NOT_SOURCE:
+                make_folder(folder / path.parent)
+                shutil.copy(source, folder / path)
 
 
 def make_folder(folder: Path) -> None:
