@@ -71,7 +71,7 @@ class Corpus(Protocol):
     """The clips of a packed corpus, as a system reads them."""
 
     folder: Path  # where it is packed; reference scores measured on it are kept there
-    plan: str  # digest of what was packed and how
+    fingerprint: str  # digest of what was packed and how
     statistics: tuple[float, ...]  # what the network is built with beside the config, as (mean, std), or ()
 
     def clips(self, split: str) -> list[Clip]:
@@ -106,10 +106,10 @@ class System(nn.Module):
     batches_class: type[Batches]  # (config, corpus, tokenizer, rank, world) -> Batches
 
     readers: dict[str, Callable] = {}  # corpora that `python data.py` packs for it; see corpora/prepare.py
-    makes = ("wav",)  # file endings of its outputs, the main one first: wav, png
+    output_kinds = ("wav",)  # file endings of its outputs, the main one first: wav, png
     speaks = False  # its outputs are speech, whose words a recogniser counts
     listens = False  # its prompts are speech, not texts
-    longest = 5000  # characters that it takes in one go
+    max_characters = 5000  # characters that it takes in one go
     scores: dict[str, Score] = {}  # what `score` and `summarize` may return, in the order of the report
 
     config: Config

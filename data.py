@@ -40,12 +40,12 @@ class ShardedCorpus:
         index = shards.read_index(self.folder, format)
         self.mean = index["mean"]
         self.std = index["std"]
-        self.plan = index["plan"]
+        self.fingerprint = index["plan"]
         self.rate = format["sample_rate"]
         self.shards = []
         clips = []
         for n in range(index["shards"]):
-            shard = shards.read_shard(self.folder, n, self.plan)
+            shard = shards.read_shard(self.folder, n, self.fingerprint)
             if shard is None:
                 raise UserError(
                     f"{self.folder}: shard {n} is missing or damaged; "
@@ -156,7 +156,7 @@ class Batches:
         size = self.config.train.batch_size
         return [self.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
-    def draw_time(self, rng: np.random.Generator) -> float:
+    def sample_time(self, rng: np.random.Generator) -> float:
         """A training time t."""
         c = self.config.flow
         return flow.sample_time(
@@ -194,7 +194,7 @@ class SpeechBatches(Batches):
         if t is None:
             dropped = rng.random() < self.config.flow.text_condition_dropout
             x = self.append_silence(x, rng)
-            t = self.draw_time(rng)
+            t = self.sample_time(rng)
         # drawn last, so that padding changes nothing
         noise = rng.standard_normal(tuple(x.shape), dtype=np.float32)
         return {

@@ -119,7 +119,7 @@ class Evaluator:
             return {}
         rows = write_rows(folder / "samples.jsonl", rows)
         for ending, kind in (("wav", "audio"), ("png", "picture")):
-            if ending in network.makes:
+            if ending in network.output_kinds:
                 shutil.copy(folder / rows[0][kind], Path(self.config.out_dir, f"sample.{ending}"))
         found = {}
         if self.recogniser:
@@ -250,7 +250,7 @@ class Evaluator:
             return self.measure_reference_scores(network)
         folder = self.corpus.folder
         basis = reference_scores.find_basis(
-            self.config, self.corpus.plan, self.clips, self.recogniser.identity
+            self.config, self.corpus.fingerprint, self.clips, self.recogniser.identity
         )
         stored = reference_scores.read(folder, basis) if self.rank == 0 else None
         stored = all_gather([stored], self.world)[0]
@@ -404,7 +404,7 @@ def log_media(writer: logger.MetricsLogger, out_dir: str, step: int) -> None:
 
 def count_word_errors(text: str, transcript: str) -> tuple[int, int]:
     """Word errors of a transcript and words of the text, both normalised first."""
-    return metric.word_errors(asr.normalise(text), asr.normalise(transcript))
+    return metric.word_errors(asr.normalize_transcript(text), asr.normalize_transcript(transcript))
 
 
 def write_rows(path: Path, rows: list[dict]) -> list[dict]:

@@ -45,9 +45,9 @@ def main() -> None:
         raise UserError(f"system {config.system} listens: give --speech a.wav")
     if not network.listens and not texts:
         raise UserError(f"system {config.system} reads: give --text")
-    out = Path(options.out or f"sample.{network.makes[0]}")
-    if out.suffix[1:] not in network.makes:
-        raise UserError(f"--out {out}: its name must end in .{network.makes[0]}")
+    out = Path(options.out or f"sample.{network.output_kinds[0]}")
+    if out.suffix[1:] not in network.output_kinds:
+        raise UserError(f"--out {out}: its name must end in .{network.output_kinds[0]}")
     check_numbers(options, config.data.max_seconds)
     files = make_prompts(options, config, network, texts)
     prompts = sum(files, [])
@@ -57,7 +57,7 @@ def main() -> None:
         outputs += network.sample(prompts[start : start + size], config.sample)
     for number, file in enumerate(files):
         path = out if len(files) == 1 else out.with_stem(f"{out.stem}-{number}")
-        write(path, outputs[: len(file)], network.makes, options.png)
+        write(path, outputs[: len(file)], network.output_kinds, options.png)
         outputs = outputs[len(file) :]
 
 
@@ -103,7 +103,7 @@ def make_prompts(
     for text in texts:
         sentences = [text]
         if network.speaks:
-            sentences = split_text(normalize(text), network.longest)
+            sentences = split_text(normalize(text), network.max_characters)
         characters = sum(map(len, sentences))
         prompts = []
         for sentence in sentences:
@@ -138,12 +138,12 @@ def open_network(options: argparse.Namespace, knobs: list[str]) -> tuple[Config,
     return config, network
 
 
-def write(path: Path, outputs: list[Output], makes: tuple[str, ...], pictures: bool) -> None:
+def write(path: Path, outputs: list[Output], output_kinds: tuple[str, ...], pictures: bool) -> None:
     """The outputs of one file as one wav, with pauses between, where there is sound.
 
     pictures: draw those of each output too; where there is no sound they are drawn anyway.
     """
-    if "wav" in makes:
+    if "wav" in output_kinds:
         rate = outputs[0].sample_rate
         pause = torch.zeros(int(PAUSE_SEC * rate))
         parts = []
@@ -153,7 +153,7 @@ def write(path: Path, outputs: list[Output], makes: tuple[str, ...], pictures: b
         wav = path.with_suffix(".wav")
         audio.save_wav(wav, wave, rate)
         print(f"{wav}  {len(wave) / rate:.2f} s")
-    if not pictures and "png" not in makes:
+    if not pictures and "png" not in output_kinds:
         return
     for number, output in enumerate(outputs, 1):
         stem = path.stem if number == 1 else f"{path.stem}.{number}"

@@ -45,7 +45,7 @@ class TextToSpeech(System):
             "of log-mels, time-warped: a scale of its own; 0 is the recording",
         )
     }
-    longest = 200  # characters spoken in one go: about 13 seconds, the longest that training has seen
+    max_characters = 200  # characters spoken in one go: about 13 seconds, the longest that training has seen
     SECONDS_PER_BYTE = 0.065  # of LJSpeech, 5.6 frames: the predicted durations before training
 
     def __init__(self, config: Config, mean: float = 0.0, std: float = 1.0):

@@ -67,7 +67,7 @@ class PictureBatches(Batches):
         if t is None:
             if rng.random() < self.config.flow.text_condition_dropout:
                 prompt = ""
-            t = self.draw_time(rng)
+            t = self.sample_time(rng)
         noise = rng.standard_normal(tuple(x.shape), dtype=np.float32)
         return {
             "x": x,

@@ -16,7 +16,7 @@ from klein import picture, pipeline, segment
 from klein.data import WaveCorpus, all_clips, features_file, latents_file, token_mask, wave_format
 from klein.output import vae_roundtrip
 from pretrained import frozen
-from pretrained.asr import load, normalise
+from pretrained.asr import load, normalize_transcript
 
 
 def prepare(config: Config) -> None:
@@ -78,8 +78,8 @@ def measure_ceiling(config: Config, corpus: WaveCorpus, vae: frozen.Frozen, devi
     if asr:
         waves = [output.wave for output in outputs]
         hypotheses = asr.transcribe(waves, p.sample_rate)
-        texts = [normalise(clip.text) for clip in clips]
-        pairs = list(zip(texts, map(normalise, hypotheses)))
+        texts = [normalize_transcript(clip.text) for clip in clips]
+        pairs = list(zip(texts, map(normalize_transcript, hypotheses)))
         wer = metric.word_error_rate(pairs)
         intelligibility = f", word error rate {100 * wer:.1f} % by {asr.name}"
     print(

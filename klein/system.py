@@ -51,7 +51,7 @@ class Spectrogram(System):
     config_class = SpectrogramConfig
     corpus_class = WaveCorpus
     batches_class = PictureBatches
-    makes = ("wav", "png")
+    output_kinds = ("wav", "png")
     speaks = True
     scores = {
         "lsd": Score(
@@ -69,7 +69,7 @@ class Spectrogram(System):
         k = config.klein
         p = config.picture
         self.config = config
-        self.longest = int(p.seconds * CHARACTERS_PER_SEC)
+        self.max_characters = int(p.seconds * CHARACTERS_PER_SEC)
         self.frame_rate = p.sample_rate / p.hop
         self.transformer = pipeline.load_klein(config, "transformer")
         self.tokenizer = pipeline.load_klein_tokenizer(k.base)

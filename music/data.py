@@ -81,7 +81,7 @@ class MusicBatches(Batches):
         x = mean + std * normal_like(mean, rng)
         noise = normal_like(mean, rng)
         if t is None:
-            t = self.draw_time(rng)
+            t = self.sample_time(rng)
         return {
             "x": x,
             "noise": noise,

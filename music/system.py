@@ -42,7 +42,7 @@ class Music(System):
     config_class = MusicConfig
     corpus_class = MusicCorpus
     batches_class = MusicBatches
-    longest = 1000  # characters of a caption
+    max_characters = 1000  # characters of a caption
     scores = {
         "all_match": Score(
             "everything as asked for", "%", "all that the prompt says, at once", is_match=True

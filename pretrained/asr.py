@@ -17,7 +17,7 @@ from pretrained import whisper_weights
 
 RATE = whisper_weights.RATE  # Hz: Whisper and HuBERT take 16 kHz
 HOP = 320  # samples a frame of HuBERT: 50 a second
-normalise = whisper_weights.normalize_transcript
+normalize_transcript = whisper_weights.normalize_transcript
 
 
 def load(name: str, device: torch.device, quiet: bool = False) -> "Recogniser | PocketSphinx | None":

@@ -44,9 +44,9 @@ class Stage(System):
     """What both systems have in common."""
 
     corpus_class = SpokenImageCorpus
-    makes = ("png",)
+    output_kinds = ("png",)
     listens = True
-    longest = 0
+    max_characters = 0
     frame_rate = RATE / HOP
 
     def __init__(self, config: Config):

@@ -231,7 +231,7 @@ def test_other_clips_or_another_recogniser_are_measured_for_themselves(judge, tm
 
 def test_floors_depend_on_all_that_is_between_a_recording_and_its_reference(judge, tmp_path):
     made, _ = judge()
-    config, plan = made.config, made.corpus.plan
+    config, plan = made.config, made.corpus.fingerprint
 
     def basis_of(changes: list[str], plan: str = plan) -> dict:
         changed = configs.overridden(config, changes)

@@ -15,7 +15,7 @@ COMMANDS = COMMAND.findall(README)
 
 
 def definitions(path: str) -> set[str]:
-    """Names of functions and methods: {"main", "TextToSpeech.forward", "flow.loss" by the file's name, ...}."""
+    """Names of functions, by their file as well, and of methods."""
     found = set()
     for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef):

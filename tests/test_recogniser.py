@@ -25,7 +25,10 @@ def listener(random_whisper):
 def wer(listener, texts: list[str], waves: list[torch.Tensor], rate: int) -> float:
     heard = listener.transcribe(waves, rate)
     return metric.word_error_rate(
-        [(asr.normalise(t), asr.normalise(h)) for t, h in zip(texts, heard, strict=True)]
+        [
+            (asr.normalize_transcript(t), asr.normalize_transcript(h))
+            for t, h in zip(texts, heard, strict=True)
+        ]
     )
 
 
@@ -122,5 +125,5 @@ def test_pocketsphinx_hears_a_real_recording(recordings):
     listener = asr.load("pocketsphinx", CPU)
     wave = audio.load_wav(recordings / "wavs" / f"{name}.wav", 22050)
     heard, silence = listener.transcribe([wave, torch.zeros(22050)], 22050)
-    assert metric.word_error_rate([(asr.normalise(text), asr.normalise(heard))]) < 0.6
+    assert metric.word_error_rate([(asr.normalize_transcript(text), asr.normalize_transcript(heard))]) < 0.6
     assert listener.name == "pocketsphinx" and isinstance(silence, str)

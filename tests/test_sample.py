@@ -17,7 +17,7 @@ LONG = (
     "of hats, of baskets, of the weather in the north and of the weather in the south, and of nothing else "
     "at all, as such letters often do when they are long… So it was."
 )
-LONGEST = TextToSpeech.longest
+LONGEST = TextToSpeech.max_characters
 
 
 @pytest.fixture

@@ -443,9 +443,9 @@ class Hummer(Toy):
     config_class = HummerConfig
     corpus_class = Hums
     batches_class = Rounds
-    makes = ("wav", "png")
+    output_kinds = ("wav", "png")
     speaks = True
-    longest = 30
+    max_characters = 30
     scores = {
         "lsd": Score("log-spectral distance", "dB"),
         "path_distance": Score("distance to the colour path"),

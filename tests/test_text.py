@@ -449,12 +449,12 @@ def test_the_longest_text_of_the_worst_kind_is_read(unit):
     ],
 )
 def test_what_a_recogniser_writes_in_its_own_way_is_no_error(typed, heard):
-    assert metric.word_errors(asr.normalise(typed), asr.normalise(heard))[0] == 0
+    assert metric.word_errors(asr.normalize_transcript(typed), asr.normalize_transcript(heard))[0] == 0
 
 
 def test_another_amount_is_an_error():
-    heard = asr.normalise("three dollars and sixty cents")
-    assert metric.word_errors(asr.normalise("$3.50"), heard) == (1, 1)
+    heard = asr.normalize_transcript("three dollars and sixty cents")
+    assert metric.word_errors(asr.normalize_transcript("$3.50"), heard) == (1, 1)
 
 
 @pytest.mark.parametrize(

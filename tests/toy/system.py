@@ -21,7 +21,7 @@ class ToyConfig(Config):
 class Whistles:
     """Texts of one to three words."""
 
-    plan = "whistles"
+    fingerprint = "whistles"
     statistics = ()
 
     def __init__(self, config):
