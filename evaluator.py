@@ -420,8 +420,10 @@ def write_rows(path: Path, rows: list[dict]) -> list[dict]:
 
 def stack_features(features: list[dict]) -> dict[str, np.ndarray]:
     """Features of outputs as one array (n, ...) of each kind."""
-    kinds = features[0].keys() - {"number"}
-    return {kind: np.stack([found[kind] for found in features]) for kind in kinds}
+    stacked = {}
+    for kind in features[0].keys() - {"number"}:
+        stacked[kind] = np.stack([found[kind] for found in features])
+    return stacked
 
 
 def add_noise(wave: Tensor, snr: float, seed: int) -> Tensor:

@@ -769,7 +769,8 @@ def either(keys: Iterable[str]) -> str:
 
 
 def either_case(keys: Iterable[str]) -> str:
-    return either([case for key in keys for case in (key, key.capitalize())])
+    capitals = [key.capitalize() for key in keys]
+    return either([*keys, *capitals])
 
 
 def compiled(pattern: str) -> re.Pattern:

@@ -98,7 +98,7 @@ class Module:
         for node in ast.walk(self.tree):
             place = f"{self.name}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
-                if isinstance(node.value, ast.Tuple):
+                if isinstance(node.value, ast.Tuple) and not is_swap(node):
                     found.append(f"{place}: a tuple of unrelated things is assigned")
                 if isinstance(node.value, COMPREHENSION):
                     found.append(f"{place}: a comprehension is unpacked")
@@ -109,6 +109,12 @@ class Module:
             if isinstance(node, ast.NamedExpr):
                 found.append(f"{place}: a walrus inside an expression")
         return found
+
+
+def is_swap(node: ast.Assign) -> bool:
+    """a, b = b, a."""
+    names = [ast.unparse(part) for part in node.targets[0].elts]
+    return [ast.unparse(part) for part in node.value.elts] == names[::-1]
 
 
 def modules(root: Path = ROOT) -> list[Module]:
