@@ -36,10 +36,10 @@ class Output(Protocol):
     sample_rate: int
 
     def draw(self, stem: Path) -> dict[str, str]:
-        """Write its pictures beside `stem`; returns their kinds and file names: {"picture": "000.png",
-        "attention": ...}.
+        """Write its pictures beside `stem`.
 
-        picture is always one of them; the report also shows attention and confidence.
+        returns: their file names by kind, {"picture": "000.png", "attention": ...}; a picture always,
+        and the report also shows attention and confidence.
         """
 
 
@@ -78,15 +78,11 @@ class Corpus(Protocol):
         """Those of train | val | test, always in the same order."""
 
     def recording(self, clip: Clip) -> tuple[Tensor, int] | None:
-        """The sound as it was recorded, a wave (N,), and its rate in Hz, the same for all clips; None where
-        there is none.
-        """
+        """The sound as recorded, a wave (N,), and its rate in Hz, equal for all clips; None without one."""
 
 
 class Batches(Protocol):
-    """Batches as dicts of CPU tensors, in which everything random is drawn; t (B,) and frames (B,) are always
-    among them.
-    """
+    """Dicts of CPU tensors, in which all that is random is drawn; t (B,) and frames (B,) are in each."""
 
     def train(self, step: int, micro: int = 0) -> dict[str, Tensor]:
         """This rank's part of a micro-batch: a function of (config.seed, step, micro, rank)."""
@@ -138,8 +134,9 @@ class System(nn.Module):
         """The recorded clip through all but the generative network: what the best one could make."""
 
     def score(self, output: Output, corpus: Corpus, clip: Clip) -> dict[str, float]:
-        """An output beside the clip whose text it was made from, by keys of `scores`: distances, and matches
-        that are 0 or 1.
+        """An output beside the clip whose text it was made from: distances, and matches that are 0 or 1.
+
+        returns: by keys of `scores`.
         """
         return {}
 
@@ -148,8 +145,9 @@ class System(nn.Module):
         return {}
 
     def summarize(self, features: dict[str, np.ndarray], folder: Path | None) -> dict[str, float]:
-        """Figures of a set by keys of `scores`, from the stacked `features` of its outputs; pictures of it go
-        into `folder`.
+        """Figures of a set, from the stacked `features` of its outputs; pictures of it go into `folder`.
+
+        returns: by keys of `scores`.
         """
         return {}
 

@@ -317,4 +317,4 @@ def prefetch(make: Callable, steps: Iterable[int], workers: int) -> Iterator:
 if __name__ == "__main__":
     import system
 
-    configs.run_main(lambda: prepare.main(system.corpora()))
+    configs.run_main(lambda: prepare.main(system.reader_of))

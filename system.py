@@ -7,7 +7,7 @@ corpus, caches; `python system.py export --ckpt RUN --out FOLDER` writes what ot
 import argparse
 import json
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,14 +40,15 @@ def find(name: object, where: str = "") -> type[System]:
     return pkgutil.resolve_name(SYSTEMS[name])
 
 
-def corpora() -> dict[str, tuple[type[Config], dict]]:
-    """What `python data.py` packs, by name: the config of the first system that has it, and its readers."""
-    found = {}
+def reader_of(corpus: str) -> tuple[type[Config], Callable]:
+    """Whose corpus it is, for `python data.py`: the config and the reader of the first system that has it."""
+    known = []
     for name in SYSTEMS:
         system = find(name)
-        for corpus in system.readers:
-            found.setdefault(corpus, (system.config_class, system.readers))
-    return found
+        if corpus in system.readers:
+            return system.config_class, system.readers[corpus]
+        known += system.readers
+    raise UserError(f"{corpus}: no such corpus; there are {', '.join(known)}")
 
 
 # Configs: only here is it known which class a system's is

@@ -123,13 +123,13 @@ def read_recording(clip: Clip, sample_rate: int, resample: bool) -> torch.Tensor
     return wave
 
 
-def main(corpora: dict[str, tuple[type[Config], dict[str, Reader]]]) -> None:
-    """The command line of `python data.py`. corpora: by name, whose config a corpus has and who reads it."""
+def main(reader_of: Callable[[str], tuple[type[Config], Reader]]) -> None:
+    """The command line of `python data.py`. reader_of: the config and the reader of a corpus, by its name."""
     about = "Pack a corpus."
     knobs = "--key value for any knob of its config."
     parser = argparse.ArgumentParser(allow_abbrev=False, description=about, epilog=knobs)
     add = parser.add_argument
-    add("corpus", choices=list(corpora))
+    add("corpus", help="ljspeech, librispeech, demo, music, or another that a system reads")
     add("--out", required=True, help="where the shards go")
     root_help = "the corpus as published: a folder; music: that of a table, or a JSON list"
     add("--root", "--json", default="", help=root_help)
@@ -145,9 +145,9 @@ def main(corpora: dict[str, tuple[type[Config], dict[str, Reader]]]) -> None:
     overrides = [f"--corpus={options.corpus}", f"--data_dir={options.root or options.out}"]
     if options.download:
         overrides.append("--download=true")
-    config_class, readers = corpora[options.corpus]
+    config_class, read_corpus = reader_of(options.corpus)
     config = load(config_class, "", overrides + rest)
-    corpus, clips, skipped = readers[options.corpus](config)
+    corpus, clips, skipped = read_corpus(config)
     if options.resample:
         corpus["resample"] = True
     out = Path(options.out)

@@ -231,7 +231,7 @@ def test_a_killed_run_leaves_no_half_shard_and_is_taken_up(tmp_path):
     # at the first shard
     kill = "import os\nclass Bar(shards.tqdm):\n    def update(self, count):\n        os.killpg(0, 9)\n"
     kill += "shards.tqdm = Bar\n"
-    work = f"sys.argv[1:] = {words!r}; prepare.main(system.corpora())"
+    work = f"sys.argv[1:] = {words!r}; prepare.main(system.reader_of)"
     killed = subprocess.run(
         [sys.executable, "-c", start + kill + work], capture_output=True, start_new_session=True
     )
