@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 import audio
-import config as configs
 import flow
-from config import Config, UserError
+from config import Config, UserError, run_main
 from corpora import prepare, shards
 from corpora.shards import PREPARE_HINT, SPLITS, Clip
 from pretrained import text_encoder
@@ -317,4 +316,4 @@ def prefetch(make: Callable, steps: Iterable[int], workers: int) -> Iterator:
 if __name__ == "__main__":
     import system
 
-    configs.run_main(lambda: prepare.main(system.reader_of))
+    run_main(lambda: prepare.main(system.reader_of))

@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from conftest import options
 from house import ROOT, SUPPORT, SYSTEMS, Module, arrows, modules
 
 import config
@@ -212,6 +213,24 @@ def test_a_system_is_deleted_with_its_folder_and_one_line(name, tmp_path):
         "tests/test_model.py",
         "tests/test_flow.py",
     )
+
+
+def test_a_system_is_added_with_a_folder_and_one_line(tmp_path):
+    """tests/toy, as a user's own system: prepared, trained, evaluated, sampled and listed by the commands."""
+    folder = copy_of_the_tree(tmp_path)
+    shutil.copytree(folder / "tests" / "toy", folder / "toy")
+    assert Module("toy", folder / "toy" / "system.py").code_lines <= 60
+    table = (folder / "system.py").read_text()
+    line = '    "toy": "toy.system:Toy",\n'
+    (folder / "system.py").write_text(table.replace("SYSTEMS = {\n", "SYSTEMS = {\n" + line, 1))
+    knobs = {"system": "toy", "data_dir": "whistles", "out_dir": "run", "hertz": 200, "steps": 2, "limit": 3}
+    words = options(knobs | {"device": "cpu", "dtype": "fp32", "wandb": "disabled"})
+    run(folder, "system.py", "prepare", *words)
+    run(folder, "train.py", *words)
+    run(folder, "evaluator.py", "--ckpt=run")
+    run(folder, "sample.py", "--ckpt=run", "--text=la la", "--out=x.wav")
+    assert (folder / "x.wav").stat().st_size > 1000
+    assert "pitch error" in (folder / "run" / "report.html").read_text()
 
 
 @pytest.mark.slow
