@@ -33,7 +33,8 @@ main() {
     if [[ ${1:-} == test ]]; then
         set_up test
         export OMP_WAIT_POLICY=PASSIVE                       # idle threads sleep: spinning ones slow each other down
-        exec "$VENV/bin/python" -m pytest -q "${@:2}"
+        export OMP_NUM_THREADS=1                             # two processes of one thread each, a file of tests at a time
+        exec "$VENV/bin/python" -m pytest -q -n 2 --dist loadfile "${@:2}"
     fi
     if [[ ${1:-} == lock ]]; then
         command -v uv >/dev/null || die "uv is not installed: pip install uv"

@@ -1,4 +1,4 @@
-"""The demos from an empty folder to what is as asked for; minutes long: `./run.sh test -m slow`."""
+"""The demos from an empty folder to what is as asked for; minutes long: `./run.sh test -m slow -n 0`."""
 
 import json
 import os

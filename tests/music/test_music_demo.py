@@ -1,4 +1,4 @@
-"""The demo of music from an empty folder; minutes long: `./run.sh test -m slow`."""
+"""The demo of music from an empty folder; minutes long: `./run.sh test -m slow -n 0`."""
 
 import pytest
 import test_demo
