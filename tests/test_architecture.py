@@ -201,18 +201,8 @@ def test_a_system_is_deleted_with_its_folder_and_one_line(name, tmp_path):
     folder = copy_of_the_tree(tmp_path)
     delete(folder, name)
     rest = [module.name for module in modules(folder)]
-    run(folder, "-c", f"import {', '.join(rest)}")
-    run(
-        folder,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_config.py",
-        "tests/test_model.py",
-        "tests/test_flow.py",
-    )
+    of_speech = ["-q", "-p", "no:cacheprovider", "tests/test_model.py", "tests/test_flow.py"]
+    run(folder, "-c", f"import sys, pytest, {', '.join(rest)}; sys.exit(pytest.main({of_speech}))")
 
 
 def test_a_system_is_added_with_a_folder_and_one_line(tmp_path):

@@ -516,3 +516,19 @@ def test_the_command_packs(raw, tmp_path):
     assert (
         done.returncode == 0 and "22 train, 1 val, 0 test clips; 0 skipped" in done.stdout and not done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["ljspeech", "--root", "nowhere", "--out", "x"], "--download"),
+        (["librispeech", "--root", "nowhere", "--out", "x"], "nowhere: no <speaker>/<chapter>"),
+        (["demo", "--out", "x", "--shard", "2/2"], "--shard 2/2"),
+        (["demo", "--out", "x", "--sentence", "5"], "did you mean"),
+        (["demo", "--out", "/proc/nowhere"], "cannot be written"),
+    ],
+    ids=str,
+)
+def test_a_user_error_is_one_line_and_exit_code_2(words, message, tmp_path):
+    done = run_cli(*words, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr

@@ -62,11 +62,10 @@ def make_batch(frames=(24, 16), text_lengths=(9, 5), pad=0, text_pad=0):
 
 def test_a_network_of_phonemes_reads_words_that_sound_alike_alike():
     network = make(text="phonemes")
-    prompts = [
-        Prompt(text, seconds=0.5, seed=3)
-        for text in ("I see two boats.", "I sea too boats.", "I see two boots.")
-    ]
-    alike, same, other = network.sample(prompts, TTSSample(euler_steps=2))
+    outputs = []
+    for text in ("I see two boats.", "I sea too boats.", "I see two boots."):
+        outputs += network.sample([Prompt(text, seconds=0.5, seed=3)], TTSSample(euler_steps=2))
+    alike, same, other = outputs
     assert torch.equal(alike.log_mel, same.log_mel) and alike.symbols == same.symbols == voice.phonemes(
         "I see two boats."
     )

@@ -118,7 +118,7 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_named_with_the_first_diffe
 
 
 def test_a_folder_is_its_newest_checkpoint_and_speaks_with_the_average(run):
-    config, network, step = load(str(run), CPU, {"sample": {"euler_steps": 7}}, out_dir="elsewhere")
+    config, network, step = load(str(run), CPU, ["--euler_steps=7", "--out_dir=elsewhere"])
     state = checkpoint.load_checkpoint(run / "checkpoints" / "step_0000006.pt")
     assert (config.sample.euler_steps, config.out_dir, step, network.training) == (7, "elsewhere", 6, False)
     for name, p in network.named_parameters():
@@ -181,7 +181,7 @@ def test_what_is_fixed_is_what_there_is_and_says_what_the_weights_mean(name):
 
 
 def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):
-    config, network, _ = load(str(run), CPU, {"train": {"muon_lr": 0.5, "lr": 0.25}})
+    config, network, _ = load(str(run), CPU, ["--muon_lr=0.5", "--lr=0.25"])
     optimizers = optim.make_optimizers(
         network, config.train.muon_lr, config.train.lr, config.train.weight_decay
     )

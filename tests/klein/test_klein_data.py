@@ -40,7 +40,7 @@ def test_what_is_wrong_in_librispeech_is_named(tmp_path):
     flac[4].write_bytes(b"fLaC, not really")
     flac[5].unlink()
     config = waves_config(tmp_path)
-    corpus, clips, skipped = prepare.read_corpus(config, prepare.READERS)
+    corpus, clips, skipped = prepare.READERS["librispeech"](config)
     form = wave_format(config.picture)
     shards.pack(
         tmp_path / "out",

@@ -119,11 +119,6 @@ def test_a_list_of_another_form_is_an_error(tmp_path, content):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["ljspeech", "--root", "nowhere", "--out", "x"], "--download"),
-        (["librispeech", "--root", "nowhere", "--out", "x"], "nowhere: no <speaker>/<chapter>"),
-        (["demo", "--out", "x", "--shard", "2/2"], "--shard 2/2"),
-        (["demo", "--out", "x", "--sentence", "5"], "did you mean"),
-        (["demo", "--out", "/proc/nowhere"], "cannot be written"),
         (["music", "--json", "nowhere.json", "--out", "x"], "nowhere.json: missing, or not"),
         (["music", "--root", ".", "--out", "x"], "captions.csv: missing, or not"),
     ],

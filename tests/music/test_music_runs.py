@@ -473,7 +473,7 @@ def test_pieces_are_sampled_by_command(run, tmp_path):
     words = (
         f"--ckpt={run}",
         f"--prompt_file={tmp_path / 'prompts.txt'}",
-        "--steps=3",
+        "--euler_steps=3",
         "--cfg_scale=7",
         "--negative=low quality, gentle",
     )
@@ -487,7 +487,7 @@ def test_a_caption_of_two_sentences_is_one_piece(run, tmp_path):
         sample,
         f"--ckpt={run}",
         "--text=A slow melody. On a flute.",
-        "--steps=1",
+        "--euler_steps=1",
         f"--out={tmp_path / 'a.wav'}",
         "--seconds=2",
     )
