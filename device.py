@@ -1,5 +1,6 @@
-"""The device: CPU, CUDA, or the GPU of a Mac (mps), and the precision that it is fastest in. GPUs that cannot be used are an error.
+"""The device: CPU, CUDA, or the GPU of a Mac (mps); and the precision that it is fastest in.
 
+GPUs that are there and cannot be used are an error.
 A CUDA build of torch needs a driver that supports its major version of CUDA or a newer one:
 525 and newer for CUDA 12, 580 and newer for CUDA 13 (source: docs.nvidia.com/deploy/cuda-compatibility).
 """
@@ -18,7 +19,7 @@ import torch.nn as nn
 from config import UserError
 
 # The builds of torch 2.11, newest first, by the version of CUDA that the driver supports at least
-BUILDS = (((13, 0), "cu130"), ((12, 8), "cu128"), ((12, 0), "cu126"))
+TORCH_BUILDS = (((13, 0), "cu130"), ((12, 8), "cu128"), ((12, 0), "cu126"))
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -45,32 +46,48 @@ def pick_device(wanted: str) -> torch.device:
     elif hidden:
         reason = f"CUDA_VISIBLE_DEVICES={visible} hides every GPU"
     else:
-        reason = explain(f"{error} (CUDA_VISIBLE_DEVICES={visible})" if visible else error)
+        reason = explain_cuda_error(f"{error} (CUDA_VISIBLE_DEVICES={visible})" if visible else error)
     raise UserError(f"device {wanted}: {reason}; to use the CPU: --device cpu, or ./run.sh --gpus 0")
 
 
+def preparing_device(config_device: str) -> torch.device:
+    """Where frozen networks compute what training will read: on a GPU that torch sees, else on the CPU.
+
+    config_device: auto | cpu | cuda | mps; Metal is not used here. A GPU that cannot be used is no error:
+    `pick_device` has refused it by then.
+    """
+    on_gpu = config_device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
 def pick_dtype(device: torch.device) -> str:
-    """bf16 on a GPU that has it, and on a CPU that has instructions for it and is a quarter faster with them; else fp32."""
+    """bf16 on a GPU that has it, and on a CPU whose instructions make it a quarter faster; else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type != "cpu" or not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if device.type != "cpu":
         return "fp32"
-    return "bf16" if 1.25 * product_seconds(torch.bfloat16) < product_seconds(torch.float32) else "fp32"
+    if not torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
+        return "fp32"
+    return "bf16" if 1.25 * time_matmul(torch.bfloat16) < time_matmul(torch.float32) else "fp32"
 
 
-def product_seconds(dtype: torch.dtype) -> float:
+def time_matmul(dtype: torch.dtype) -> float:
     """The fastest of five matrix products, of the size of a small Transformer's."""
-    a, b = torch.ones(1024, 192, dtype=dtype), torch.ones(192, 768, dtype=dtype)
-    found = []
+    a = torch.ones(1024, 192, dtype=dtype)
+    b = torch.ones(192, 768, dtype=dtype)
+    times = []
     for _ in range(5):
         start = time.perf_counter()
         a @ b
-        found.append(time.perf_counter() - start)
-    return min(found)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
-def hardware(device: torch.device, world: int) -> str:
-    return f"{world} x {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+def hardware_name(device: torch.device, world: int) -> str:
+    """How runs name what they ran on."""
+    if device.type == "cuda":
+        return f"{world} x {torch.cuda.get_device_name(device)}"
+    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def move(network: nn.Module, device: torch.device) -> nn.Module:
@@ -101,7 +118,7 @@ def cuda_error(device: torch.device) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.ones(1, device=device).add(1).item()
-    except (RuntimeError, AssertionError) as e:                # AssertionError: a build without CUDA
+    except (RuntimeError, AssertionError) as e:  # AssertionError: a build without CUDA
         return str(e).split("\n")[0]
     return ""
 
@@ -111,22 +128,24 @@ def count_gpus() -> int:
     return len(re.findall("^GPU |version mismatch", nvidia_smi("-L"), re.MULTILINE))
 
 
-def explain(error: str) -> str:
+def explain_cuda_error(error: str) -> str:
     """Why GPUs that are there cannot be used, and what helps. error: what torch says."""
     report = nvidia_smi()
     if "version mismatch" in report:
         return f"nvidia-smi says: {report.splitlines()[0]}: its driver was replaced; restart the machine"
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
+    toolkit = torch.version.cuda  # "12.8", or None
+    build = f"CUDA {toolkit}" if toolkit else "the CPU only"
     ours = f"torch {torch.__version__} is built for {build}"
     driver = re.search(r"(?:Driver|KMD) Version: *([\d.]+)", report)
     cuda = re.search(r"CUDA (?:UMD )?Version: *(\d+)\.(\d+)", report)
     if not driver or not cuda:
         return f"{ours} and says: {error}"
-    supported = (int(cuda[1]), int(cuda[2]))
-    facts = f"{ours}, driver {driver[1]} supports CUDA up to {cuda[1]}.{cuda[2]}"
-    if torch.version.cuda and supported[0] >= int(torch.version.cuda.split(".")[0]):
+    major = int(cuda[1])
+    minor = int(cuda[2])
+    facts = f"{ours}, driver {driver[1]} supports CUDA up to {major}.{minor}"
+    if toolkit and major >= int(toolkit.split(".")[0]):
         return f"{facts}, and yet torch says: {error}"
-    builds = [name for least, name in BUILDS if supported >= least]
+    builds = [name for least, name in TORCH_BUILDS if (major, minor) >= least]
     if not builds:
         return f"{facts}: install driver 580 or newer"
     return f"{facts}: install the matching build by {install_command(builds[0])}"
@@ -136,8 +155,10 @@ def install_command(build: str) -> str:
     """What replaces torch by another build of its version; without `uninstall` pip would keep this one."""
     pip = f"{sys.executable} -m pip"
     version = torch.__version__.split("+")[0]
-    return (f"`{pip} uninstall -y torch torchaudio && {pip} install torch=={version} torchaudio=={version} "
-            f"--index-url https://download.pytorch.org/whl/{build}`")
+    return (
+        f"`{pip} uninstall -y torch torchaudio && {pip} install torch=={version} torchaudio=={version} "
+        f"--index-url https://download.pytorch.org/whl/{build}`"
+    )
 
 
 def nvidia_smi(*words: str) -> str:

@@ -1,419 +1,462 @@
-"""How good a system is: validation loss on fixed noise, and samples: heard by a recogniser, looked at by the system's own judges.
+"""How good a system is: validation loss on fixed noise; samples, transcribed and scored.
 
-All ranks take their share of the clips and gather at the end. `python evaluator.py --ckpt out/demo --limit 64` does after
-training what the loop does in it; `--snr inf 20 10 5 0` repeats it under noise. All of it lands in <out_dir>/eval/step_*.
+`python evaluator.py --ckpt out/demo` repeats the evaluation of training; any knob of the checkpoint's config
+goes on top: `--split test --limit 500 --recogniser medium.en`, `--prompts FILE`, `--euler_steps 50`. It
+writes into <out_dir>/eval/step_*. All ranks take their share of the clips and gather at the end.
+Reference scores, the floors, are of recordings through all but the network.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import re
 import shutil
-from dataclasses import asdict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 import audio
-import data
+import config as configs
 import metric
-import recogniser
 import system
-from config import CHOICES, Config, UserError, run_main
+from base import Batches, Corpus, Output, Prompt, System
+from config import DEVICES, Config, UserError, run_main
 from device import pick_device
-from model import Prompt
+from metric import Score
+from pretrained import asr
 from text import normalize
+from tracking import logger, reference_scores
 
-SHOWN = 8                            # samples that get pictures and a place in W&B and the report
-BINS = 10                            # of t, for the validation loss
-FLOORS = 1                           # how floors are measured: raised, those that are kept are measured again
-OF_MADE = re.compile(r"eval/(fad|kad|clap|fid|inception_score|recall_made)")      # figures that depend on what was made
-IN_BIN = re.compile(r"_t\d$")        # a loss in one of them
+N_SHOWN = 8  # samples that get pictures and a place in W&B and the report
+N_T_BINS = 10  # of t, for the validation loss
+T_BIN_KEY = re.compile(r"_t\d$")  # a loss in one of them
+SPEECH_RATE = 16000  # Hz, of speech that is a prompt
+KNOBS = "--key value for any knob of the config changes what the checkpoint says; train.py --help lists them"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=KNOBS, allow_abbrev=False)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="a checkpoint, or the folder of a run")
+    snr_help = "dB, inf for none: systems that listen, under white noise at each"
+    add("--snr", type=float, nargs="+", default=[], help=snr_help)
+    add("--device", default="auto", choices=DEVICES)
+    options, knobs = parse_with_knobs(parser)
+    device = pick_device(options.device)
+    config, network, step = system.load(options.ckpt, device, knobs)
+    if options.snr and not network.listens:
+        raise UserError(f"--snr is for systems that listen; {config.system} does not")
+    corpus = None if config.eval.prompts else system.open_corpus(config)
+    evaluator = Evaluator(config, corpus, device)
+    for snr in options.snr or [math.inf]:
+        evaluator.snr = snr
+        if options.snr:
+            print(f"speech at {snr:g} dB over white noise")
+        found = evaluator.run(network, step)
+        print_scores(found, network.scores)
+        print(json.dumps(found))
+
+
+def parse_with_knobs(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a command line, and what is left of it: knobs of the config.
+
+    raises UserError for --steps: the knob of that name is training's.
+    """
+    options, knobs = parser.parse_known_args()
+    if "steps" in configs.parse_overrides(knobs):
+        raise UserError("--steps are those of training; those of sampling are --euler_steps")
+    return options, knobs
 
 
 class Evaluator:
-    """Prompts, references and, for a system that speaks, the recogniser, resident; `run` samples and scores a network."""
+    """Holds the prompts and, for a system that speaks, a recogniser; `run` samples and scores a network."""
 
-    def __init__(self, config: Config, corpus, device: torch.device, rank: int = 0, world: int = 1):
-        self.config, self.corpus, self.device, self.rank, self.world = config, corpus, device, rank, world
-        parts = system.SYSTEMS[config.system].network
-        self.prompts = read_prompts(config.eval.prompts)[:config.eval.limit] if config.eval.prompts else []
-        if parts.speaks:
-            self.prompts = [normalize(prompt) for prompt in self.prompts]
-        self.clips = [] if self.prompts else corpus.clips(config.eval.split)[:config.eval.limit]
-        if parts.listens and self.prompts:
-            raise UserError(f"eval.prompts {config.eval.prompts}: system {config.system} listens; it is evaluated on its corpus's speech")
-        self.recogniser = self.load_recogniser() if parts.speaks else None
-        self.floors, self.references, self.snr = {}, {}, math.inf
+    def __init__(
+        self, config: Config, corpus: Corpus | None, device: torch.device, rank: int = 0, world: int = 1
+    ):
+        """corpus: None only where eval.prompts names a file."""
+        self.config = config
+        self.corpus = corpus
+        self.device = device
+        self.rank = rank
+        self.world = world
+        self.snr = math.inf  # dB: of the speech that a system is prompted with
+        network_class = system.find(config.system)
+        self.scores = network_class.scores
+        self.clips = []
+        options = config.eval
+        if options.prompts:
+            if network_class.listens:
+                raise UserError(
+                    f"eval.prompts {options.prompts}: system {config.system} listens; "
+                    "it is evaluated on its corpus's speech"
+                )
+            texts = read_prompts(options.prompts)[: options.limit]
+            self.texts = [normalize(text) for text in texts] if network_class.speaks else texts
+        else:
+            self.clips = corpus.clips(options.split)[: options.limit]
+            self.texts = [clip.text for clip in self.clips]
+        self.recogniser = self.load_recogniser() if network_class.speaks else None
+        self.reference_scores = {}
+        self.reference_outputs = {}  # of the clips that are shown, by their numbers
 
-    def run(self, network, step: int) -> dict[str, float | str]:
-        """Sample every prompt with `network`, score, and let the recogniser hear them; returns metrics on rank 0, {} on the others."""
-        self.floors = self.floors or self.find_floors(network)
+    def run(self, network: System, step: int) -> dict[str, float | str]:
+        """Sample every prompt, transcribe and score; returns metrics on rank 0, {} on the others."""
+        if not self.reference_scores:
+            self.reference_scores = self.find_reference_scores(network)
         folder = Path(self.config.out_dir, "eval", f"step_{step:07d}")
         folder.mkdir(parents=True, exist_ok=True)
         rows, features = self.sample_share(network, folder)
-        rows, features = (sorted(gather(part, self.world), key=lambda item: item["number"]) for part in (rows, features))
+        rows = gather_numbered(rows, self.world)
+        features = gather_numbered(features, self.world)
         if self.rank != 0:
             return {}
-        keys = dict.fromkeys(key for row in rows for key in row)
-        rows = [dict.fromkeys(keys) | row for row in rows]     # every line has the same keys
-        with open(folder / "samples.jsonl", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        rows = write_rows(folder / "samples.jsonl", rows)
         for ending, kind in (("wav", "audio"), ("png", "picture")):
-            if ending in network.makes:
+            if ending in network.output_kinds:
                 shutil.copy(folder / rows[0][kind], Path(self.config.out_dir, f"sample.{ending}"))
-        found = error_rate(rows) | {"eval/recogniser": self.recogniser.name} if self.recogniser else {}
-        found |= {**self.floors, **{f"eval/{key}": value for key, value in mean_scores(rows).items()}, **by_group(rows)}
-        return found | (figures(features, folder) if features else {})
+        found = {}
+        if self.recogniser:
+            found |= metric.word_error_scores(rows)
+            found["recogniser"] = self.recogniser.name
+        found |= metric.mean_scores(rows, self.scores)
+        if features:
+            found |= network.summarize(stack_features(features), folder)
+        found |= metric.match_rates_by_group(rows, self.scores)
+        return {f"eval/{key}": value for key, value in found.items()} | self.reference_scores
 
-    def sample_share(self, network, folder: Path) -> tuple[list[dict], list[dict]]:
-        """This rank's prompts, longest first in batches of sample_batch: sampled, written, heard; a row each, and its features, if any."""
-        e, rows, features = self.config.eval, [], []
-        texts = self.prompts or [clip.text for clip in self.clips]
-        mine = sorted(range(self.rank, len(texts), self.world), key=lambda n: -len(texts[n]))
-        bar = tqdm(total=len(mine), desc="sampling", unit="prompt", disable=None if self.rank == 0 else True, leave=False)
-        for start in range(0, len(mine), e.sample_batch):
-            numbers = mine[start:start + e.sample_batch]
-            made = network.sample([self.prompt(network, n, texts[n]) for n in numbers], self.config.sample)
-            heard = self.recogniser.transcribe([a.wave for a in made], made[0].sample_rate) if self.recogniser else [None] * len(made)
-            rows += [self.row(network, n, texts[n], a, h, folder) for n, a, h in zip(numbers, made, heard)]
-            if network.features and self.clips:
-                features += [{"number": n, **network.features(a, self.corpus, self.clips[n])} for n, a in zip(numbers, made)]
+    def sample_share(self, network: System, folder: Path) -> tuple[list[dict], list[dict]]:
+        """Sample, transcribe and write this rank's prompts, longest first in batches of sample_batch.
+
+        returns: a row for each, and its features, if it has any.
+        """
+        rows = []
+        features = []
+        share = list(range(self.rank, len(self.texts), self.world))
+        share.sort(key=lambda number: -len(self.texts[number]))
+        silent = None if self.rank == 0 else True  # None: where there is no terminal
+        bar = tqdm(total=len(share), desc="sampling", unit="prompt", disable=silent, leave=False)
+        size = self.config.eval.sample_batch
+        for start in range(0, len(share), size):
+            numbers = share[start : start + size]
+            prompts = [self.prompt(network, number) for number in numbers]
+            outputs = network.sample(prompts, self.config.sample)
+            transcripts = [None] * len(outputs)
+            if self.recogniser:
+                waves = [output.wave for output in outputs]
+                transcripts = self.recogniser.transcribe(waves, outputs[0].sample_rate)
+            for number, output, transcript in zip(numbers, outputs, transcripts):
+                rows.append(self.row(network, number, output, transcript, folder))
+                features += self.features(network, number, output)
             bar.update(len(numbers))
         bar.close()
         return rows, features
 
-    def prompt(self, network, number: int, text: str) -> Prompt:
-        true_length = self.config.eval.true_durations and self.clips
-        seconds = self.clips[number].frames / network.frame_rate if true_length else 0.0
-        return Prompt(text, seconds, seed=number, speech=self.speech(number) if network.listens else None)
+    def prompt(self, network: System, number: int) -> Prompt:
+        prompt = Prompt(self.texts[number], seed=number)
+        if self.config.eval.true_durations and self.clips:
+            prompt.seconds = self.clips[number].frames / network.frame_rate
+        if network.listens:
+            wave, rate = self.corpus.recording(self.clips[number])
+            prompt.speech = add_noise(audio.resample(wave, rate, SPEECH_RATE), self.snr, seed=number)
+        return prompt
 
-    def speech(self, number: int) -> torch.Tensor:
-        """What a clip says, (N,) at 16 kHz, with white noise `snr` dB below it, if any."""
-        wave, rate = self.corpus.recording(self.clips[number])
-        return add_noise(audio.resample(wave, rate, 16000), self.snr, seed=number)
-
-    def row(self, network, number: int, text: str, made, heard: str | None, folder: Path) -> dict:
-        """Write one sample, and for the first ones the pictures and the reference; returns its line of samples.jsonl."""
-        row = {"number": number, "id": self.clips[number].id if self.clips else f"prompt-{number}", "text": text}
-        if heard is not None:
-            errors, words = metric.word_errors(recogniser.normalise(text), recogniser.normalise(heard))
-            row |= {"hypothesis": heard, "errors": errors, "words": words}
+    def row(self, network: System, number: int, output: Output, transcript: str | None, folder: Path) -> dict:
+        """Write a sample, its pictures and its reference if shown; returns its line of samples.jsonl."""
+        text = self.texts[number]
+        stem = f"{number:03d}"
+        row = {"number": number, "id": f"prompt-{number}", "text": text}
+        if transcript is not None:
+            errors, words = count_word_errors(text, transcript)
+            row |= {"hypothesis": transcript, "errors": errors, "words": words}
         if self.clips:
-            row |= {"group": self.clips[number].group, **network.score(made, self.corpus, self.clips[number])}
-        if any(score.match for key, score in metric.SCORES.items() if key in row):
-            other = self.clips[(number + max(1, len(self.clips) // 2)) % len(self.clips)]
-            row |= {f"{key}_shuffled": value for key, value in network.score(made, self.corpus, other).items() if metric.SCORES[key].match}
-        row |= {"audio": f"{number:03d}.wav", "reference_audio": None, "picture": None, "reference_picture": None}
-        audio.save_wav(folder / row["audio"], made.wave, made.sample_rate)
-        if number < SHOWN:
-            row |= made.draw(folder / f"{number:03d}")
-        if number < SHOWN and self.clips:
-            drawn = self.reference(network, number).draw(folder / f"{number:03d}.ref")
-            row |= {f"reference_{kind}": name for kind, name in drawn.items()}
-            recording = None if network.listens else self.corpus.recording(self.clips[number])     # else it is the prompt
-            if recording is not None:
-                row["reference_audio"] = f"{number:03d}.ref.wav"
-                audio.save_wav(folder / row["reference_audio"], *recording)
+            clip = self.clips[number]
+            row |= {"id": clip.id, "group": clip.group}
+            row |= self.score(network, number, output)
+        row |= {"audio": f"{stem}.wav", "reference_audio": None}
+        row |= {"picture": None, "reference_picture": None}
+        audio.save_wav(folder / row["audio"], output.wave, output.sample_rate)
+        if number < N_SHOWN:
+            row |= output.draw(folder / stem)
+            if self.clips:
+                row |= self.write_reference(network, number, folder)
         return row
 
-    def reference(self, network, number: int):
-        """A clip through all but the generative network, which training does not change: those that are shown are kept."""
-        if number not in self.references:
-            made = network.reference(self.corpus, self.clips[number])
-            if number >= SHOWN:
-                return made
-            self.references[number] = made
-        return self.references[number]
+    def score(self, network: System, number: int, output: Output) -> dict[str, float]:
+        """Of an output beside its clip; matches also beside another clip, as a control."""
+        scores = network.score(output, self.corpus, self.clips[number])
+        matches = {key for key, score in self.scores.items() if score.is_match}
+        if not matches & scores.keys():
+            return scores
+        n_clips = len(self.clips)
+        other = (number + max(1, n_clips // 2)) % n_clips
+        shuffled = network.score(output, self.corpus, self.clips[other])
+        return scores | {f"{key}_shuffled": shuffled[key] for key in shuffled if key in matches}
 
-    def load_recogniser(self):
-        """The first rank of a machine downloads it, the others find it; UserError where they do not agree."""
-        first = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
-        if not first:
+    def features(self, network: System, number: int, output: Output) -> list[dict]:
+        """The features of an output beside its clip, with its number, as a list of one; [] without any."""
+        if not self.clips:
+            return []
+        found = network.features(output, self.corpus, self.clips[number])
+        return [{"number": number, **found}] if found else []
+
+    def write_reference(self, network: System, number: int, folder: Path) -> dict[str, str]:
+        """Write a clip's pictures, and its recording unless that is the prompt; returns the names by kind."""
+        pictures = self.reference(network, number).draw(folder / f"{number:03d}.ref")
+        names = {f"reference_{kind}": name for kind, name in pictures.items()}
+        if network.listens:
+            return names
+        recording = self.corpus.recording(self.clips[number])
+        if recording is not None:
+            names["reference_audio"] = f"{number:03d}.ref.wav"
+            audio.save_wav(folder / names["reference_audio"], *recording)
+        return names
+
+    def reference(self, network: System, number: int) -> Output:
+        """A clip through all but the generative network; cached if shown: training does not change it."""
+        if number in self.reference_outputs:
+            return self.reference_outputs[number]
+        output = network.reference(self.corpus, self.clips[number])
+        if number < N_SHOWN:
+            self.reference_outputs[number] = output
+        return output
+
+    def load_recogniser(self) -> asr.Recogniser | asr.PocketSphinx | None:
+        """The first rank of a machine downloads it for the others; raises UserError where names differ."""
+        is_first = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
+        name = self.config.eval.recogniser
+        if not is_first:
             dist.barrier()
-        found = recogniser.load(self.config.eval.recogniser, self.device, quiet=self.rank != 0)
-        if first and self.world > 1:
+        loaded = asr.load(name, self.device, quiet=self.rank != 0)
+        if is_first and self.world > 1:
             dist.barrier()
-        names = set(gather([found.name if found else "nobody"], self.world))
+        names = set(all_gather([loaded.name if loaded else "nobody"], self.world))
         if len(names) > 1:
-            raise UserError(f"eval.recogniser {self.config.eval.recogniser} cannot be had on every machine: "
-                            f"there listens {' or '.join(sorted(names))}")
-        return found
+            listeners = " or ".join(sorted(names))
+            raise UserError(
+                f"eval.recogniser {name} cannot be had on every machine: there listens {listeners}"
+            )
+        return loaded
 
-    def find_floors(self, network) -> dict[str, float]:
-        """`measure_floors`; those of a recogniser are kept beside the corpus, by all that they depend on."""
+    def find_reference_scores(self, network: System) -> dict[str, float]:
+        """The reference scores; a recogniser's are stored beside the corpus."""
         if not self.recogniser or not self.clips:
-            return self.measure_floors(network)
-        basis = self.basis_of_floors()
-        path = self.corpus.folder / f"floors_{data.digest(basis)[:8]}.json"
-        kept, = gather([read_floors(path, basis)] if self.rank == 0 else [], self.world)
-        if kept is not None:
-            return kept
-        floors = self.measure_floors(network)
+            return self.measure_reference_scores(network)
+        folder = self.corpus.folder
+        basis = reference_scores.find_basis(
+            self.config, self.corpus.fingerprint, self.clips, self.recogniser.identity
+        )
+        stored = reference_scores.read(folder, basis) if self.rank == 0 else None
+        stored = all_gather([stored], self.world)[0]
+        if stored is not None:
+            return stored
+        scores = self.measure_reference_scores(network)
         if self.rank == 0:
-            # a folder that cannot be written to: measured again next time
-            content = json.dumps({"basis": basis, "floors": floors}, indent=1)
-            with contextlib.suppress(UserError, OSError), data.replacing(path) as part:
-                part.write_text(content, encoding="utf-8")
-        return floors
+            reference_scores.store(folder, basis, scores)
+        return scores
 
-    def basis_of_floors(self) -> dict:
-        """All that floors depend on: who listens, to which clips, and what a reference is made by."""
-        c = self.config
-        clips = [[clip.id, clip.text, clip.frames] for clip in self.clips]
-        return {
-            "version": FLOORS,
-            "recogniser": self.recogniser.identity,
-            "system": c.system,
-            "mel": asdict(c.mel),
-            "picture": asdict(c.picture),
-            "vocoder": [c.sample.vocoder, files_of(c.sample.vocoder)],
-            "vae": [c.klein.vae, c.klein.base, files_of(c.klein.base)],
-            "corpus": self.corpus.plan,
-            "clips": data.digest(clips),
-            "recordings": sum(bool(clip.wav) and Path(clip.wav).exists() for clip in self.clips),
-        }
+    def measure_reference_scores(self, network: System) -> dict[str, float]:
+        """What nothing can be expected to be better than.
 
-    def measure_floors(self, network) -> dict[str, float]:
-        """What nothing can be expected to be better than: the recogniser's error rate on the recordings, and on what is left of them
-        after all but the generative network ("vocoded"), and the scores of the latter, where they are not 0 by their nature."""
-        mine = range(self.rank, len(self.clips), self.world)
-        recordings = {n: found for n in mine if (found := self.corpus.recording(self.clips[n])) is not None}
-        vocoded, scores, features, floors = {}, [], [], {}
-        for n in recordings:
-            made = self.reference(network, n)
-            vocoded[n] = made.wave, made.sample_rate
-            scores.append(network.score(made, self.corpus, self.clips[n]))
-            features += [{"number": n, **network.features(made, self.corpus, self.clips[n])}] if network.features else []
-        for name, sounds in (("ground_truth", recordings), ("vocoded", vocoded)) if self.recogniser else ():
-            heard = self.recogniser.transcribe([wave for wave, _ in sounds.values()], next(iter(sounds.values()))[1]) if sounds else []
-            counts = gather([metric.word_errors(recogniser.normalise(self.clips[n].text), recogniser.normalise(h))
-                             for n, h in zip(sounds, heard)], self.world)
-            if counts:
-                floors[f"eval/wer_{name}"] = sum(e for e, _ in counts) / max(1, sum(w for _, w in counts))
-        floors |= {f"eval/{key}_vocoded": value for key, value in mean_scores(gather(scores, self.world)).items() if value > 1e-3}
-        features = sorted(gather(features, self.world), key=lambda item: item["number"])
-        of_sets = figures(features) if features else {}        # those that tell of what was made, not of how it was asked for
-        return floors | {f"{key}_vocoded": value for key, value in of_sets.items() if OF_MADE.match(key)}
+        The recogniser's error rate on the recordings, and on what all but the generative network leaves of
+        them ("vocoded"); and the scores of the latter, where they are not 0 by their nature.
+        """
+        recordings = {}
+        vocoded = {}
+        rows = []
+        features = []
+        for number in range(self.rank, len(self.clips), self.world):
+            clip = self.clips[number]
+            recording = self.corpus.recording(clip)
+            if recording is None:
+                continue
+            output = self.reference(network, number)
+            recordings[number] = recording
+            vocoded[number] = (output.wave, output.sample_rate)
+            rows.append(network.score(output, self.corpus, clip))
+            features += self.features(network, number, output)
+        scores = {}
+        if self.recogniser:
+            scores |= self.reference_error_rate("ground_truth", recordings)
+            scores |= self.reference_error_rate("vocoded", vocoded)
+        for key, value in metric.mean_scores(all_gather(rows, self.world), self.scores).items():
+            if value > 1e-3:
+                scores[f"eval/{key}_vocoded"] = value
+        features = gather_numbered(features, self.world)
+        if features:
+            for key, value in network.summarize(stack_features(features), None).items():
+                if key in self.scores and self.scores[key].of_outputs:
+                    scores[f"eval/{key}_vocoded"] = value
+        return scores
 
+    def reference_error_rate(self, name: str, sounds: dict[int, tuple[Tensor, int]]) -> dict[str, float]:
+        """eval/wer_<name>, the error rate on sounds; {} where there are none.
 
-def read_floors(path: Path, basis: dict) -> dict[str, float] | None:
-    """Floors that were kept; None where there are none, or none of this basis."""
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return kept["floors"] if kept["basis"] == basis else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def files_of(folder: str) -> list[list]:
-    """Names, sizes and times of a folder's files: none changes unnoticed; [] for a hub id."""
-    found = [(path.name, path.stat()) for path in sorted(Path(folder).rglob("*")) if path.is_file()]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
-
-
-def error_rate(rows: list[dict]) -> dict[str, float]:
-    errors, words = [row["errors"] for row in rows], [row["words"] for row in rows]
-    low, high = metric.bootstrap_interval(errors, words)
-    return {"eval/wer": sum(errors) / max(1, sum(words)), "eval/wer_low": low, "eval/wer_high": high}
-
-
-def mean_scores(rows: list[dict]) -> dict[str, float]:
-    """The mean of each of metric.SCORES, and of its shuffled control, over the rows that have it."""
-    names = [name for key in metric.SCORES for name in (key, f"{key}_shuffled")]
-    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
-    return {name: sum(found) / len(found) for name, found in values.items() if found}
-
-
-def by_group(rows: list[dict]) -> dict[str, float]:
-    """How often all was as asked for, by the words of the clips' groups, if there are several: eval/all_match/en.
-
-    The same by rule where there is one: eval/all_rule/en.
-    """
-    rows = [row for row in rows if row.get("group")]
-    words = sorted({word for row in rows for word in row["group"].split()})
-    found = {}
-    for word in words if len(words) > 1 else []:
-        scores = mean_scores([row for row in rows if word in row["group"].split()])
-        found |= {f"eval/{key}/{word}": scores[key] for key in ("all_match", "all_rule") if key in scores}
-    return found
-
-
-def figures(features: list[dict], folder: Path | None = None) -> dict[str, float]:
-    """Figures of a whole set from what `System.features` gave for each sample. folder: where pictures of them go, if there are to be any.
-
-    speech, image, picture, label, group: retrieval, with image in the space of speech. made in that space: the same for pictures made.
-    made, real, text: distances of sounds as CLAP has them. seen, seen_real, shares: those of pictures as Inception has them.
-    """
-    f = {key: np.stack([item[key] for item in features]) for key in features[0] if key != "number"}
-    found = {"chance": float(f["chance"].mean())} if "chance" in f else {}
-    if "image" in f:
-        found |= retrieval(f, "speech")
-        found |= {f"recall_made_{k}": value for k in (1, 5, 10) if "made" in f for value in [retrieval(f, "made")[f"recall_{k}"]]}
-    if "real" in f:
-        found |= {"fad": metric.frechet_distance(f["made"], f["real"]), "kad": metric.kernel_distance(f["made"], f["real"]),
-                  "clap": float((f["made"] * f["text"]).sum(1).mean())}
-    if "seen" in f:
-        found["fid"] = metric.frechet_distance(f["seen"], f["seen_real"])
-        found |= {"inception_score": metric.inception_score(f["shares"])} if f["shares"].size else {}
-    if folder and "image" in f:
-        draw_space(f["made" if "made" in f else "speech"], f["image"], folder / "summary.png")
-    return {f"eval/{key}": value for key, value in found.items()}
-
-
-def retrieval(f: dict[str, np.ndarray], kind: str) -> dict[str, float]:
-    """Figures of f[kind] (n, D) among the pictures f["image"] (n, D), by keys of metric.SCORES; f["picture"] (n,) is in the gallery once.
-
-    A picture is right where it has the query's f["label"] (n,). f["group"] (n,): words by which R@1 is also told, the language first.
-    """
-    query, image, label, group = f[kind], f["image"], f["label"], f["group"]
-    first = np.unique(f["picture"], return_index=True)[1]
-    similarity, right = query @ image[first].T, label[:, None] == label[first]
-    found = {f"recall_{k}": metric.recall_at(similarity, right, k) for k in (1, 5, 10)}
-    found |= {f"recall_back_{k}": metric.recall_at(similarity.T, right.T, k) for k in (1, 5, 10)}
-    gap = query.mean(0) - image[first].mean(0)
-    found |= {"cos_matched": float((query * image).sum(1).mean()), "modality_gap": float(np.linalg.norm(gap))}
-    found |= {"cos_unmatched": float(similarity[~right].mean())} if not right.all() else {}
-    words = [words.split() for words in group.tolist()]
-    rows = {word: np.array([word in own for own in words]) for word in sorted(set(sum(words, [])))}
-    found |= {f"recall_1/{word}": metric.recall_at(similarity[own], right[own], 1) for word, own in rows.items() if not own.all()}
-    languages = [found[f"recall_1/{word}"] for word in {own[0] for own in words if own} if f"recall_1/{word}" in found]
-    return found | ({"language_gap": 1 - min(languages) / max(languages)} if len(languages) > 1 and max(languages) > 0 else {})
-
-
-def draw_space(queries: np.ndarray, pictures: np.ndarray, path: Path) -> None:
-    """What is asked with and the pictures, (n, D) each, along the two directions in which they differ most, pairs joined by a line."""
-    both = np.concatenate([queries, pictures]).astype(np.float64)
-    flat = (both - both.mean(0)) @ np.linalg.svd(both - both.mean(0), full_matrices=False)[2][:2].T
-    asked, seen = np.split(flat, 2)
-    axes = metric.picture_axes(4.6, 4.2, "", "")
-    axes.plot(*np.stack([asked, seen], 1).transpose(2, 1, 0), color=metric.GREY, alpha=0.25, linewidth=0.5)
-    for points, colour, name in ((seen, metric.BLUE, "recorded pictures"), (asked, metric.ORANGE, "speech, or what was made of it")):
-        axes.scatter(*points.T, s=9, color=colour, label=name)
-    axes.legend(frameon=False, labelcolor=metric.GREY, fontsize=8)
-    axes.figure.savefig(path, transparent=True)
+        sounds: waves (N,) and rates in Hz by the clips' numbers.
+        """
+        counts = []
+        if sounds:
+            waves, rates = zip(*sounds.values())
+            transcripts = self.recogniser.transcribe(list(waves), rates[0])
+            texts = [self.texts[number] for number in sounds]
+            counts = list(map(count_word_errors, texts, transcripts))
+        counts = all_gather(counts, self.world)
+        if not counts:
+            return {}
+        errors, words = zip(*counts)
+        return {f"eval/wer_{name}": sum(errors) / max(1, sum(words))}
 
 
 @torch.no_grad()
-def validate(network, batches, config: Config, device: torch.device, world: int) -> dict[str, float]:
+def validate(
+    network: System, batches: Batches, config: Config, device: torch.device, world: int
+) -> dict[str, float]:
     """The losses on the validation clips at fixed noise and stratified t: smooth, comparable between steps.
 
-    returns: the mean of every scalar but `loss`; where the loss of each clip is known, also its mean in each bin of t.
+    returns: the mean of every scalar but `loss`; where each clip's loss is known, also its mean in bins of t.
     """
-    sums = {}                                                  # name: summed values, and of how many clips
+    is_bf16 = config.train.dtype == "bf16"
+    losses = []  # names, sums over clips, numbers of clips
     for batch in batches.validation():
         batch = {name: value.to(device) for name, value in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.dtype == "bf16"):
-            losses = network(batch)
-        per_clip, clips = losses.pop("flow_loss_per_clip", torch.zeros(0)), len(batch["t"])
-        bins = (batch["t"] * BINS).long().clamp(max=BINS - 1).tolist()
-        found = [(name, value.item() * clips, clips) for name, value in losses.items() if value.dim() == 0 and name != "loss"]
-        found += [(f"flow_loss_t{b}", value, 1) for b, value in zip(bins, per_clip.tolist())]
-        for name, value, count in found:
-            total, counted = sums.get(name, (0, 0))
-            sums[name] = total + value, counted + count
-    merged = {}
-    for name, (value, count) in gather(list(sums.items()), world):
-        total, counted = merged.get(name, (0, 0))
-        merged[name] = total + value, counted + count
-    in_order = sorted(merged.items(), key=lambda item: item[0] if IN_BIN.search(item[0]) else "")      # the bins come last
-    return {f"val/{name}": total / count for name, (total, count) in in_order}
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+            found = network(batch)
+        losses += summed_losses(found, batch["t"])
+    sums = Counter()
+    counts = Counter()
+    for name, total, count in all_gather(losses, world):
+        sums[name] += total
+        counts[name] += count
+    bins = sorted(filter(T_BIN_KEY.search, sums))
+    names = [name for name in sums if name not in bins]
+    return {f"val/{name}": sums[name] / counts[name] for name in names + bins}
 
 
-def show(found: dict) -> None:
-    """Print what was found."""
-    losses = [f"{key[4:].replace('_', ' ')} {value:.4f}" for key, value in found.items()
-              if key.startswith("val/") and not IN_BIN.search(key)]
+def summed_losses(losses: dict[str, Tensor], t: Tensor) -> list[tuple[str, float, int]]:
+    """The losses of a batch as (name, sum over clips, number of clips).
+
+    Each scalar for all clips; the flow loss of each clip in its bin of t (B,).
+    """
+    n_clips = len(t)
+    found = []
+    for name, loss in losses.items():
+        if loss.dim() == 0 and name != "loss":
+            found.append((name, loss.item() * n_clips, n_clips))
+    bins = (t * N_T_BINS).long().clamp(max=N_T_BINS - 1)
+    per_clip = losses.get("flow_loss_per_clip", torch.zeros(0))
+    for i, loss in zip(bins.tolist(), per_clip.tolist()):
+        found.append((f"flow_loss_t{i}", loss, 1))
+    return found
+
+
+def print_scores(found: dict, scores: dict[str, Score]) -> None:
+    """Print what an evaluation or a validation found, a line each."""
+    losses = []
+    for key, value in found.items():
+        if key.startswith("val/") and not T_BIN_KEY.search(key):
+            name = key.removeprefix("val/").replace("_", " ")
+            losses.append(f"{name} {value:.4f}")
     if losses:
         print(f"  validation: {'  '.join(losses)}", flush=True)
     if "eval/wer" in found:
-        floors = [f"{what} {100 * found[key]:.1f} %" for what, key in
-                  (("recordings", "eval/wer_ground_truth"), ("vocoded", "eval/wer_vocoded")) if key in found]
-        print(f"  word error rate {100 * found['eval/wer']:.1f} % [{100 * found['eval/wer_low']:.1f}, {100 * found['eval/wer_high']:.1f}]"
-              f"  by {found['eval/recogniser']}  floors: {', '.join(floors) or 'none'}", flush=True)
-    for key in metric.SCORES:
-        if f"eval/{key}" in found:
-            beside = "".join(f"  {name} {metric.with_unit(key, value)}" for name, value in metric.compared_with([found], key))
-            print(f"  {metric.SCORES[key].title} {metric.with_unit(key, found[f'eval/{key}'])}{beside}", flush=True)
+        print(f"  {describe_error_rate(found)}", flush=True)
+    for key, score in scores.items():
+        value = found.get(f"eval/{key}")
+        if value is None:
+            continue
+        values = [f"{score.title} {metric.format_score(score, value)}"]
+        for name, other in metric.reference_values(found, key):
+            values.append(f"{name} {metric.format_score(score, other)}")
+        print(f"  {'  '.join(values)}", flush=True)
 
 
-def log_media(writer: metric.Writer, out_dir: str, step: int) -> None:
-    """Hand the first samples to W&B, to hear and to look at."""
+def describe_error_rate(found: dict) -> str:
+    rate = metric.format_percent(found["eval/wer"])
+    low = 100 * found["eval/wer_low"]
+    high = 100 * found["eval/wer_high"]
+    name = found["eval/recogniser"]
+    floors = []
+    for floor, key in (("recordings", "eval/wer_ground_truth"), ("vocoded", "eval/wer_vocoded")):
+        if key in found:
+            floors.append(f"{floor} {metric.format_percent(found[key])}")
+    listed = ", ".join(floors) or "none"
+    return f"word error rate {rate} [{low:.1f}, {high:.1f}]  by {name}  floors: {listed}"
+
+
+def log_media(writer: logger.MetricsLogger, out_dir: str, step: int) -> None:
+    """Hand the first samples to W&B, to listen to and to look at."""
     folder = Path(out_dir, "eval", f"step_{step:07d}")
-    for name, ending in (("audio", "wav"), ("picture", "png"), ("attention", "attention.png"), ("confidence", "confidence.png"),
-                         ("nearest", "nearest.png")):
-        if paths := sorted(folder.glob(f"00[0-{SHOWN - 1}].{ending}")):
-            writer.media(step, f"eval/{name}", paths)
-    if paths := sorted(folder.glob("summary*.png")):
-        writer.media(step, "eval/summary", paths)
+    shown = f"00[0-{N_SHOWN - 1}]"
+    patterns = {"audio": f"{shown}.wav", "picture": f"{shown}.png", "summary": "summary*.png"}
+    for kind in ("attention", "confidence", "nearest"):
+        patterns[kind] = f"{shown}.{kind}.png"
+    for name, pattern in patterns.items():
+        paths = sorted(folder.glob(pattern))
+        if paths:
+            writer.log_files(step, f"eval/{name}", paths)
 
 
-def add_noise(wave: torch.Tensor, snr: float, seed: int) -> torch.Tensor:
+def count_word_errors(text: str, transcript: str) -> tuple[int, int]:
+    """Word errors of a transcript and words of the text, both normalised first."""
+    return metric.word_errors(asr.normalize_transcript(text), asr.normalize_transcript(transcript))
+
+
+def write_rows(path: Path, rows: list[dict]) -> list[dict]:
+    """Write a JSON object a line, all with the same keys, null where a row has none; returns these rows."""
+    keys = {}
+    for row in rows:
+        keys |= dict.fromkeys(row)
+    rows = [keys | row for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    return rows
+
+
+def stack_features(features: list[dict]) -> dict[str, np.ndarray]:
+    """Features of outputs as one array (n, ...) of each kind."""
+    stacked = {}
+    for kind in features[0].keys() - {"number"}:
+        stacked[kind] = np.stack([found[kind] for found in features])
+    return stacked
+
+
+def add_noise(wave: Tensor, snr: float, seed: int) -> Tensor:
     """A wave (N,) and white noise `snr` dB below its mean power."""
-    noise = torch.randn(wave.shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(wave.shape, generator=generator)
     return wave + noise * wave.square().mean().sqrt() * 10 ** (-snr / 20)
 
 
-def gather(share: list, world: int) -> list:
+def all_gather(share: list, world: int) -> list:
     """The lists of all ranks as one, on every rank."""
     if world == 1:
         return share
     shares = [None] * world
     dist.all_gather_object(shares, share)
-    return [item for part in shares for item in part]
+    return sum(shares, [])
+
+
+def gather_numbered(share: list[dict], world: int) -> list[dict]:
+    """The rows of all ranks in the order of their numbers, on every rank."""
+    return sorted(all_gather(share, world), key=lambda row: row["number"])
 
 
 def read_prompts(path: str) -> list[str]:
     """The lines of a text file that are not empty; raises UserError when it is missing or has none."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not a readable text file of prompts, one a line") from e
-    if not any(lines):
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
         raise UserError(f"{path}: has no prompt")
-    return [line for line in lines if line]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     epilog="--key value for any knob of config.py changes what the checkpoint says, as --klein.base DIR")
-    parser.add_argument("--ckpt", required=True, help="a checkpoint, or the folder of a run")
-    parser.add_argument("--prompts", default="", help="a text file, a sentence a line; default: the validation clips")
-    parser.add_argument("--split", default="val", choices=("val", "test"))
-    parser.add_argument("--limit", type=int, default=64)
-    parser.add_argument("--recogniser", default="", help="Whisper, .pt file, pocketsphinx; default: as trained")
-    parser.add_argument("--true_durations", action="store_true", help="sample at the references' lengths")
-    parser.add_argument("--data_dir", default="", help="where the corpus is now, if it moved")
-    parser.add_argument("--steps", type=int, default=0, help="Euler steps; default: as trained")
-    parser.add_argument("--cfg_scale", type=float, default=-1.0, help="guidance; default: as trained")
-    parser.add_argument("--vocoder", default="", help="griffinlim | BigVGAN id or folder; default: as trained")
-    parser.add_argument("--snr", type=float, nargs="+", default=[], help="dB, inf for none: systems that listen, under white noise at each")
-    parser.add_argument("--out_dir", default="", help="default: the run's")
-    parser.add_argument("--device", default="auto", choices=CHOICES["device"])
-    o, knobs = parser.parse_known_args()
-    listener = {"recogniser": o.recogniser} if o.recogniser else {}
-    changes = {"eval": {"prompts": o.prompts, "split": o.split, "limit": o.limit,
-                        "true_durations": o.true_durations} | listener,
-               "sample": {name: value for name, value, given in (("euler_steps", o.steps, o.steps > 0), ("vocoder", o.vocoder, o.vocoder),
-                                                                 ("cfg_scale", o.cfg_scale, o.cfg_scale >= 0)) if given}}
-    if o.data_dir:
-        changes["data"] = {"data_dir": o.data_dir}
-    device = pick_device(o.device)
-    config, network, step = system.load(o.ckpt, device, changes, o.out_dir, knobs)
-    if o.snr and not network.listens:
-        raise UserError(f"--snr is for systems that listen; {config.system} does not")
-    judge = Evaluator(config, None if o.prompts else system.open_corpus(config), device)
-    for judge.snr in o.snr or [math.inf]:
-        if o.snr:
-            print(f"speech at {judge.snr:g} dB over white noise")
-        found = judge.run(network, step)
-        show(found)
-        print(json.dumps(found))
+    return prompts
 
 
 if __name__ == "__main__":

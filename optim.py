@@ -1,9 +1,9 @@
 """Optimizers: Muon for hidden matrices, of our own, and AdamW for everything else.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum U S V^T by about U V^T,
-found by five Newton-Schulz iterations. Matrices of one shape are one batch here, float32 on a CPU, where bf16
-products are 30 times slower if the instructions are missing, and bf16 on CUDA. Each rank orthogonalises its
-share of every batch, and one all-gather spreads the results.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum U S V^T by about
+U V^T, computed by five Newton-Schulz iterations. Matrices of one shape are one batch here: bf16 on CUDA,
+float32 on a CPU, where bf16 products are 30 times slower if the instructions are missing. Each rank
+orthogonalises its share of every batch, and one all-gather spreads the results.
 """
 
 import math
@@ -11,17 +11,21 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)         # of the quintic: steep at 0, singular values end in about [0.7, 1.2]
-ITERATIONS = 5
-EPS = 1e-7                                       # below this norm a matrix stays as it is: zeros remain zeros
+# of the quintic: steep at 0, singular values end in about [0.7, 1.2]
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+EPS = 1e-7  # a matrix of a smaller norm is not normalised: zeros remain zeros
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with Nesterov's look-ahead, orthogonalised: torch.optim.Muon's update, but for what that loses in bf16."""
+    """Nesterov momentum, orthogonalised: torch.optim.Muon's update, without what that loses in bf16."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
-        """params: matrices, all on one device. raises ValueError for one that is none."""
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+    ):
+        """params: matrices, all on one device. raises ValueError for any other shape."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         for p in self.param_groups[0]["params"]:
             if p.dim() != 2:
@@ -40,11 +44,12 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, buffers, momentum)
         updates = orthogonalize_all(ahead)
-        torch._foreach_mul_(updates, [tall_scale(*p.shape) for p in params])
+        scales = [tall_scale(*p.shape) for p in params]
+        torch._foreach_mul_(updates, scales)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_add_(params, updates, alpha=-lr)
 
-    def momentum_buffer(self, p: nn.Parameter) -> torch.Tensor:
+    def momentum_buffer(self, p: nn.Parameter) -> Tensor:
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -52,30 +57,34 @@ class Muon(torch.optim.Optimizer):
 
 
 def tall_scale(rows: int, columns: int) -> float:
-    """A tall matrix's update is larger, so that outputs change as much as by a square one (Jordan et al. 2024)."""
-    return math.sqrt(max(1, rows / columns))
+    """A tall matrix's update is larger: outputs change as much as by a square one (Jordan et al. 2024)."""
+    ratio = max(1, rows / columns)
+    return math.sqrt(ratio)
 
 
-def orthogonalize_all(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Each of `matrices` (R, C) orthogonalised. Of several ranks, which all hold the same ones, each does its share."""
+def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
+    """Each of `matrices` (R, C) orthogonalised; all ranks hold the same ones, and each does its share."""
     rank, world = rank_and_world()
-    batches = group_by_shape(matrices)
+    groups = group_by_shape(matrices)
 
     shares = []
-    for shape, numbers in batches.items():
-        size = math.ceil(len(numbers) / world)   # of every rank's share; the last one is filled up with zeros
+    for shape, numbers in groups.items():
+        size = math.ceil(len(numbers) / world)  # of every rank's share; the last one is filled up with zeros
         start = rank * size
-        mine = [wide(matrices[number]) for number in numbers[start:start + size]]
-        missing = size - len(mine)
-        mine += [matrices[0].new_zeros(shape)] * missing
-        shares.append(orthogonalize(torch.stack(mine)))
+        share = [wide(matrices[number]) for number in numbers[start : start + size]]
+        missing = size - len(share)
+        share += [matrices[0].new_zeros(shape)] * missing
+        batch = torch.stack(share)
+        shares.append(newton_schulz(batch))
     if world > 1:
         shares = gather_shares(shares, world)
 
     found = list(matrices)
-    for numbers, batch in zip(batches.values(), shares):
-        for number, orthogonal in zip(numbers, batch.to(matrices[0].dtype)):
-            found[number] = orthogonal if is_wide(matrices[number]) else orthogonal.mT
+    for numbers, batch in zip(groups.values(), shares):
+        batch = batch.to(matrices[0].dtype)
+        for number, orthogonal in zip(numbers, batch):
+            tall = not is_wide(matrices[number])
+            found[number] = orthogonal.mT if tall else orthogonal
     return found
 
 
@@ -85,7 +94,7 @@ def rank_and_world() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def group_by_shape(matrices: list[torch.Tensor]) -> dict[tuple[int, int], list[int]]:
+def group_by_shape(matrices: list[Tensor]) -> dict[tuple[int, int], list[int]]:
     """{(short side, long side): the numbers of its matrices}."""
     groups = {}
     for number, matrix in enumerate(matrices):
@@ -94,33 +103,37 @@ def group_by_shape(matrices: list[torch.Tensor]) -> dict[tuple[int, int], list[i
     return groups
 
 
-def gather_shares(shares: list[torch.Tensor], world: int) -> list[torch.Tensor]:
+def gather_shares(shares: list[Tensor], world: int) -> list[Tensor]:
     """Every rank's batches (n, R, C), joined to batches (world n, R, C) on each, in one all-gather."""
-    own = torch.cat([batch.flatten() for batch in shares])
-    every = own.new_empty(world * len(own))
-    dist.all_gather_into_tensor(every, own)
+    flat = torch.cat([batch.flatten() for batch in shares])
+    gathered = flat.new_empty(world * len(flat))
+    dist.all_gather_into_tensor(gathered, flat)
+    gathered = gathered.view(world, -1)
     sizes = [batch.numel() for batch in shares]
-    parts = every.view(world, -1).split(sizes, dim=1)
-    return [part.reshape(-1, *batch.shape[1:]) for part, batch in zip(parts, shares)]
+    joined = []
+    for batch, part in zip(shares, gathered.split(sizes, dim=1)):
+        joined.append(part.reshape(-1, *batch.shape[1:]))
+    return joined
 
 
-def orthogonalize(batch: torch.Tensor) -> torch.Tensor:
-    """A batch of wide matrices (n, R, C), R <= C, all singular values brought near 1; bf16 on CUDA, else float32."""
-    a, b, c = COEFFICIENTS
+def newton_schulz(batch: Tensor) -> Tensor:
+    """Wide matrices (n, R, C), R <= C, all singular values brought near 1; bf16 on CUDA, else float32."""
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = batch.to(torch.bfloat16 if batch.is_cuda else torch.float32)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(EPS)
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT                                                                  # (n, R, R)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)                    # b G + c G^2
-        x = torch.baddbmm(x, polynomial, x, beta=a)                                      # a X + (b G + c G^2) X
+    norms = x.norm(dim=(1, 2), keepdim=True)
+    x = x / norms.clamp_min(EPS)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT  # (n, R, R)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a X + (b G + c G^2) X
     return x
 
 
-def is_wide(matrix: torch.Tensor) -> bool:
+def is_wide(matrix: Tensor) -> bool:
     return matrix.shape[0] <= matrix.shape[1]
 
 
-def wide(matrix: torch.Tensor) -> torch.Tensor:
+def wide(matrix: Tensor) -> Tensor:
     """The matrix, or its transpose, so that the products of its rows are the smaller square."""
     return matrix if is_wide(matrix) else matrix.mT
 
@@ -130,18 +143,47 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Muon for network.hidden_matrices(), AdamW for the other trained parameters; each only where it has any.
 
-    Every group keeps its own peak rate in `peak_lr`.
+    A group's `peak_lr` is the rate that its schedule scales.
     """
     hidden = network.hidden_matrices()
     hidden_ids = {id(p) for p in hidden}
     trained = [p for p in network.parameters() if p.requires_grad]
     rest = [p for p in trained if id(p) not in hidden_ids]
-    made = []
+    optimizers = []
     if hidden:
-        made.append(Muon(hidden, muon_lr, weight_decay))
+        optimizers.append(Muon(hidden, muon_lr, weight_decay))
     if rest:
-        made.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
-    for optimizer in made:
+        optimizers.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
-    return made
+    return optimizers
+
+
+class EMA:
+    """An exponential moving average of the trainable weights; `with average:` evaluates with it."""
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.decay = decay
+        self.params = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.shadow = {name: p.detach().clone() for name, p in self.params.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """The decay grows to its value over the first steps, so that the random start is soon forgotten."""
+        decay = min(self.decay, (step + 1) / (step + 10))
+        means = list(self.shadow.values())
+        torch._foreach_lerp_(means, list(self.params.values()), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for name, p in self.params.items():
+            kept = p.detach().clone()
+            p.copy_(self.shadow[name])
+            self.shadow[name].copy_(kept)
+
+    def __enter__(self) -> None:
+        self.swap()
+
+    def __exit__(self, *_error) -> None:
+        self.swap()

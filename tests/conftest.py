@@ -1,7 +1,8 @@
-"""For all tests: the modules of the repository's root importable from anywhere, a few polite threads, no downloads; and, made once,
-a small corpus, a trained run, and runs of one and of two ranks, by the commands that a user types.
+"""For all tests: a few polite threads, no downloads; and, made once, a small corpus, a trained run, and runs
+of one and of two ranks, by the commands that a user types.
 
-The environment is set before the first import of torch, and processes that tests start inherit it.
+The environment is set before the first import of torch, hence imports inside functions; processes that tests
+start inherit it.
 """
 
 import atexit
@@ -19,16 +20,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # idle threads sleep: spinning ones slow the other ranks down
-os.environ.setdefault("OMP_NUM_THREADS", "2")           # tests are small: more threads cost more than they bring
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")      # two test runs at once would tear each other's files
+# idle threads sleep: spinning ones slow the other ranks down
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# tests are small: more threads cost more than they bring
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# two test runs at once would tear each other's files
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
 atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("HF_HUB_OFFLINE", "1")            # a model that is not cached is an error at once, not minutes of retries
-TINY = {"corpus": "demo", "voice": "espeak:en-us", "sentences": 24,
-        "text_encoder": "scratch", "width": 32, "layers": 2, "heads": 2, "frame_stack": 4,
-        "batch_size": 4, "euler_steps": 2, "warmup": 2, "log_interval": 1, "eval_interval": 0, "limit": 4,
-        "device": "cpu", "dtype": "fp32", "wandb": "disabled"}
+# a model that is not cached is an error at once, not minutes of retries
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+TINY = {
+    "corpus": "demo",
+    "voice": "espeak:en-us",
+    "sentences": 24,
+    "text_encoder": "scratch",
+    "width": 32,
+    "layers": 2,
+    "heads": 2,
+    "frame_stack": 4,
+    "batch_size": 4,
+    "euler_steps": 2,
+    "warmup": 2,
+    "log_interval": 1,
+    "eval_interval": 0,
+    "limit": 4,
+    "device": "cpu",
+    "dtype": "fp32",
+    "wandb": "disabled",
+}
 THREE_STEPS = {"steps": 3, "eval_interval": 3, "limit": 3}
 
 
@@ -38,10 +57,15 @@ def options(knobs: dict) -> list[str]:
 
 
 def start(script: str, *words: str, ranks: int = 0) -> subprocess.Popen:
-    """`python SCRIPT WORDS` as a user starts it, from another folder; under torchrun where `ranks` are given."""
+    """`python SCRIPT WORDS` as a user starts it, from another folder; ranks: how many, under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / script), *words], cwd="/", text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / script), *words],
+        cwd="/",
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -52,7 +76,9 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def call(module, *words: str) -> None:
-    """What `python MODULE.py WORDS` does, in this process, which saves the start; what it did to signals is undone."""
+    """What `python MODULE.py WORDS` does, in this process, which saves the start; what it did to signals is
+    undone.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
@@ -72,7 +98,9 @@ def unused_port() -> int:
 
 @pytest.fixture
 def refusal(capsys):
-    """A function that runs an entry point as `call`, and returns the one line with which it ends, with exit code 2."""
+    """A function that runs an entry point as `call`, and returns the one line with which it ends, with exit
+    code 2.
+    """
     import config
 
     def refused(module, *words: str) -> str:
@@ -88,7 +116,7 @@ def refusal(capsys):
 
 @pytest.fixture(scope="session")
 def recordings() -> Path:
-    """A folder of real LJSpeech clips beside the repository, in the published layout (metadata.csv, wavs/)."""
+    """Real LJSpeech clips beside the repository, in the published layout (metadata.csv, wavs/)."""
     folder = ROOT.parent / "shared" / "data" / "LJSpeech-64"
     if not folder.exists():
         pytest.skip("no recordings beside the repository")
@@ -99,17 +127,27 @@ def save_random_whisper(path: Path, seed: int = 0) -> Path:
     """A small Whisper that was never trained: eight tokens of nonsense, others for other sounds."""
     import torch
     import whisper
+
     dims = whisper.model.ModelDimensions(
-        n_mels=80, n_audio_ctx=1500, n_audio_state=16, n_audio_head=2, n_audio_layer=1,
-        n_vocab=51864, n_text_ctx=16, n_text_state=16, n_text_head=2, n_text_layer=1)
+        n_mels=80,
+        n_audio_ctx=1500,
+        n_audio_state=16,
+        n_audio_head=2,
+        n_audio_layer=1,
+        n_vocab=51864,
+        n_text_ctx=16,
+        n_text_state=16,
+        n_text_head=2,
+        n_text_layer=1,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = whisper.model.Whisper(dims)
         torch.nn.init.normal_(model.decoder.positional_embedding)
     weights = model.state_dict()
-    weights["encoder.positional_embedding"] *= 0.1             # it looks at the sound, not at the time,
+    weights["encoder.positional_embedding"] *= 0.1  # it looks at the sound, not at the time,
     weights["encoder.conv2.weight"] *= 10
-    for part, scale in (("query", 10), ("key", 10), ("out", 30)):      # and at few places of it, closely
+    for part, scale in (("query", 10), ("key", 10), ("out", 30)):  # and at few places of it, closely
         weights[f"decoder.blocks.0.cross_attn.{part}.weight"] *= scale
     torch.save({"dims": dataclasses.asdict(dims), "model_state_dict": weights}, path)
     return path
@@ -126,20 +164,21 @@ def tiny_en():
     """OpenAI's tiny.en, where understanding matters."""
     import torch
 
-    import recogniser
-    import whisper_weights
-    if not whisper_weights.find_package():
-        pytest.skip(f"{whisper_weights.PACKAGE} is not installed")
-    return recogniser.load("tiny.en", torch.device("cpu"))
+    from pretrained import asr
+    from pretrained.whisper_weights import PACKAGE, find_package
+
+    if not find_package():
+        pytest.skip(f"{PACKAGE} is not installed")
+    return asr.load("tiny.en", torch.device("cpu"))
 
 
 @pytest.fixture
 def no_hub(monkeypatch, tmp_path) -> None:
     """Nothing can be downloaded, and openai-whisper has kept nothing."""
     for name in ("https_proxy", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")         # nobody listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(urllib.request, "_opener", None)       # which keeps the proxies of its first call
+    monkeypatch.setattr(urllib.request, "_opener", None)  # which keeps the proxies of its first call
 
 
 @pytest.fixture
@@ -152,7 +191,9 @@ def no_package(monkeypatch) -> None:
 def tiny(random_whisper, tmp_path_factory) -> dict:
     """The knobs of a tiny system on a small demo corpus: 24 sentences to train on, 64 to validate."""
     folder = tmp_path_factory.mktemp("corpus")
-    finish(start("data.py", "demo", "--voice=espeak:en-us", "--sentences=24", f"--out={folder}", "--workers=1"))
+    finish(
+        start("data.py", "demo", "--voice=espeak:en-us", "--sentences=24", f"--out={folder}", "--workers=1")
+    )
     return TINY | {"data_dir": folder, "recogniser": random_whisper}
 
 
@@ -160,13 +201,23 @@ def tiny(random_whisper, tmp_path_factory) -> dict:
 def run(tiny, tmp_path_factory) -> Path:
     """The folder of a run of six steps, saved every two, validated every three, sampled at the end."""
     folder = tmp_path_factory.mktemp("run")
-    finish(start("train.py", *options(tiny | {"out_dir": folder, "steps": 6, "save_interval": 2, "val_interval": 3, "eval_interval": 6})))
+    finish(
+        start(
+            "train.py",
+            *options(
+                tiny
+                | {"out_dir": folder, "steps": 6, "save_interval": 2, "val_interval": 3, "eval_interval": 6}
+            ),
+        )
+    )
     return folder
 
 
 @pytest.fixture(scope="session")
 def two_ranks(tiny, tmp_path_factory) -> Path:
-    """The folder of a run of three steps by two ranks, validated, and sampled from three prompts: their shares are not equal."""
+    """The folder of a run of three steps by two ranks, validated, and sampled from three prompts: their
+    shares are not equal.
+    """
     folder = tmp_path_factory.mktemp("two_ranks")
     finish(start("train.py", *options(tiny | THREE_STEPS | {"out_dir": folder}), ranks=2))
     return folder
@@ -176,6 +227,7 @@ def two_ranks(tiny, tmp_path_factory) -> Path:
 def double_batch(tiny, tmp_path_factory) -> Path:
     """As `two_ranks`, by one process with the double batch, on a copy of the corpus without its floors."""
     import train
+
     folder, corpus = tmp_path_factory.mktemp("double_batch"), tmp_path_factory.mktemp("copy") / "corpus"
     shutil.copytree(tiny["data_dir"], corpus, ignore=shutil.ignore_patterns("floors_*"))
     call(train, *options(tiny | THREE_STEPS | {"out_dir": folder, "data_dir": corpus, "batch_size": 8}))
@@ -186,9 +238,27 @@ def double_batch(tiny, tmp_path_factory) -> Path:
 def t5_folder(tmp_path_factory) -> Path:
     """A random T5 encoder with ByT5's tokenizer, on disk as the published ones are."""
     import transformers
+
     folder = tmp_path_factory.mktemp("t5")
-    shape = transformers.T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-                                  feed_forward_proj="gated-gelu", dropout_rate=0.5)
+    shape = transformers.T5Config(
+        vocab_size=384,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.5,
+    )
     transformers.T5EncoderModel(shape).save_pretrained(folder)
     transformers.ByT5Tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    """Two seconds of speech, (N,), at the rate of text-to-speech."""
+    from config import Mel
+    from corpora import voice
+
+    return voice.speak_espeak("Julia ordered thirty purple umbrellas.", Mel.sample_rate)

@@ -1,8 +1,10 @@
-"""The losses of the first three updates of every demo recipe: `python tests/first_losses.py [FILE]` prints them as JSON, or writes them.
+"""The losses of the first three updates of every demo recipe: `python tests/first_losses.py [FILE]` prints
+them as JSON, or writes them.
 
-A change that moves code and is to change no number leaves them bit for bit as they are in tests/first_losses.json. The recipes
-train as they stand, but on a few recordings that are computed here, on a batch of four, in fp32, on one thread, with the
-instructions of AVX2: any CPU that has them repeats the figures.
+A change that moves code and is to change no number leaves them bit for bit as they are in
+tests/first_losses.json. The recipes train as they stand, but on a few recordings that are computed here, on a
+batch of four, in fp32, on one thread, with the instructions of AVX2: any CPU that has them repeats the
+figures.
 """
 
 import contextlib
@@ -22,8 +24,18 @@ SAME_ANYWHERE = {
 TESTS = Path(__file__).resolve().parent
 RATE = 22050
 WORDS = "the river runs over seven old stones and nobody counts them twice before the evening".split()
-FEW = {"batch_size": 4, "steps": 3, "log_interval": 1, "val_interval": 3, "eval_interval": 0, "limit": 4, "workers": 1,
-       "device": "cpu", "dtype": "fp32", "wandb": "disabled"}
+FEW = {
+    "batch_size": 4,
+    "steps": 3,
+    "log_interval": 1,
+    "val_interval": 3,
+    "eval_interval": 0,
+    "limit": 4,
+    "workers": 1,
+    "device": "cpu",
+    "dtype": "fp32",
+    "wandb": "disabled",
+}
 
 
 def main() -> None:
@@ -41,12 +53,17 @@ def main() -> None:
 
 def losses_of_all(root: Path) -> dict[str, dict[str, list[float]]]:
     """{recipe: {loss: its values at updates 1, 2, 3}}; `root`: an empty folder to work in."""
-    import system
     from conftest import call
+
+    import system
 
     speech = {"corpus": "ljspeech", "data_dir": write_speech(root / "speech")}
     music = {"corpus": "music", "data_dir": write_music(root / "music")}
-    pictures = {"corpus": "listed", "data_dir": write_pictures(root / "pictures"), "image": write_tower(root / "tower")}
+    pictures = {
+        "corpus": "listed",
+        "data_dir": write_pictures(root / "pictures"),
+        "image": write_tower(root / "tower"),
+    }
     few_clips = {"overfit": 4}
     found = {}
     for name in ("demo", "demo_long"):
@@ -55,7 +72,9 @@ def losses_of_all(root: Path) -> dict[str, dict[str, list[float]]]:
     found["spectrogram_demo"] = losses("spectrogram_demo", root, speech | few_clips)
     klein = root / "klein"
     call(system, "export", f"--ckpt={root / 'spectrogram_demo'}", f"--out={klein}")
-    found["spectrogram_demo_lora"] = losses("spectrogram_demo_lora", root, speech | few_clips | {"base": klein})
+    found["spectrogram_demo_lora"] = losses(
+        "spectrogram_demo_lora", root, speech | few_clips | {"base": klein}
+    )
     found["music_demo"] = losses("music_demo", root, music)
     for name in ("speech_align_demo", "speech_align_demo_ar"):
         found[name] = losses(name, root, pictures)
@@ -66,14 +85,15 @@ def losses_of_all(root: Path) -> dict[str, dict[str, list[float]]]:
 
 def losses(name: str, root: Path, knobs: dict) -> dict[str, list[float]]:
     """What a recipe logs as losses in its first updates, and when it validates after them."""
+    from conftest import call, options
+
     import system
     import train
-    from conftest import call, options
 
     out = root / name
     words = [f"--config={TESTS.parent / 'configs' / name}.yaml", *options(FEW | knobs)]
     call(system, "prepare", *words)
-    with contextlib.suppress(SystemExit):      # how a run ends that has something to expect
+    with contextlib.suppress(SystemExit):  # how a run ends that has something to expect
         call(train, *words, f"--out_dir={out}")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found = {}
@@ -87,6 +107,7 @@ def losses(name: str, root: Path, knobs: dict) -> dict[str, list[float]]:
 def tone(seconds: float, pitch: float, seed: int, rate: int = RATE):
     """A buzz of a few harmonics whose loudness comes and goes, and a little noise, float32 (N,)."""
     import numpy as np
+
     time = np.arange(int(seconds * rate)) / rate
     wave = sum(np.sin(2 * np.pi * pitch * k * time) / k for k in range(1, 9))
     loudness = 0.5 + 0.5 * np.sin(2 * np.pi * 3 * time + seed)
@@ -97,6 +118,7 @@ def tone(seconds: float, pitch: float, seed: int, rate: int = RATE):
 def write_speech(folder: Path) -> Path:
     """Twelve clips of one to two seconds in LJSpeech's layout."""
     import soundfile
+
     (folder / "wavs").mkdir(parents=True)
     lines = []
     for n in range(12):
@@ -110,6 +132,7 @@ def write_speech(folder: Path) -> Path:
 def write_music(folder: Path) -> Path:
     """Eight captioned recordings of six seconds."""
     import soundfile
+
     folder.mkdir()
     lines = ["file,caption\n"]
     for n in range(8):
@@ -124,6 +147,7 @@ def write_pictures(folder: Path) -> Path:
     import numpy as np
     import soundfile
     from PIL import Image
+
     folder.mkdir()
     kinds = (("red", "blue"), ("square", "bar"), ("left", "right"))
     lines = {"en": [], "ar": []}
@@ -137,8 +161,16 @@ def write_pictures(folder: Path) -> Path:
         for k, language in enumerate(lines):
             wav = f"{n}-{language}.wav"
             soundfile.write(folder / wav, tone(1.5, 90 + 10 * n + 3 * k, n, 16000), 16000)
-            lines[language].append({"picture": f"{n}.png", "wav": wav, "text": label, "split": "train" if n < 16 else "val",
-                                    "voice": "", "label": label})
+            lines[language].append(
+                {
+                    "picture": f"{n}.png",
+                    "wav": wav,
+                    "text": label,
+                    "split": "train" if n < 16 else "val",
+                    "voice": "",
+                    "label": label,
+                }
+            )
     for language, found in lines.items():
         (folder / f"captions-{language}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
     return folder
@@ -148,9 +180,17 @@ def write_tower(folder: Path) -> Path:
     """A small random image tower of CLIP, saved as published ones are."""
     import torch
     import transformers
+
     torch.manual_seed(0)
-    shape = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                          image_size=32, patch_size=8, projection_dim=24)
+    shape = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        projection_dim=24,
+    )
     transformers.CLIPVisionModelWithProjection(shape).save_pretrained(folder)
     return folder
 

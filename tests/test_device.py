@@ -1,4 +1,6 @@
-"""GPUs that are there and cannot be used: what `nvidia-smi` prints is faked, everything else is this machine's."""
+"""GPUs that are there and cannot be used: what `nvidia-smi` prints is faked, everything else is this
+machine's.
+"""
 
 import sys
 
@@ -6,7 +8,6 @@ import pytest
 import torch
 
 import device
-import flow
 import system
 from config import UserError
 
@@ -18,7 +19,9 @@ TABLE = """\
 NEWER_TABLE = "| NVIDIA-SMI {driver}   KMD Version: {driver}   CUDA UMD Version: {cuda} |\n"
 MISMATCH = "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 580.95\n"
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU of this machine")
-cuda_13 = pytest.mark.skipif((torch.version.cuda or "").split(".")[0] != "13", reason="torch is not built for CUDA 13")
+cuda_13 = pytest.mark.skipif(
+    (torch.version.cuda or "").split(".")[0] != "13", reason="torch is not built for CUDA 13"
+)
 
 
 @pytest.fixture
@@ -30,7 +33,9 @@ def machine(tmp_path, monkeypatch):
         (tmp_path / "gpus").write_text(gpus)
         (tmp_path / "report").write_text(report)
         script = tmp_path / "nvidia-smi"
-        script.write_text(f'#!/bin/sh\nif [ "$1" = -L ]; then cat {tmp_path}/gpus; else cat {tmp_path}/report; fi\n')
+        script.write_text(
+            f'#!/bin/sh\nif [ "$1" = -L ]; then cat {tmp_path}/gpus; else cat {tmp_path}/report; fi\n'
+        )
         script.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
 
@@ -51,7 +56,9 @@ def complaint(wanted: str = "auto") -> str:
 @no_cuda
 @cuda_13
 @pytest.mark.parametrize("wanted", ["auto", "cuda"])
-@pytest.mark.parametrize("cuda, build", [("12.0", "cu126"), ("12.2", "cu126"), ("12.8", "cu128"), ("12.9", "cu128")])
+@pytest.mark.parametrize(
+    "cuda, build", [("12.0", "cu126"), ("12.2", "cu126"), ("12.8", "cu128"), ("12.9", "cu128")]
+)
 def test_a_driver_that_is_too_old_is_told_with_the_command_that_helps(machine, wanted, cuda, build):
     machine(*two_gpus("535.129.03", cuda))
     said = complaint(wanted)
@@ -123,13 +130,13 @@ def test_metal_that_is_not_there_is_an_error_in_words():
 
 
 def test_on_metal_nothing_is_wider_than_float32():
-    """The posterior of a diffusion over codes hangs on small differences: it must stand them."""
-    metal = torch.device("mps")
-    assert device.widest_float(metal) == torch.float32
-    wide = flow.MaskReplace(codes=16, steps=100, mask_share=0.9)
-    narrow = flow.MaskReplace(codes=16, steps=100, mask_share=0.9).to(device.widest_float(metal))
-    t = torch.arange(1, 101)
-    p0 = torch.rand(100, 5, 16, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    x_t = torch.arange(500).reshape(100, 5) % 17
-    for s in (t - 1, t // 2):
-        torch.testing.assert_close(narrow.posterior(p0, x_t, t, s), wide.posterior(p0, x_t, t, s), rtol=2e-5, atol=1e-9)
+    assert device.widest_float(torch.device("mps")) == torch.float32
+    assert device.widest_float(torch.device("cpu")) == torch.float64
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_what_training_reads_is_prepared_on_a_gpu_unless_the_config_says_cpu(has_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert device.preparing_device("cpu") == torch.device("cpu")
+    for wanted in ("auto", "cuda"):
+        assert device.preparing_device(wanted) == torch.device("cuda" if has_gpu else "cpu")

@@ -11,7 +11,7 @@ def test_exact_velocity_integrates_back_to_the_data():
     torch.manual_seed(0)
     x, noise = torch.randn(3, 7, 5), torch.randn(3, 7, 5)
     for steps, sway, shift in ((1, 0, 1), (7, -1, 1), (20, 0.5, 3)):
-        made = flow.euler(lambda x_t, t: noise - x, noise, flow.times(steps, sway, shift))
+        made = flow.sample_euler(lambda x_t, t: noise - x, noise, flow.timesteps(steps, sway, shift))
         assert torch.allclose(made, x, atol=1e-5)
 
 
@@ -24,7 +24,7 @@ def test_predicting_x_gives_the_same_velocity_as_predicting_v():
 
 def test_a_network_that_knows_x_needs_one_step():
     x, noise = torch.randn(2, 6, 5), torch.randn(2, 6, 5)
-    made = flow.euler(lambda x_t, t: flow.velocity(x, x_t, t, "x", 0.05), noise, flow.times(1))
+    made = flow.sample_euler(lambda x_t, t: flow.velocity(x, x_t, t, "x", 0.05), noise, flow.timesteps(1))
     assert torch.allclose(made, x, atol=1e-6)
 
 
@@ -35,17 +35,19 @@ def test_guidance_extrapolates_and_only_inside_its_interval():
         calls.append(len(x_t))
         v = torch.full_like(x_t, -1.0)
         if len(x_t) == 4:
-            v[2:] = 0.0                        # unconditional rows stand still
+            v[2:] = 0.0  # unconditional rows stand still
         return v
 
-    made = flow.euler(network, noise, flow.times(10), cfg_scale=3.0, cfg_from=0.35, cfg_to=0.75)
+    made = flow.sample_euler(network, noise, flow.timesteps(10), cfg_scale=3.0, cfg_from=0.35, cfg_to=0.75)
     assert calls == [2, 2, 2, 4, 4, 4, 4, 2, 2, 2]
     assert torch.allclose(made, torch.full((2, 3), 0.6 + 0.4 * 3.0))
 
 
 def test_scale_one_is_no_guidance():
     calls = []
-    flow.euler(lambda x_t, t: calls.append(len(x_t)) or x_t, torch.zeros(2, 3), flow.times(4), cfg_scale=1.0)
+    flow.sample_euler(
+        lambda x_t, t: calls.append(len(x_t)) or x_t, torch.zeros(2, 3), flow.timesteps(4), cfg_scale=1.0
+    )
     assert calls == [2] * 4
 
 
@@ -60,13 +62,13 @@ def test_loss_is_a_mean_per_clip_that_padding_never_enters():
 
 @pytest.mark.parametrize("sway, shift", [(0, 1), (-1, 1), (1, 1), (0, 3), (-0.5, 0.5)])
 def test_the_grid_falls_from_one_to_zero(sway, shift):
-    grid = flow.times(16, sway, shift)
+    grid = flow.timesteps(16, sway, shift)
     assert grid[0] == 1 and grid[-1].abs() < 1e-6 and (grid.diff() < 0).all()
 
 
 def test_negative_sway_and_a_shift_spend_steps_near_the_noise():
-    middle = flow.times(10)[5]
-    assert flow.times(10, sway=-1)[5] > middle and flow.times(10, shift=3)[5] > middle
+    middle = flow.timesteps(10)[5]
+    assert flow.timesteps(10, sway=-1)[5] > middle and flow.timesteps(10, shift=3)[5] > middle
 
 
 def test_times_are_logit_normal_with_a_uniform_share():
@@ -76,149 +78,3 @@ def test_times_are_logit_normal_with_a_uniform_share():
     assert abs(logit.mean() - 0.5) < 0.02 and abs(logit.std() - 0.8) < 0.02
     mixed = np.array([flow.sample_time(rng, 0.5, 0.8, 0.5) for _ in range(20000)])
     assert abs((mixed < 0.02).mean() - 0.5 * 0.02) < 0.004
-
-
-# Mask-and-replace
-
-CASES = [(6, 12, 0.99999), (6, 12, 0.9), (3, 5, 0.5)]          # K, T, gamma_T
-
-
-def matrices(process: flow.MaskReplace) -> torch.Tensor:
-    """q(x_t | x_{t-1}) for t = 1 ... T, (T, K + 1, K + 1), rows from, columns to, made from the cumulative schedule alone."""
-    k, kept, masked = process.codes, process.kept, process.masked
-    made = []
-    for t in range(1, process.steps + 1):
-        keep, mask = kept[t] / kept[t - 1], 1 - (1 - masked[t]) / (1 - masked[t - 1])
-        q = torch.eye(k + 1, dtype=torch.float64)
-        q[:k, :k] = keep * torch.eye(k, dtype=torch.float64) + (1 - keep - mask) / k
-        q[:k, k] = mask
-        made.append(q)
-    return torch.stack(made)
-
-
-def brute_force(process: flow.MaskReplace, p0: torch.Tensor, x_t: int, t: int, s: int) -> torch.Tensor:
-    """p(x_s | x_t) (K + 1,) by Bayes, from products of matrices."""
-    steps = matrices(process)
-    to_s = torch.linalg.multi_dot([torch.eye(process.codes + 1, dtype=torch.float64)] * 2 + list(steps[:s]))
-    onward = torch.linalg.multi_dot([torch.eye(process.codes + 1, dtype=torch.float64)] * 2 + list(steps[s:t]))
-    joint = to_s[:-1] * onward[:, x_t]                          # (K, K + 1): x_0, x_s
-    return p0.double() @ (joint / joint.sum(1, keepdim=True))
-
-
-@pytest.mark.parametrize("codes, steps, mask_share", CASES)
-def test_the_posterior_is_that_of_the_matrices_for_neighbours_and_for_strides(codes, steps, mask_share):
-    process, worst = flow.MaskReplace(codes, steps, mask_share), 0.0
-    p0 = torch.randn(1, codes + 1, codes, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
-    x_t = torch.arange(codes + 1)[None]                         # every code once, and MASK
-    for t, s in ((1, 0), (2, 1), (steps, steps - 1), (steps, 0), (steps // 2 + 1, 1), (steps - 1, 2)):
-        found = process.posterior(p0, x_t, torch.tensor([t]), torch.tensor([s]))[0]
-        wanted = torch.stack([brute_force(process, p0[0, n], n, t, s) for n in range(codes + 1)])
-        worst = max(worst, (found - wanted).abs().max().item())
-    assert worst < 1e-5
-
-
-def test_the_posterior_is_that_of_diffusers_scheduler():
-    from diffusers import VQDiffusionScheduler
-    codes, steps = 7, 100
-    process, generator = flow.MaskReplace(codes, steps, 0.99999), torch.Generator().manual_seed(1)
-    theirs = VQDiffusionScheduler(num_vec_classes=codes + 1, num_train_timesteps=steps)
-    p0 = torch.randn(2, 16, codes, generator=generator).softmax(-1)
-    x_t = torch.randint(codes + 1, (2, 16), generator=generator)
-    for t in (1, 2, 50, 99):
-        log_p0 = p0.log().transpose(1, 2)                       # theirs is (B, K, N), and counts steps from 0
-        wanted = theirs.q_posterior(log_p0, x_t, torch.tensor([t])).exp().transpose(1, 2)
-        found = process.posterior(p0, x_t, torch.tensor([t + 1] * 2), torch.tensor([t] * 2))
-        assert torch.allclose(found, wanted, atol=3e-5), t
-
-
-@pytest.mark.parametrize("codes, steps, mask_share", CASES)
-def test_corrupted_codes_are_spread_as_the_products_of_the_matrices_say(codes, steps, mask_share):
-    process, generator, n = flow.MaskReplace(codes, steps, mask_share), torch.Generator().manual_seed(2), 200_000
-    u, other = torch.rand(1, n, generator=generator), torch.randint(codes, (1, n), generator=generator)
-    product = torch.eye(codes + 1, dtype=torch.float64)
-    for t, step in enumerate(matrices(process), 1):
-        product = product @ step
-        x_t = process.corrupt(torch.full((1, n), 1), torch.tensor([t]), u, other)
-        assert torch.allclose(torch.bincount(x_t[0], minlength=codes + 1) / n, product[1].float(), atol=5e-3)
-    assert process.corrupt(torch.ones(1, n, dtype=torch.long), torch.tensor([0]), u, other).eq(1).all()
-
-
-def test_the_last_term_of_the_bound_is_the_likelihood_and_a_perfect_prediction_costs_nothing():
-    process, generator = flow.MaskReplace(5, 20, 0.9), torch.Generator().manual_seed(3)
-    x = torch.randint(5, (4, 9), generator=generator)
-    p0 = torch.randn(4, 9, 5, generator=generator).softmax(-1)
-    x_t = torch.randint(6, (4, 9), generator=generator)
-    first = process.divergence(p0, x, x_t, torch.ones(4, dtype=torch.long))
-    assert torch.allclose(first, -p0.gather(-1, x[..., None])[..., 0].log(), atol=1e-5)
-    sure = torch.nn.functional.one_hot(x, 5).float()
-    later = torch.tensor([2, 7, 19, 20])
-    assert process.divergence(sure, x, x_t, later).abs().max() < 1e-5
-    assert process.divergence(p0, x, x_t, later).min() > -1e-5
-
-
-def test_who_knows_the_codes_reaches_them_with_any_stride_guidance_and_truncation():
-    x = torch.randint(5, (3, 8), generator=torch.Generator().manual_seed(4))
-    for share, steps, cfg_scale, truncation in ((0.99999, 1, 1.0, 1.0), (0.9, 7, 3.0, 0.5), (0.9, 20, 1.0, 0.86)):
-        process = flow.MaskReplace(5, 20, share)
-        u = torch.rand(steps + 1, 3, 8, generator=torch.Generator().manual_seed(5))
-
-        def network(x_t, t):
-            known = 50.0 * torch.nn.functional.one_hot(x, 5)
-            return torch.cat([known, torch.zeros_like(known)]) if len(x_t) == 6 else known
-
-        assert process.sample(network, u, cfg_scale, truncation=truncation).equal(x)
-
-
-def test_sampling_with_the_true_p0_gives_the_true_distribution():
-    """x_0 is 0 or 3 with 0.3 and 0.7, tokens alone: p(x_0 | x_t) by Bayes, and walked in strides, must bring these shares back."""
-    process, n = flow.MaskReplace(4, 10, 0.9), 40_000
-    prior = torch.tensor([0.3, 0.0, 0.0, 0.7])
-    products = [torch.eye(5, dtype=torch.float64)]
-    for step in matrices(process):
-        products.append(products[-1] @ step)
-
-    def network(x_t, t):
-        likely = products[int(t[0])][:4].T.float()[x_t]         # (B, N, K): q(x_t | x_0)
-        return (likely * prior).log()
-
-    for steps in (10, 3):
-        u = torch.rand(steps + 1, 1, n, generator=torch.Generator().manual_seed(6))
-        made = process.sample(network, u)
-        assert torch.allclose(torch.bincount(made[0], minlength=4) / n, prior, atol=0.01)
-
-
-def test_truncation_keeps_the_smallest_set_that_has_the_share():
-    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    for share, kept in ((0.4, 1), (0.5, 1), (0.51, 2), (0.86, 3), (0.99, 4), (1.0, 4)):
-        found = flow.truncate(p, share)
-        assert (found > 0).sum() == kept and torch.allclose(found, p * (found > 0) / p[:kept].sum())
-
-
-def test_a_pick_is_never_a_category_without_probability():
-    p = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
-    assert flow.pick(p.expand(5, -1), torch.tensor([0.0, 0.2499, 0.25, 0.5, 1 - 2**-24])).tolist() == [1, 1, 3, 3, 3]
-
-
-def test_important_times_follow_the_losses_and_are_uniform_before():
-    times, u = flow.ImportantTimes(4), torch.rand(4000, generator=torch.Generator().manual_seed(7))
-    t, p = times.draw(u, torch.tensor(True))
-    assert t.min() == 1 and t.max() == 4 and p.eq(0.25).all()
-    for _ in range(12):
-        times.learn(torch.arange(1, 5), torch.tensor([1.0, 2.0, 3.0, 4.0]))
-        times.draw(u, torch.tensor(True))
-    t, p = times.draw(u, torch.tensor(True))
-    assert torch.allclose(torch.bincount(t, minlength=5)[1:] / len(u), torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.02)
-    assert torch.allclose(p, t / 10.0, atol=1e-3)
-
-
-def test_important_times_change_between_updates_only_and_micro_batches_make_one():
-    whole, parts, u = flow.ImportantTimes(3), flow.ImportantTimes(3), torch.rand(6, generator=torch.Generator().manual_seed(8))
-    loss = torch.arange(6.0) + 1
-    for update in range(20):
-        t, _ = whole.draw(u, torch.tensor(True))
-        whole.learn(t, loss)
-        for micro, (u_micro, loss_micro) in enumerate(zip(u.split(2), loss.split(2))):
-            t_micro, _ = parts.draw(u_micro, torch.tensor(micro == 0))
-            assert t_micro.equal(t[2 * micro:2 * micro + 2])
-            parts.learn(t_micro, loss_micro)
-    assert whole.hits.sum() == 19 * 6 and whole.squares.allclose(parts.squares)

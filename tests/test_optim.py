@@ -1,4 +1,6 @@
-"""Muon: what it computes, against an SVD and torch's own; that ranks share the work; how few operations a step is."""
+"""Muon: what it computes, against an SVD and torch's own; that ranks share the work; how few operations a
+step is.
+"""
 
 import multiprocessing
 
@@ -11,7 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import optim
 
 SHAPES = [(96, 96)] * 6 + [(384, 96)] * 3 + [(96, 384)] * 2 + [(24, 40)]
-VIEWS = {"view", "t", "transpose", "unbind", "detach", "expand", "_unsafe_view", "alias", "select", "split", "slice", "split_with_sizes"}
+VIEWS = {
+    "view",
+    "t",
+    "transpose",
+    "unbind",
+    "detach",
+    "expand",
+    "_unsafe_view",
+    "alias",
+    "select",
+    "split",
+    "slice",
+    "split_with_sizes",
+}
 
 
 def matrices(scale: float = 1.0) -> list[torch.Tensor]:
@@ -32,28 +47,36 @@ def trained(kind: type, steps: int, **options) -> list[torch.Tensor]:
 
 
 def test_singular_vectors_stay_and_each_singular_value_goes_through_the_polynomial():
-    a, b, c = optim.COEFFICIENTS
+    a, b, c = optim.NEWTON_SCHULZ_COEFFICIENTS
     for matrix, found in zip(matrices(scale=3.0), optim.orthogonalize_all(matrices(scale=3.0)), strict=True):
         u, values, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
         values = values / values.norm()
-        for _ in range(optim.ITERATIONS):
-            values = a * values + b * values ** 3 + c * values ** 5
+        for _ in range(optim.NEWTON_SCHULZ_STEPS):
+            values = a * values + b * values**3 + c * values**5
         assert (u @ values.diag() @ vt - found).abs().max() < 1e-4
         assert 0.7 < values.median() < 1.2
 
 
 def test_it_does_not_depend_on_the_scale_and_zeros_stay_zeros():
-    for small, large in zip(optim.orthogonalize_all(matrices(1e-4)), optim.orthogonalize_all(matrices(1e4)), strict=True):
+    for small, large in zip(
+        optim.orthogonalize_all(matrices(1e-4)), optim.orthogonalize_all(matrices(1e4)), strict=True
+    ):
         assert (small - large).abs().max() < 1e-5
     assert not optim.orthogonalize_all([torch.zeros(4, 8)])[0].any()
 
 
 def test_a_step_is_torch_muons_to_what_its_bf16_allows():
     options = {"lr": 0.02, "weight_decay": 0.01, "momentum": 0.95}
-    pairs = zip(trained(optim.Muon, 5, **options), trained(torch.optim.Muon, 5, **options), matrices(0.02), strict=True)
+    pairs = zip(
+        trained(optim.Muon, 5, **options),
+        trained(torch.optim.Muon, 5, **options),
+        matrices(0.02),
+        strict=True,
+    )
     for ours, theirs, start in pairs:
         moved = (theirs - start).norm()
-        assert (ours - theirs).norm() < 0.01 * moved           # bf16 has 8 bits: each product is off by up to 0.4 %
+        # bf16 has 8 bits: each product is off by up to 0.4 %
+        assert (ours - theirs).norm() < 0.01 * moved
 
 
 def test_weights_decay_by_the_rate_times_the_decay():
@@ -88,12 +111,12 @@ class Operations(TorchDispatchMode):
 
 
 def operations(kind: type) -> int:
-    """Of one step on the 84 matrices of the main recipe's network, small ones of the same number and kinds."""
+    """Of one step on the 84 matrices of the main recipe's network, made small."""
     params = [nn.Parameter(torch.randn(*shape)) for shape in [(8, 8)] * 64 + [(32, 8)] * 10 + [(8, 32)] * 10]
     optimizer = kind(params, lr=0.02)
     with Operations() as counted:
-        for step in range(2):
-            counted.count = 0                                  # the first step also makes the buffers
+        for _ in range(2):
+            counted.count = 0  # the first step also makes the buffers
             for p in params:
                 p.grad = torch.ones_like(p)
             counted.count = 0
@@ -109,13 +132,13 @@ def share_of_a_rank(rank: int, world: int, port: int, results) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     counts = []
-    own = optim.orthogonalize
+    own = optim.newton_schulz
 
     def counting(batch: torch.Tensor) -> torch.Tensor:
         counts.append(len(batch))
         return own(batch)
 
-    optim.orthogonalize = counting
+    optim.newton_schulz = counting
     weights = trained(optim.Muon, 3, lr=0.02, weight_decay=0.01)
     results.put((rank, sum(counts), [w.numpy() for w in weights]))
     dist.barrier()
@@ -126,7 +149,10 @@ def share_of_a_rank(rank: int, world: int, port: int, results) -> None:
 def test_ranks_share_the_work_and_end_with_the_weights_of_one_process(world, unused_port):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=share_of_a_rank, args=(rank, world, unused_port, results)) for rank in range(world)]
+    ranks = [
+        context.Process(target=share_of_a_rank, args=(rank, world, unused_port, results))
+        for rank in range(world)
+    ]
     for process in ranks:
         process.start()
     found = [results.get(timeout=120) for _ in ranks]
@@ -134,5 +160,6 @@ def test_ranks_share_the_work_and_end_with_the_weights_of_one_process(world, unu
         process.join()
     expected = trained(optim.Muon, 3, lr=0.02, weight_decay=0.01)
     for _, matrices_done, weights in found:
-        assert matrices_done < 3 * (len(SHAPES) / world + 4)   # in three steps; each of the four sizes may be filled up by one
+        # in three steps; each of the four sizes may be filled up by one
+        assert matrices_done < 3 * (len(SHAPES) / world + 4)
         assert all(abs(torch.from_numpy(w) - e).max() < 1e-6 for w, e in zip(weights, expected, strict=True))

@@ -1,4 +1,6 @@
-"""run.sh in a real bash: its options, and its installation in a small project that depends on nothing, so needs no network."""
+"""run.sh in a real bash: its options, and its installation in a small project that depends on nothing, so
+needs no network.
+"""
 
 import os
 import re
@@ -14,13 +16,22 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-CLEAN = {key: value for key, value in os.environ.items()
-         if key not in ("VENV", "NUM_GPUS", "BATCH_SIZE", "CONFIG", "OMP_WAIT_POLICY")} | {"CUDA_VISIBLE_DEVICES": ""}
+CLEAN = {
+    key: value
+    for key, value in os.environ.items()
+    if key not in ("VENV", "NUM_GPUS", "BATCH_SIZE", "CONFIG", "OMP_WAIT_POLICY")
+} | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def start(*arguments: str, root: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", str(root / "run.sh"), *arguments], env=CLEAN | environment, cwd="/",
-                          capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        ["bash", str(root / "run.sh"), *arguments],
+        env=CLEAN | environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def printed(*arguments: str, **environment: str) -> list[list[str]]:
@@ -38,15 +49,27 @@ def write_script(path: Path, body: str) -> None:
 @pytest.fixture
 def four_gpus(tmp_path) -> dict[str, str]:
     """The environment of a machine with four GPUs, as far as run.sh asks: what `nvidia-smi -L` prints."""
-    write_script(tmp_path / "nvidia-smi", "for i in 0 1 2 3; do echo \"GPU $i: H100 (UUID: GPU-$i)\"; done")
+    write_script(tmp_path / "nvidia-smi", 'for i in 0 1 2 3; do echo "GPU $i: H100 (UUID: GPU-$i)"; done')
     return {"PATH": f"{tmp_path}:{CLEAN['PATH']}", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
 
 
 def test_help_is_the_header_and_names_every_option():
     done = start("--help")
     assert done.returncode == 0 and done.stdout == start("--gpus", "0", "-h").stdout
-    for word in ("--gpus", "--device", "--config", "--batch_size", "--wandb-url", "--nodes", "--node_rank", "--master", "--print",
-                 "test", "lock", "NUM_GPUS"):
+    for word in (
+        "--gpus",
+        "--device",
+        "--config",
+        "--batch_size",
+        "--wandb-url",
+        "--nodes",
+        "--node_rank",
+        "--master",
+        "--print",
+        "test",
+        "lock",
+        "NUM_GPUS",
+    ):
         assert word in done.stdout
 
 
@@ -64,8 +87,24 @@ def test_another_shell_and_a_link_run_it_too(shell, tmp_path):
 def test_without_gpus_the_demo_is_prepared_and_trained_on_the_cpu():
     calm, prepare, train = printed()
     assert calm == ["export", "OMP_WAIT_POLICY=PASSIVE"]
-    assert prepare == [".venv/bin/python", "system.py", "prepare", "--config", "configs/demo.yaml", "--device", "cpu"]
-    assert train == ["exec", ".venv/bin/python", "train.py", "--config", "configs/demo.yaml", "--device", "cpu"]
+    assert prepare == [
+        ".venv/bin/python",
+        "system.py",
+        "prepare",
+        "--config",
+        "configs/demo.yaml",
+        "--device",
+        "cpu",
+    ]
+    assert train == [
+        "exec",
+        ".venv/bin/python",
+        "train.py",
+        "--config",
+        "configs/demo.yaml",
+        "--device",
+        "cpu",
+    ]
 
 
 def test_gpus_train_ljspeech_by_torchrun_on_all_of_them(four_gpus):
@@ -76,7 +115,13 @@ def test_gpus_train_ljspeech_by_torchrun_on_all_of_them(four_gpus):
 
 
 def test_one_gpu_needs_no_torchrun_and_hidden_ones_do_not_count(four_gpus):
-    assert printed("--gpus", "1", **four_gpus)[-1][2:] == ["train.py", "--config", "configs/ljspeech.yaml", "--device", "cuda"]
+    assert printed("--gpus", "1", **four_gpus)[-1][2:] == [
+        "train.py",
+        "--config",
+        "configs/ljspeech.yaml",
+        "--device",
+        "cuda",
+    ]
     assert printed(**four_gpus | {"CUDA_VISIBLE_DEVICES": "2"})[-1][2] == "train.py"
     assert "configs/demo.yaml" in printed(**four_gpus | {"CUDA_VISIBLE_DEVICES": ""})[-1]
     assert "configs/demo.yaml" in printed("--gpus", "0", **four_gpus)[-1]
@@ -85,27 +130,44 @@ def test_one_gpu_needs_no_torchrun_and_hidden_ones_do_not_count(four_gpus):
 def test_the_device_that_is_asked_for_is_the_only_one_that_is_named(four_gpus):
     words = ["train.py", "--config", "configs/demo.yaml", "--device", "cpu"]
     assert printed("--device", "cpu", **four_gpus | {"NUM_GPUS": "2"})[-1][2:] == words
-    assert printed("--device=cuda")[-1][2:] == [*words[:-1], "cuda"]           # a GPU that nvidia-smi does not know
+    # a GPU that nvidia-smi does not know
+    assert printed("--device=cuda")[-1][2:] == [*words[:-1], "cuda"]
     refused = start("--gpus", "2", "--device", "cpu", **four_gpus)
-    assert refused.returncode == 2 and refused.stderr == "error: --gpus 2 and --device cpu: only one of them\n"
+    assert (
+        refused.returncode == 2 and refused.stderr == "error: --gpus 2 and --device cpu: only one of them\n"
+    )
     commands = printed("--device", "mps")
-    assert ["export", "PYTORCH_ENABLE_MPS_FALLBACK=1"] in commands and commands[-1][2:] == [*words[:-1], "mps"]
+    assert ["export", "PYTORCH_ENABLE_MPS_FALLBACK=1"] in commands and commands[-1][2:] == [
+        *words[:-1],
+        "mps",
+    ]
 
 
 def test_a_driver_that_was_replaced_under_its_kernel_module_is_a_gpu(tmp_path):
     """Which device.py refuses, in words; counted as none, it would be hours on the CPU."""
-    write_script(tmp_path / "nvidia-smi", "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
+    write_script(
+        tmp_path / "nvidia-smi", "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18"
+    )
     hidden = {key: value for key, value in CLEAN.items() if key != "CUDA_VISIBLE_DEVICES"}
-    done = subprocess.run(["bash", str(ROOT / "run.sh"), "--print"], env=hidden | {"PATH": f"{tmp_path}:{CLEAN['PATH']}"},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(ROOT / "run.sh"), "--print"],
+        env=hidden | {"PATH": f"{tmp_path}:{CLEAN['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.endswith("--device cuda \n")
 
 
 def test_several_machines_meet_at_the_master(four_gpus):
     train = printed("--nodes", "2", "--node-rank", "1", "--master", "alpha", "--lr", "1e-3", **four_gpus)[-1]
-    launch, arguments = train[4:train.index("train.py")], train[train.index("train.py") + 1:]
+    launch, arguments = train[4 : train.index("train.py")], train[train.index("train.py") + 1 :]
     assert dict(zip(launch[::2], launch[1::2])) == {
-        "--nnodes": "2", "--node_rank": "1", "--master_addr": "alpha", "--master_port": "29500", "--nproc_per_node": "4"}
+        "--nnodes": "2",
+        "--node_rank": "1",
+        "--master_addr": "alpha",
+        "--master_port": "29500",
+        "--nproc_per_node": "4",
+    }
     assert arguments == ["--config", "configs/ljspeech.yaml", "--device", "cuda", "--lr", "1e-3"]
     assert "1234" in printed("--nodes=2", "--master=alpha:1234", **four_gpus)[-1]
 
@@ -118,7 +180,12 @@ def test_other_options_reach_preparation_and_training_as_typed():
 
 @pytest.mark.parametrize("word", ["--wandb-url", "--wandb_url"])
 def test_a_wandb_url_turns_wandb_online(word):
-    assert printed(word, "http://host:8080")[-1][-4:] == ["--wandb_url", "http://host:8080", "--wandb", "online"]
+    assert printed(word, "http://host:8080")[-1][-4:] == [
+        "--wandb_url",
+        "http://host:8080",
+        "--wandb",
+        "online",
+    ]
 
 
 def test_the_environment_says_the_same_and_options_win(four_gpus):
@@ -128,12 +195,22 @@ def test_the_environment_says_the_same_and_options_win(four_gpus):
     assert train[-6:] == ["--config", "x.yaml", "--device", "cuda", "--batch_size", "64"]
     train = printed("--gpus", "3", "--config", "y.yaml", "--batch_size", "8", **environment)[-1]
     assert train[6] == "3" and train[-8:-6] == ["--config", "y.yaml"]
-    assert train[-4:] == ["--batch_size", "64", "--batch_size", "8"]                   # the last one counts
+    assert train[-4:] == ["--batch_size", "64", "--batch_size", "8"]  # the last one counts
 
 
-@pytest.mark.parametrize("arguments, complaint", [
-    (["--gpus", "99"], "--gpus 99"), (["--gpus", "two"], "whole numbers"), (["--gpus", "-1"], "whole numbers"), (["--gpus"], "missing"),
-    (["32"], "expected --key value"), (["--nodes", "2"], "--master"), (["--nodes", "0"], "--nodes"), (["--node_rank", "1"], "--node_rank")])
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--gpus", "99"], "--gpus 99"),
+        (["--gpus", "two"], "whole numbers"),
+        (["--gpus", "-1"], "whole numbers"),
+        (["--gpus"], "missing"),
+        (["32"], "expected --key value"),
+        (["--nodes", "2"], "--master"),
+        (["--nodes", "0"], "--nodes"),
+        (["--node_rank", "1"], "--node_rank"),
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, complaint):
     done = start(*arguments)
     assert done.returncode == 2 and done.stdout == ""
@@ -142,7 +219,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, complaint):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """A folder with run.sh, no dependencies, and entry points that say what they were given; not yet installed."""
+    """A folder with run.sh, no dependencies, and entry points that say what they were given; not yet
+    installed.
+    """
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(ROOT / "run.sh", folder)
     (folder / "pyproject.toml").write_text('[project]\nname = "small"\ndependencies = []\n')
@@ -157,8 +236,10 @@ def test_the_first_start_installs_and_the_second_gets_to_work_at_once(project):
     assert first.returncode == 0, first.stderr
     assert "==> making .venv" in first.stdout and "==> installing" in first.stdout
     second = start("--lr", "2", root=project)
-    assert second.stdout.splitlines() == ["system.py prepare --config configs/demo.yaml --device cpu --lr 2",
-                                          f"train.py --config configs/demo.yaml --device cpu --lr 2 {project}/.venv"]
+    assert second.stdout.splitlines() == [
+        "system.py prepare --config configs/demo.yaml --device cpu --lr 2",
+        f"train.py --config configs/demo.yaml --device cpu --lr 2 {project}/.venv",
+    ]
     assert first.stdout.endswith(second.stdout)
 
 
@@ -179,7 +260,12 @@ def test_an_interrupted_installation_starts_over(project):
     (venv / "unfinished").touch()
     (venv / "half").touch()
     again = start(root=project, VENV=str(venv))
-    assert again.returncode == 0 and "starting over" in again.stdout and not (venv / "half").exists() and not (venv / "unfinished").exists()
+    assert (
+        again.returncode == 0
+        and "starting over" in again.stdout
+        and not (venv / "half").exists()
+        and not (venv / "unfinished").exists()
+    )
 
 
 def test_a_failed_installation_stops_and_is_tried_again(project):
@@ -190,7 +276,9 @@ def test_a_failed_installation_stops_and_is_tried_again(project):
     (folder / "pyproject.toml").write_text('[project]\nname = "small"\ndependencies = ["./absent.whl"]\n')
     for _ in range(2):
         failed = start(root=folder, VENV=str(project / ".venv"))
-        assert failed.returncode != 0 and "==> installing" in failed.stdout and "train.py" not in failed.stdout
+        assert (
+            failed.returncode != 0 and "==> installing" in failed.stdout and "train.py" not in failed.stdout
+        )
 
 
 def test_a_voice_or_a_judge_that_cannot_be_installed_is_told_in_a_line_and_done_without(project):
@@ -201,7 +289,10 @@ def test_a_voice_or_a_judge_that_cannot_be_installed_is_told_in_a_line_and_done_
     second = start(root=project)
     (project / "pyproject.toml").write_text(before)
     assert first.returncode == 0 and first.stderr == "" and "train.py" in first.stdout
-    assert "==> going on without what cannot be installed: ./absent.whl ./missing.whl (why: .venv/demo.log)\n" in first.stdout
+    assert (
+        "==> going on without what cannot be installed: ./absent.whl ./missing.whl (why: .venv/demo.log)\n"
+        in first.stdout
+    )
     assert (project / ".venv" / "demo.log").read_text()
     assert second.returncode == 0 and "==>" not in second.stdout
 
@@ -238,10 +329,15 @@ def test_a_folder_that_is_no_environment_is_left_alone(project, tmp_path):
 def test_a_machine_without_a_new_enough_python_is_told_so(project, tmp_path):
     for tool in ("bash", "dirname", "grep", "tr", "rm"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
-    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")      # as an older Python answers the question for 3.11
+    # as an older Python answers the question for 3.11
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "python3").chmod(0o755)
     refused = start(root=project, VENV=str(project / "nowhere"), PATH=str(tmp_path))
-    assert refused.returncode == 2 and refused.stderr.startswith("error: no Python 3.11") and refused.stderr.count("\n") == 1
+    assert (
+        refused.returncode == 2
+        and refused.stderr.startswith("error: no Python 3.11")
+        and refused.stderr.count("\n") == 1
+    )
 
 
 def test_a_failed_preparation_stops_before_training(project):
@@ -254,9 +350,13 @@ def test_a_failed_preparation_stops_before_training(project):
 def test_sigterm_reaches_train(project):
     start(root=project)
     (project / "system.py").write_text("")
-    (project / "train.py").write_text("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
-                                      "print('ready', flush=True)\ntime.sleep(600)\n")
-    process = subprocess.Popen(["bash", str(project / "run.sh")], env=CLEAN, stdout=subprocess.PIPE, text=True)
+    (project / "train.py").write_text(
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+        "print('ready', flush=True)\ntime.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        ["bash", str(project / "run.sh")], env=CLEAN, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=600) == 7

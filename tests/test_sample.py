@@ -5,21 +5,25 @@ import random
 
 import pytest
 import soundfile
-
-import model
-import sample
-import text
 from conftest import call, finish, options, start
 
-LONG = ("Dr. Watson met Mr. J. R. Smith at half past nine. Had he slept? No! The U.S. ambassador, who had come by an earlier train, "
-        "waited in the hall with a very long letter that nobody was going to read; it spoke of hats, of baskets, of the weather in the "
-        "north and of the weather in the south, and of nothing else at all, as such letters often do when they are long… So it was.")
-LONGEST = model.TextToSpeech.longest
+import sample
+from text import normalize
+from tts import TextToSpeech
+
+LONG = (
+    "Dr. Watson met Mr. J. R. Smith at half past nine. Had he slept? No! The U.S. ambassador, who had come "
+    "by an earlier train, waited in the hall with a very long letter that nobody was going to read; it spoke "
+    "of hats, of baskets, of the weather in the north and of the weather in the south, and of nothing else "
+    "at all, as such letters often do when they are long… So it was."
+)
+LONGEST = TextToSpeech.max_characters
 
 
 @pytest.fixture
 def speak(run, tmp_path):
     """A function that runs sample.py on the trained run; returns the wavs made, by name."""
+
     def spoken(*words: str, **knobs) -> dict:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         call(sample, f"--ckpt={run}", f"--out={folder / 'x.wav'}", *words, *options(knobs))
@@ -30,7 +34,7 @@ def speak(run, tmp_path):
 
 def split(typed: str) -> list[str]:
     """As `sample.main` does."""
-    return sample.split_text(text.normalize(typed), LONGEST)
+    return sample.split_text(normalize(typed), LONGEST)
 
 
 def seconds(sound) -> float:
@@ -39,9 +43,22 @@ def seconds(sound) -> float:
 
 def test_one_text_is_one_wav_and_its_pictures_where_asked(run, tmp_path):
     wav = tmp_path / "new" / "x.wav"
-    out = finish(start("sample.py", f"--ckpt={run}", "--text", "Anna bought two green baskets.", "--out", str(wav), "--png"))
+    out = finish(
+        start(
+            "sample.py",
+            f"--ckpt={run}",
+            "--text",
+            "Anna bought two green baskets.",
+            "--out",
+            str(wav),
+            "--png",
+        )
+    )
     wave, rate = soundfile.read(wav)
-    assert out == f"{wav}  {len(wave) / rate:.2f} s\n{wav.with_suffix('.png')}, {wav.with_name('x.attention.png')}\n"
+    assert (
+        out
+        == f"{wav}  {len(wave) / rate:.2f} s\n{wav.with_suffix('.png')}, {wav.with_name('x.attention.png')}\n"
+    )
     assert rate == 22050 and 1 < len(wave) / rate < 4 and wave.std() > 1e-3
     assert {path.name for path in wav.parent.iterdir()} == {"x.wav", "x.png", "x.attention.png"}
     assert wav.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -50,7 +67,9 @@ def test_one_text_is_one_wav_and_its_pictures_where_asked(run, tmp_path):
 def test_several_texts_and_a_prompt_file_are_numbered_and_each_is_as_alone(speak, tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffTwo hats.\n\nA much longer sentence about twenty hats.\n")
     made = speak("--text=Hello.", f"--prompt_file={tmp_path / 'prompts.txt'}")
-    assert list(made) == ["x-0", "x-1", "x-2"] and seconds(made["x-0"]) < seconds(made["x-1"]) < seconds(made["x-2"])
+    assert list(made) == ["x-0", "x-1", "x-2"] and seconds(made["x-0"]) < seconds(made["x-1"]) < seconds(
+        made["x-2"]
+    )
     alone = speak("--text=Two hats.")["x"][0]
     assert len(alone) == len(made["x-1"][0]) and abs(alone - made["x-1"][0]).max() < 0.02
 
@@ -61,7 +80,9 @@ def test_a_seed_is_a_wave(speak):
 
 
 def test_steps_and_guidance_are_heard(speak):
-    plain, finer, guided = (speak("--text=Hello there.", **knobs)["x"][0] for knobs in ({}, {"steps": 5}, {"cfg_scale": 1.0}))
+    plain = speak("--text=Hello there.")["x"][0]
+    finer = speak("--text=Hello there.", euler_steps=5)["x"][0]
+    guided = speak("--text=Hello there.", cfg_scale=1.0)["x"][0]
     assert (plain != finer).any() and (plain != guided).any()
 
 
@@ -73,19 +94,27 @@ def test_a_long_text_is_its_sentences_with_pauses_between(speak):
     texts = split(LONG)
     whole, parts = speak(f"--text={LONG}")["x"], speak(*(f"--text={sentence}" for sentence in texts))
     assert len(parts) == len(texts) == 6
-    assert seconds(whole) == pytest.approx(sum(map(seconds, parts.values())) + (len(texts) - 1) * sample.PAUSE_SEC, abs=0.01)
+    assert seconds(whole) == pytest.approx(
+        sum(map(seconds, parts.values())) + (len(texts) - 1) * sample.PAUSE_SEC, abs=0.01
+    )
     asked = seconds(speak(f"--text={LONG}", seconds=6)["x"])
     assert asked == pytest.approx(6 + (len(texts) - 1) * sample.PAUSE_SEC, abs=0.1)
 
 
 # Splitting
 
+
 def test_sentences_end_at_their_marks_but_not_after_abbreviations_and_numbers():
     assert split("Go! Why? Yes.") == ["Go!", "Why?", "Yes."]
-    assert split("Dr. Jones met J. K. Poe at No. 5. He left.") == ["Doctor Jones met J. K. Poe at Number five.", "He left."]
+    assert split("Dr. Jones met J. K. Poe at No. 5. He left.") == [
+        "Doctor Jones met J. K. Poe at Number five.",
+        "He left.",
+    ]
     assert split("It rose by 3.5 per cent.") == ["It rose by three point five per cent."]
     assert split("At 3 p.m. Prof. Li of the U.S. Army spoke. 5 left, e.g. Mrs. Poe.") == [
-        "At three p.m. Professor Li of the U.S. Army spoke.", "Five left, for example Missus Poe."]
+        "At three p.m. Professor Li of the U.S. Army spoke.",
+        "Five left, for example Missus Poe.",
+    ]
 
 
 def test_no_piece_is_longer_than_can_be_spoken_however_short_it_was_typed():
@@ -118,11 +147,23 @@ def test_splitting_loses_no_word():
 
 # Bad input
 
-@pytest.mark.parametrize("text, complaint", [
-    ("", "nothing to say"), (" \n ", "nothing to say"), ("?! ...", "nothing to say"), ("😀", "cannot be spoken"),
-    ("A smile 😀 here.", "'😀'"), ("👩‍🚀", "cannot be spoken"), ("Hello\x07.", "cannot be spoken"),
-    ("\udce4", "cannot be spoken"),
-    ("word " * 2000, "9999 characters"), ("x" * 300, "a word of 300 characters")], ids=lambda value: ascii(value)[:24])
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("", "nothing to say"),
+        (" \n ", "nothing to say"),
+        ("?! ...", "nothing to say"),
+        ("😀", "cannot be spoken"),
+        ("A smile 😀 here.", "'😀'"),
+        ("👩‍🚀", "cannot be spoken"),
+        ("Hello\x07.", "cannot be spoken"),
+        ("\udce4", "cannot be spoken"),
+        ("word " * 2000, "9999 characters"),
+        ("x" * 300, "a word of 300 characters"),
+    ],
+    ids=lambda value: ascii(value)[:24],
+)
 def test_what_cannot_be_spoken_is_said_in_one_line(run, refusal, text, complaint):
     line = refusal(sample, f"--ckpt={run}", f"--text={text}")
     assert complaint in line and len(line) < 200
@@ -133,10 +174,22 @@ def test_one_bad_text_of_several_stops_before_anything_is_spoken(run, refusal, t
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words, knob", [("--steps=0", "sample.euler_steps"), ("--cfg_scale=nan", "sample.cfg_scale"),
-                                         ("--cfg_scale=-1", "sample.cfg_scale")])
+@pytest.mark.parametrize(
+    "words, knob",
+    [
+        ("--euler_steps=0", "sample.euler_steps"),
+        ("--cfg_scale=nan", "sample.cfg_scale"),
+        ("--cfg_scale=-1", "sample.cfg_scale"),
+    ],
+)
 def test_settings_are_checked_as_in_a_config(run, refusal, words, knob):
     assert knob in refusal(sample, f"--ckpt={run}", "--text=Hello.", words)
+
+
+def test_steps_of_training_are_refused_where_those_of_sampling_are_meant(run, refusal):
+    for words in (["--steps=5"], ["--steps", "5"]):
+        assert "--euler_steps" in refusal(sample, f"--ckpt={run}", "--text=Hello.", *words)
+    assert "--euler_steps" in refusal(sample, "--config=configs/demo.yaml", "--text=Hello.", "--steps=5")
 
 
 def test_no_text_at_all_is_an_error(run, refusal):
@@ -155,8 +208,12 @@ def test_a_lora_for_a_system_that_takes_none_is_an_error(run, refusal):
 def test_a_checkpoint_that_is_none_is_an_error(refusal, run, tmp_path):
     (tmp_path / "x.pt").write_bytes(b"\x80\x04N.")
     assert f"{tmp_path / 'x.pt'}: not a" in refusal(sample, f"--ckpt={tmp_path / 'x.pt'}", "--text=Hello.")
-    assert f"{tmp_path / 'y.pt'}: no such checkpoint" in refusal(sample, f"--ckpt={tmp_path / 'y.pt'}", "--text=Hello.")
-    assert "nobody/no-such-vocoder" in refusal(sample, f"--ckpt={run}", "--text=Hello.", "--vocoder=nobody/no-such-vocoder")
+    assert f"{tmp_path / 'y.pt'}: no such checkpoint" in refusal(
+        sample, f"--ckpt={tmp_path / 'y.pt'}", "--text=Hello."
+    )
+    assert "nobody/no-such-vocoder" in refusal(
+        sample, f"--ckpt={run}", "--text=Hello.", "--vocoder=nobody/no-such-vocoder"
+    )
 
 
 @pytest.mark.parametrize("out", ["x.txt", "x", "x.mp3", "taken/x.wav"])
@@ -167,6 +224,11 @@ def test_an_output_that_cannot_be_written_is_an_error(run, refusal, tmp_path, ou
 
 def test_real_processes_end_with_code_2_and_one_line(run, tmp_path):
     (tmp_path / "x.pt").write_bytes(pickle.dumps({"model": [1, 2]}))
-    for process in (start("sample.py", f"--ckpt={run}", "--text=😀"), start("sample.py", f"--ckpt={tmp_path / 'x.pt'}", "--text=Hello.")):
+    for process in (
+        start("sample.py", f"--ckpt={run}", "--text=😀"),
+        start("sample.py", f"--ckpt={tmp_path / 'x.pt'}", "--text=Hello."),
+    ):
         out, err = process.communicate(timeout=600)
-        assert process.returncode == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+        assert process.returncode == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, (
+            err
+        )

@@ -1,5 +1,5 @@
-"""Checkpoints that cannot be trusted, names what is wrong; saving that is whole or absent; the average of the weights; and a
-small system of another kind, which loop, evaluator, sampler and report take as it is.
+"""Checkpoints that cannot be trusted, names what is wrong; saving that is whole or absent; the average of the
+weights; and a small system of another kind, which loop, evaluator, sampler and report take as it is.
 """
 
 import inspect
@@ -8,32 +8,41 @@ import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import TINY, call, options
+from toy.system import Toy, Whistles, WordBatches
 
 import config as configs
-import data
-import device
+import device as device_module
 import evaluator
-import metric
 import optim
-import sample
-import system
-import train
+import sample as sample_module
+import system as system_module
+import train as train_module
+from base import Batches, Corpus, System
 from config import UserError
-from conftest import TINY, call, options
+from metric import Score
+from system import SYSTEMS, build, find, load, load_config, settle_precision
+from tracking import checkpoint, plot
 
 CPU = torch.device("cpu")
 SHAPE = {"model": {"text_encoder": "scratch", "width": 16, "layers": 1, "heads": 2, "frame_stack": 2}}
 
 
+def needs(name: str):
+    """A mark for what is tested of a further system: skipped where that was deleted."""
+    return pytest.mark.skipif(name not in SYSTEMS, reason=f"no system {name}")
+
+
 def refused(path) -> str:
     """What is said about a checkpoint that cannot be loaded, which begins with its name, in one line."""
     with pytest.raises(UserError) as e:
-        system.load(str(path), CPU, {})
+        load(str(path), CPU, {})
     assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)
     return str(e.value).removeprefix(f"{path}: ")
 
@@ -41,13 +50,13 @@ def refused(path) -> str:
 @pytest.fixture
 def good(run, tmp_path):
     """A copy of a trained checkpoint, to be spoiled."""
-    return shutil.copy(system.newest_checkpoint(run), tmp_path / "x.pt")
+    return shutil.copy(checkpoint.newest_checkpoint(run), tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("left", [0.0, 0.001, 0.5, 0.999])
 def test_a_truncated_checkpoint_is_named(good, left):
     whole = good.read_bytes()
-    good.write_bytes(whole[:int(left * len(whole))])
+    good.write_bytes(whole[: int(left * len(whole))])
     assert "truncated" in refused(good)
 
 
@@ -76,7 +85,9 @@ def test_a_file_of_anything_else_is_named(tmp_path, content):
     assert "not a readable checkpoint" in refused(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("state", [[1, 2], torch.zeros(3), {"model": {}}, {"config": {}, "model": {}, "step": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "state", [[1, 2], torch.zeros(3), {"model": {}}, {"config": {}, "model": {}, "step": 1}], ids=repr
+)
 def test_a_torch_file_of_something_else_is_named(tmp_path, state):
     torch.save(state, tmp_path / "x.pt")
     assert "not a nanoaudio checkpoint" in refused(tmp_path / "x.pt")
@@ -87,22 +98,28 @@ def test_a_missing_checkpoint_and_a_folder_without_any_are_named(tmp_path):
     assert "holds no checkpoints" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("change, complaint", [
-    (lambda state: state["config"]["model"].update(depth=3), "unknown key model.depth"),
-    (lambda state: state["config"]["model"].update(width=16), "has shape"),
-    (lambda state: state["config"]["model"].update(layers=1), "not part of this model"),
-    (lambda state: state["config"]["model"].update(layers=3), "is missing"),
-    (lambda state: state["config"]["model"].update(width="wide"), "must be int")])
-def test_a_checkpoint_that_does_not_fit_its_config_is_named_with_the_first_difference(good, change, complaint):
-    state = system.load_checkpoint(good)
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda state: state["config"]["model"].update(depth=3), "unknown key model.depth"),
+        (lambda state: state["config"]["model"].update(width=16), "has shape"),
+        (lambda state: state["config"]["model"].update(layers=1), "not part of this model"),
+        (lambda state: state["config"]["model"].update(layers=3), "is missing"),
+        (lambda state: state["config"]["model"].update(width="wide"), "must be int"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_its_config_is_named_with_the_first_difference(
+    good, change, complaint
+):
+    state = checkpoint.load_checkpoint(good)
     change(state)
     torch.save(state, good)
     assert complaint in refused(good)
 
 
 def test_a_folder_is_its_newest_checkpoint_and_speaks_with_the_average(run):
-    config, network, step = system.load(str(run), CPU, {"sample": {"euler_steps": 7}}, out_dir="elsewhere")
-    state = system.load_checkpoint(run / "checkpoints" / "step_0000006.pt")
+    config, network, step = load(str(run), CPU, ["--euler_steps=7", "--out_dir=elsewhere"])
+    state = checkpoint.load_checkpoint(run / "checkpoints" / "step_0000006.pt")
     assert (config.sample.euler_steps, config.out_dir, step, network.training) == (7, "elsewhere", 6, False)
     for name, p in network.named_parameters():
         assert torch.equal(p, state["ema"][name])
@@ -110,53 +127,91 @@ def test_a_folder_is_its_newest_checkpoint_and_speaks_with_the_average(run):
 
 
 def test_a_run_is_not_resumed_with_another_shape(run):
-    config = configs.from_dict({**SHAPE, "out_dir": str(run)})
-    network = system.build(config)
+    config = configs.from_dict(configs.TTSConfig, {**SHAPE, "out_dir": str(run)})
+    network = build(config)
     with pytest.raises(UserError, match=f"{run}.*step_0000006.pt: .*trained with another config"):
-        system.resume(config, network, system.Average(network, 0.9), [])
+        checkpoint.resume(config, network, optim.EMA(network, 0.9), [])
 
 
-@pytest.mark.parametrize("section, key, value", [
-    ("mel", "hop", 128), ("klein", "alpha", 1.0), ("music", "patch_frames", 2), ("align", "temperature", 1.0), ("codes", "condition_scale", 2.0),
-    ("flow", "predict", "v")])
-def test_a_run_is_not_resumed_where_its_weights_would_mean_something_else(section, key, value):
-    then = configs.to_dict(configs.Config())
-    now = then | {section: then[section] | {key: value}}
-    with pytest.raises(UserError, match=f"x.pt: was trained with {section}.{key}.*choose another out_dir"):
-        system.check_unchanged(now, then, "x.pt")
+@pytest.mark.parametrize(
+    "name, key, value",
+    [
+        ("tts", "mel.hop", "128"),
+        ("tts", "flow.predict", "v"),
+        pytest.param("spectrogram", "klein.alpha", "1.0", marks=needs("spectrogram")),
+        pytest.param("music", "music.text_padding", "last", marks=needs("music")),
+        pytest.param("speech_align", "align.temperature", "1.0", marks=needs("speech_align")),
+        pytest.param("speech_image", "codes.condition_scale", "2.0", marks=needs("speech_image")),
+    ],
+)
+def test_a_run_is_not_resumed_where_its_weights_would_mean_something_else(name, key, value):
+    then = configs.to_dict(load_config("", [f"--system={name}"]))
+    now = load_config("", [f"--system={name}", f"--{key}={value}"])
+    with pytest.raises(UserError, match=f"x.pt: was trained with {key}.*choose another out_dir"):
+        checkpoint.check_unchanged(now, then, "x.pt")
 
 
-def test_what_a_network_was_made_from_may_have_moved_when_it_is_resumed():
-    then = configs.to_dict(configs.Config())
-    now = then | {"klein": then["klein"] | {"base": "/elsewhere"}, "codes": then["codes"] | {"stage1": "/elsewhere"}}
-    system.check_unchanged(now, then, "x.pt")
+@pytest.mark.parametrize(
+    "name, key, value",
+    [
+        pytest.param("spectrogram", "klein.base", "/elsewhere", marks=needs("spectrogram")),
+        pytest.param("spectrogram", "klein.checkpointing", "true", marks=needs("spectrogram")),
+        pytest.param("speech_image", "codes.stage1", "/elsewhere", marks=needs("speech_image")),
+        pytest.param("speech_image", "codes.require_r1", "0", marks=needs("speech_image")),
+        pytest.param("music", "music.autoencoder", "/elsewhere", marks=needs("music")),
+        ("tts", "train.lr", "1"),
+    ],
+)
+def test_what_a_network_was_made_from_may_have_moved_when_it_is_resumed(name, key, value):
+    then = configs.to_dict(load_config("", [f"--system={name}"]))
+    checkpoint.check_unchanged(load_config("", [f"--system={name}", f"--{key}={value}"]), then, "x.pt")
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_what_is_fixed_is_what_there_is_and_says_what_the_weights_mean(name):
+    cls = find(name).config_class
+    fixed = configs.fixed_keys(cls)
+    assert all(any(key == wanted or key.startswith(f"{wanted}.") for key in fixed) for wanted in cls.fixed)
+    assert "model.width" in fixed and not {key.split(".")[0] for key in fixed} & {
+        "data",
+        "sample",
+        "train",
+        "eval",
+    }
 
 
 def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):
-    config, network, _ = system.load(str(run), CPU, {"train": {"muon_lr": 0.5, "lr": 0.25}})
-    optimizers = optim.make_optimizers(network, config.train.muon_lr, config.train.lr, config.train.weight_decay)
-    assert system.resume(config, network, system.Average(network, 0.9), optimizers)[0] == 6
+    config, network, _ = load(str(run), CPU, ["--muon_lr=0.5", "--lr=0.25"])
+    optimizers = optim.make_optimizers(
+        network, config.train.muon_lr, config.train.lr, config.train.weight_decay
+    )
+    assert checkpoint.resume(config, network, optim.EMA(network, 0.9), optimizers)[0] == 6
     assert [group["peak_lr"] for o in optimizers for group in o.param_groups] == [0.5, 0.25]
     assert all(o.state for o in optimizers)
 
 
 # Precision
 
+
 def settled(out_dir, **train) -> str:
-    config = configs.from_dict({"out_dir": str(out_dir), "train": train})
-    return system.settle_precision(config, CPU, world=1).train.dtype
+    config = configs.from_dict(configs.TTSConfig, {"out_dir": str(out_dir), "train": train})
+    return settle_precision(config, CPU, world=1).train.dtype
 
 
 def test_precision_is_bf16_only_on_a_cpu_that_has_it_and_is_faster_with_it(tmp_path, monkeypatch):
     assert settled(tmp_path, dtype="bf16") == "bf16" and settled(tmp_path, dtype="fp32") == "fp32"
     has_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     slow, fast = 2.0, 1.0
-    for bf16, fp32, expected in ((fast, slow, "bf16" if has_it else "fp32"), (slow, fast, "fp32"), (fast, fast, "fp32")):
-        monkeypatch.setattr(device, "product_seconds", {torch.bfloat16: bf16, torch.float32: fp32}.get)
+    for bf16, fp32, expected in (
+        (fast, slow, "bf16" if has_it else "fp32"),
+        (slow, fast, "fp32"),
+        (fast, fast, "fp32"),
+    ):
+        monkeypatch.setattr(device_module, "time_matmul", {torch.bfloat16: bf16, torch.float32: fp32}.get)
         assert settled(tmp_path) == expected
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(device, "product_seconds", {torch.bfloat16: fast, torch.float32: slow}.get)
+    monkeypatch.setattr(device_module, "time_matmul", {torch.bfloat16: fast, torch.float32: slow}.get)
     assert settled(tmp_path) == "fp32"
 
 
@@ -164,41 +219,54 @@ def test_a_run_that_goes_on_keeps_its_precision_whatever_is_measured_now(run, tm
     again = shutil.copytree(run, tmp_path / "run")
     facts = json.loads((again / "run.json").read_text())
     (again / "run.json").write_text(json.dumps(facts | {"dtype": "bf16"}))
-    monkeypatch.setattr(system, "pick_dtype", lambda device: "fp32")
+    monkeypatch.setattr(system_module, "pick_dtype", lambda device: "fp32")
     assert settled(again) == "bf16"
     (again / "run.json").write_text(json.dumps(facts | {"dtype": "bf16", "hardware": "8 x another"}))
-    assert settled(again) == "fp32"                            # elsewhere it is chosen anew
+    assert settled(again) == "fp32"  # elsewhere it is chosen anew
     for path in (again / "checkpoints").iterdir():
         path.unlink()
     (again / "run.json").write_text(json.dumps(facts | {"dtype": "bf16"}))
-    assert settled(again) == "fp32"                            # there is nothing to go on from
+    assert settled(again) == "fp32"  # there is nothing to go on from
 
 
 def test_a_matrix_product_is_measured_in_either_precision():
-    assert device.product_seconds(torch.float32) > 0 and device.product_seconds(torch.bfloat16) > 0
+    assert device_module.time_matmul(torch.float32) > 0 and device_module.time_matmul(torch.bfloat16) > 0
 
 
 def test_a_save_that_fails_leaves_the_older_checkpoint_whole(tmp_path):
     folder = tmp_path / "checkpoints"
-    system.save_checkpoint(folder / "step_0000001.pt", {"config": {}, "model": {}, "ema": {}, "step": 1}, keep=1)
+    checkpoint.save_checkpoint(
+        folder / "step_0000001.pt", {"config": {}, "model": {}, "ema": {}, "step": 1}, keep=1
+    )
     with pytest.raises((AttributeError, pickle.PicklingError)):
-        system.save_checkpoint(folder / "step_0000002.pt", {"model": torch.zeros(1000), "step": lambda: 2}, keep=1)
-    assert system.newest_checkpoint(tmp_path) == folder / "step_0000001.pt"
-    assert system.load_checkpoint(folder / "step_0000001.pt")["step"] == 1
+        checkpoint.save_checkpoint(
+            folder / "step_0000002.pt", {"model": torch.zeros(1000), "step": lambda: 2}, keep=1
+        )
+    assert checkpoint.newest_checkpoint(tmp_path) == folder / "step_0000001.pt"
+    assert checkpoint.load_checkpoint(folder / "step_0000001.pt")["step"] == 1
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for step in range(1, 6):
-        system.save_checkpoint(tmp_path / "checkpoints" / f"step_{step:07d}.pt", {"step": step}, keep=2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000004.pt", "step_0000005.pt"]
+        checkpoint.save_checkpoint(tmp_path / "checkpoints" / f"step_{step:07d}.pt", {"step": step}, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step_0000004.pt",
+        "step_0000005.pt",
+    ]
 
 
 def test_weights_are_drawn_from_the_seed():
-    one, same, other = (system.build(configs.from_dict({**SHAPE, "seed": seed})).decoder.in_proj.weight for seed in (1, 1, 2))
+    one, same, other = (
+        system_module.build(
+            configs.from_dict(configs.TTSConfig, {**SHAPE, "seed": seed})
+        ).decoder.in_proj.weight
+        for seed in (1, 1, 2)
+    )
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 # The average
+
 
 @pytest.fixture
 def layer():
@@ -207,7 +275,7 @@ def layer():
 
 def test_the_average_forgets_its_start_soon_and_then_decays(layer):
     layer.weight.data.fill_(0.0)
-    average, expected = system.Average(layer, 0.9), 0.0
+    average, expected = optim.EMA(layer, 0.9), 0.0
     layer.weight.data.fill_(1.0)
     for step in range(200):
         average.update(step)
@@ -215,41 +283,47 @@ def test_the_average_forgets_its_start_soon_and_then_decays(layer):
         expected = decay * expected + (1 - decay)
         if step == 0:
             assert expected == pytest.approx(0.9)
-    assert average.mean["weight"].item() == pytest.approx(expected) and expected > 0.999
+    assert average.shadow["weight"].item() == pytest.approx(expected) and expected > 0.999
     layer.weight.data.fill_(0.0)
     average.update(200)
-    assert average.mean["weight"].item() == pytest.approx(0.9, abs=1e-3)
+    assert average.shadow["weight"].item() == pytest.approx(0.9, abs=1e-3)
 
 
 def test_without_decay_the_average_is_the_weights(layer):
-    average = system.Average(layer, 0.0)
+    average = optim.EMA(layer, 0.0)
     layer.weight.data.fill_(3.0)
     average.update(0)
-    assert average.mean["weight"].item() == 3.0
+    assert average.shadow["weight"].item() == 3.0
 
 
 def test_the_average_is_borrowed_and_given_back_bit_for_bit(layer):
-    average = system.Average(layer, 0.9)
+    average = optim.EMA(layer, 0.9)
     layer.weight.data.add_(1 / 3)
     average.update(0)
-    live, mean = layer.weight.clone(), average.mean["weight"].clone()
+    live, mean = layer.weight.clone(), average.shadow["weight"].clone()
     with pytest.raises(ZeroDivisionError), average:
         assert torch.equal(layer.weight, mean) and not torch.equal(layer.weight, live)
         raise ZeroDivisionError
-    assert torch.equal(layer.weight, live) and torch.equal(average.mean["weight"], mean)
+    assert torch.equal(layer.weight, live) and torch.equal(average.shadow["weight"], mean)
 
 
 def test_a_frozen_parameter_is_not_averaged():
     layers = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).requires_grad_(False))
-    assert list(system.Average(layers, 0.9).mean) == ["0.weight", "0.bias"]
+    assert list(optim.EMA(layers, 0.9).shadow) == ["0.weight", "0.bias"]
 
 
 # Optimizers and devices
 
+
 def test_every_trained_parameter_has_exactly_one_optimizer():
-    config = configs.from_dict(SHAPE)
-    network = system.build(config)
-    given = [id(p) for o in optim.make_optimizers(network, 0.02, 3e-4, 0.01) for group in o.param_groups for p in group["params"]]
+    config = configs.from_dict(configs.TTSConfig, SHAPE)
+    network = system_module.build(config)
+    given = [
+        id(p)
+        for o in optim.make_optimizers(network, 0.02, 3e-4, 0.01)
+        for group in o.param_groups
+        for p in group["params"]
+    ]
     assert sorted(given) == sorted(id(p) for p in network.parameters() if p.requires_grad)
 
 
@@ -257,21 +331,74 @@ def test_every_trained_parameter_has_exactly_one_optimizer():
 @pytest.mark.parametrize("upsample_text", ["true", "false"])
 def test_every_trained_parameter_gets_a_gradient(tiny, alignment, upsample_text):
     """With one that gets none, several ranks cannot train: DistributedDataParallel waits for it."""
-    config = configs.load("", options(tiny | {"alignment": alignment, "upsample_text": upsample_text}))
-    corpus = system.open_corpus(config)
-    network = system.build(config, *corpus.statistics)
-    network(system.open_batches(config, corpus, network, 0, 1).train(0))["loss"].backward()
+    config = system_module.load_config(
+        "", options(tiny | {"alignment": alignment, "upsample_text": upsample_text})
+    )
+    corpus = system_module.open_corpus(config)
+    network = system_module.build(config, *corpus.statistics)
+    network(system_module.open_batches(config, corpus, network, 0, 1).train(0))["loss"].backward()
     assert not [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_an_error_in_words():
     with pytest.raises(UserError, match="--device cpu"):
-        system.pick_device("cuda")
-    assert system.pick_device("auto") == CPU
+        device_module.pick_device("cuda")
+    assert device_module.pick_device("auto") == CPU
 
 
-# Another system: a frozen base with a trained adapter on it, no Muon, no log-mels, a picture; nothing that the loop knows of
+# Another system: tests/toy/system.py, which has no more than it must, no Muon, no recogniser
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path) -> dict:
+    """The knobs of a run of it, once it stands in the table as any does."""
+    monkeypatch.setitem(SYSTEMS, "toy", "toy.system:Toy")
+    folders = {"out_dir": tmp_path / "run", "data_dir": tmp_path / "corpus"}
+    steps = {"steps": 200, "warmup": 0, "lr": 0.05, "val_interval": 100, "eval_interval": 200}
+    return folders | steps | {"system": "toy", "device": "cpu", "dtype": "fp32", "wandb": "disabled"}
+
+
+def test_a_system_in_a_file_is_prepared_trained_scored_sampled_and_reported(toy, tmp_path, refusal):
+    assert "made by `python system.py prepare`" in refusal(train_module, *options(toy))
+    call(system_module, "prepare", *options(toy))
+    call(train_module, *options(toy))
+    run = tmp_path / "run"
+    found = metrics(run)
+    assert found["val/pitch_loss"] < 0.01 and found["eval/pitch_error"] < 5
+    assert "Pitch error, Hz" in (run / "report.html").read_text()
+    wav = tmp_path / "x.wav"
+    call(sample_module, f"--ckpt={run}", "--text=la la", f"--out={wav}", "--png")
+    wave, rate = soundfile.read(wav)
+    assert abs(np.abs(np.fft.rfft(wave)).argmax() * rate / len(wave) - 200) < 5
+    assert wav.with_suffix(".png").exists()
+
+
+def test_what_a_system_does_not_have_is_refused_in_words(toy, tmp_path, refusal):
+    call(system_module, "prepare", *options(toy))
+    call(train_module, *options(toy | {"steps": 1, "eval_interval": 0}))
+    weights = f"--ckpt={tmp_path / 'run'}"
+    said = refusal(sample_module, weights, "--text=la", "--lora=x", f"--out={tmp_path / 'x.wav'}")
+    assert said == "error: --lora x: system toy takes no LoRA; leave it out"
+    said = refusal(system_module, "export", weights, f"--out={tmp_path / 'new'}")
+    assert "no other software loads system toy" in said
+
+
+def metrics(run: Path) -> dict:
+    """The newest value of each."""
+    found = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        found |= json.loads(line)
+    return found
+
+
+# One with more: a frozen base under a trained adapter, two pictures, a recogniser's word error rate
+
+
+@configs.section
+class HummerConfig(configs.TTSConfig):
+    system: Literal["hummer"] = "hummer"
+
 
 @dataclass
 class Hum:
@@ -281,20 +408,59 @@ class Hum:
     def draw(self, stem: Path) -> dict[str, str]:
         names = {"picture": f"{stem.name}.png", "confidence": f"{stem.name}.confidence.png"}
         for name in names.values():
-            metric.attention_png(np.eye(3), "hum", stem.with_name(name))
+            plot.save_attention_png(np.eye(3), "hum", stem.with_name(name))
         return names
 
 
-class Hummer(torch.nn.Module):
+class Hums(Whistles):
+    def __init__(self, config):
+        self.folder = Path(config.out_dir)
+        self.seconds = 0.5
+
+    def recording(self, clip):
+        return hum(self.seconds), 16000
+
+
+class Rounds(WordBatches):
+    def __init__(self, config, corpus, tokenizer, rank, world):
+        self.seed = config.seed
+
+    def train(self, step, micro=0):
+        return self.draw(step, 4)
+
+    def validation(self):
+        return [self.draw(1000, 3), self.draw(1001, 2)]
+
+    def draw(self, step, rows):
+        rng = np.random.default_rng((self.seed, step))
+        x = torch.from_numpy(rng.standard_normal((rows, 8), dtype=np.float32))
+        return {"x": x, "t": torch.rand(rows), "frames": torch.full((rows,), 50)}
+
+
+class Hummer(Toy):
     """Hums a second for every prompt, as loud as the adapter's first weight."""
 
-    tokenizer, makes, speaks, listens, features, longest, frame_rate = None, ("wav", "png"), True, False, None, 30, 100.0
+    config_class = HummerConfig
+    corpus_class = Hums
+    batches_class = Rounds
+    output_kinds = ("wav", "png")
+    speaks = True
+    max_characters = 30
+    scores = {
+        "lsd": Score("log-spectral distance", "dB"),
+        "path_distance": Score("distance to the colour path"),
+    }
 
     def __init__(self, config):
-        super().__init__()
+        System.__init__(self)
+        self.config = config
         self.base = torch.nn.Linear(8, 8).requires_grad_(False)
         self.adapter = torch.nn.Linear(8, 8, bias=False)
         self.register_buffer("scale", torch.ones(()))
+
+    @staticmethod
+    def prepare(config):
+        Path(config.out_dir, "prepared").touch()
 
     def forward(self, batch):
         error = self.base(batch["x"]) + self.scale * self.adapter(batch["x"]) - batch["x"]
@@ -306,11 +472,9 @@ class Hummer(torch.nn.Module):
     def reference(self, corpus, clip):
         return Hum(corpus.recording(clip)[0] / 2)
 
-    def score(self, made, corpus, clip):
-        return {"lsd": abs(made.wave.std() - corpus.recording(clip)[0].std()).item(), "path_distance": 0.25}
-
-    def hidden_matrices(self):
-        return []
+    def score(self, output, corpus, clip):
+        recorded = corpus.recording(clip)[0]
+        return {"lsd": abs(output.wave.std() - recorded.std()).item(), "path_distance": 0.25}
 
     def load_adapter(self, name):
         if not Path(name).is_file():
@@ -318,67 +482,42 @@ class Hummer(torch.nn.Module):
         self.adapter.weight.data.fill_(float(Path(name).read_text()))
 
 
-class Hums:
-    statistics, plan = (), "hums"
-
-    def __init__(self, config):
-        self.folder, self.seconds = Path(config.out_dir), 0.5
-
-    def clips(self, split):
-        return [data.Clip(id=f"{split}-{n}", text="Two hats.", split=split, wav=None, frames=50, number=n) for n in range(3)]
-
-    def recording(self, clip):
-        return hum(self.seconds), 16000
-
-
-class Rounds:
-    def __init__(self, config, corpus, tokenizer, rank, world):
-        self.seed = config.seed
-
-    def train(self, step, micro=0):
-        return self.draw(step, 4)
-
-    def validation(self):
-        return [self.draw(1000, 3), self.draw(1001, 2)]
-
-    def draw(self, step, rows):
-        x = torch.from_numpy(np.random.default_rng((self.seed, step)).standard_normal((rows, 8), dtype=np.float32))
-        return {"x": x, "t": torch.rand(rows), "frames": torch.full((rows,), 50)}
-
-
 def hum(seconds: float) -> torch.Tensor:
     return torch.sin(torch.arange(int(seconds * 16000)) / 20)
 
 
-def note(config) -> None:
-    Path(config.out_dir, "prepared").touch()
-
-
 @pytest.fixture
 def hummer(monkeypatch, random_whisper, tmp_path) -> dict:
-    """The knobs of a run of another system, which stands in the table as any does."""
-    monkeypatch.setitem(system.SYSTEMS, "spectrogram", system.Parts(Hummer, Hums, Rounds, note))
-    return TINY | {"system": "spectrogram", "out_dir": tmp_path, "steps": 2, "val_interval": 2,
-                   "eval_interval": 2, "limit": 3, "recogniser": random_whisper}
+    """The knobs of a run of it."""
+    monkeypatch.setitem(SYSTEMS, "hummer", f"{__name__}:Hummer")
+    return TINY | {
+        "system": "hummer",
+        "out_dir": tmp_path,
+        "steps": 2,
+        "val_interval": 2,
+        "eval_interval": 2,
+        "limit": 3,
+        "recogniser": random_whisper,
+    }
 
 
 @pytest.fixture
 def hummed(hummer, tmp_path) -> Path:
-    call(train, *options(hummer))
+    call(train_module, *options(hummer))
     return tmp_path
 
 
 def test_prepare_is_the_systems_own(hummer, tmp_path, refusal):
-    call(system, "prepare", *options(hummer))
+    call(system_module, "prepare", *options(hummer))
     assert (tmp_path / "prepared").exists()
-    assert "unknown key" in refusal(system, "prepare", "--sytem=tts")
+    assert "unknown key" in refusal(system_module, "prepare", "--sytem=tts")
 
 
 def test_a_checkpoint_holds_what_is_trained_and_the_rest_is_as_built(hummed):
-    state = system.load_checkpoint(system.newest_checkpoint(hummed))
+    state = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(hummed))
     assert state["model"].keys() == {"adapter.weight", "scale"} and state["ema"].keys() == {"adapter.weight"}
-    config, network, step = system.load(str(hummed), CPU, {})
-    assert step == 2 and torch.equal(network.base.weight, system.build(config).base.weight)
+    config, network, step = system_module.load(str(hummed), CPU, {})
+    assert step == 2 and torch.equal(network.base.weight, system_module.build(config).base.weight)
     assert torch.equal(network.adapter.weight, state["ema"]["adapter.weight"])
     state["model"]["base.weight"] = network.base.weight
     torch.save(state, hummed / "x.pt")
@@ -386,9 +525,11 @@ def test_a_checkpoint_holds_what_is_trained_and_the_rest_is_as_built(hummed):
 
 
 def test_without_hidden_matrices_adamw_has_all_and_its_rate_is_logged(hummed):
-    assert len(system.load_checkpoint(system.newest_checkpoint(hummed))["optimizers"]) == 1
+    assert len(checkpoint.load_checkpoint(checkpoint.newest_checkpoint(hummed))["optimizers"]) == 1
     first = json.loads((hummed / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["train/lr"] == pytest.approx(3e-4 * train.rate(configs.load(str(hummed / "config.yaml")), 0, 0.5))
+    assert first["train/lr"] == pytest.approx(
+        3e-4 * train_module.lr_scale(system_module.load_config(str(hummed / "config.yaml")), 0, 0.5)
+    )
 
 
 def test_of_hidden_matrices_alone_muon_has_all():
@@ -398,42 +539,63 @@ def test_of_hidden_matrices_alone_muon_has_all():
 
 
 def test_a_run_says_how_many_parameters_are_frozen(hummer, tmp_path, capsys):
-    call(train, *options(hummer | {"steps": 1, "eval_interval": 0}))
+    call(train_module, *options(hummer | {"steps": 1, "eval_interval": 0}))
     assert "trained parameters beside 0.0 M frozen ones" in capsys.readouterr().out
     recorded = json.loads((tmp_path / "run.json").read_text())
     assert (recorded["parameters"], recorded["frozen_parameters"]) == (64, 72)
 
 
 def test_another_system_resumes(hummer, hummed, capsys):
-    call(train, *options(hummer | {"steps": 3}))
-    assert "resumed from" in capsys.readouterr().out and system.newest_checkpoint(hummed).name == "step_0000003.pt"
+    call(train_module, *options(hummer | {"steps": 3}))
+    assert (
+        "resumed from" in capsys.readouterr().out
+        and checkpoint.newest_checkpoint(hummed).name == "step_0000003.pt"
+    )
 
 
 def test_another_system_is_evaluated_by_its_own_losses_and_scores(hummed, capsys):
-    found = {key: value for line in (hummed / "metrics.jsonl").read_text().splitlines() for key, value in json.loads(line).items()}
+    found = {
+        key: value
+        for line in (hummed / "metrics.jsonl").read_text().splitlines()
+        for key, value in json.loads(line).items()
+    }
     assert {key for key in found if key.startswith("val/")} == {"val/error", "val/offset"}
-    config, network, _ = system.load(str(hummed), CPU, {})
+    config, network, _ = system_module.load(str(hummed), CPU, {})
     x = torch.cat([batch["x"] for batch in Rounds(config, None, None, 0, 1).validation()])
-    assert found["val/error"] == pytest.approx(network({"x": x})["error"].item())         # of clips, not of batches
+    # of clips, not of batches
+    assert found["val/error"] == pytest.approx(network({"x": x})["error"].item())
     loud, quiet = hum(0.5).std().item(), abs(network.adapter.weight[0, 0].item()) * hum(1.0).std().item()
-    assert found["eval/lsd"] == pytest.approx(abs(quiet - loud)) and found["eval/lsd_vocoded"] == pytest.approx(loud / 2)
-    assert found["eval/path_distance"] == found["eval/path_distance_vocoded"] == 0.25 and "eval/mcd" not in found
+    assert found["eval/lsd"] == pytest.approx(abs(quiet - loud)) and found[
+        "eval/lsd_vocoded"
+    ] == pytest.approx(loud / 2)
+    assert (
+        found["eval/path_distance"] == found["eval/path_distance_vocoded"] == 0.25 and "eval/mcd" not in found
+    )
     call(evaluator, f"--ckpt={hummed}", "--limit=3")
     out = capsys.readouterr().out
     again = json.loads(out.splitlines()[-1])
     assert again == {key: found[key] for key in again}
-    assert f"log-spectral distance {found['eval/lsd']:.3g} dB  at best {found['eval/lsd_vocoded']:.3g} dB" in out
+    assert (
+        f"log-spectral distance {found['eval/lsd']:.3g} dB  at best {found['eval/lsd_vocoded']:.3g} dB" in out
+    )
 
 
 def test_another_systems_pictures_are_kept_and_reported(hummed):
     folder = hummed / "eval" / "step_0000002"
     row = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
-    assert {row[key] for key in ("picture", "confidence", "reference_picture", "reference_confidence", "reference_audio")} == {
-        "000.png", "000.confidence.png", "000.ref.png", "000.ref.confidence.png", "000.ref.wav"}
+    assert {
+        row[key]
+        for key in ("picture", "confidence", "reference_picture", "reference_confidence", "reference_audio")
+    } == {"000.png", "000.confidence.png", "000.ref.png", "000.ref.confidence.png", "000.ref.wav"}
     assert (hummed / "sample.png").read_bytes() == (folder / "000.png").read_bytes()
     page = (hummed / "report.html").read_text()
     assert page.count("<img") == 3 * 4 and page.count("<audio") == 3 * 2
-    for words in ("Log-spectral distance, dB", "Distance to the colour path", "reference confidence", "log-spectral distance"):
+    for words in (
+        "Log-spectral distance, dB",
+        "Distance to the colour path",
+        "reference confidence",
+        "log-spectral distance",
+    ):
         assert words in page
     assert "cepstral" not in page
 
@@ -445,20 +607,44 @@ def test_another_system_is_sampled_with_its_pictures_and_adapters(hummed, tmp_pa
     for weights in ((f"--ckpt={hummed}",), (f"--config={hummed / 'config.yaml'}",)):
         peaks = []
         for lora in ("loud", "mute"):
-            call(sample, *weights, *said, f"--lora={tmp_path / lora}")
+            call(sample_module, *weights, *said, f"--lora={tmp_path / lora}")
             peaks.append(abs(soundfile.read(tmp_path / "new" / "x.wav")[0]).max())
         assert peaks == pytest.approx([0.5, 0], abs=1e-3)
-        assert f"{tmp_path}/none: no such" in refusal(sample, *weights, *said, f"--lora={tmp_path / 'none'}")
+        assert f"{tmp_path}/none: no such" in refusal(
+            sample_module, *weights, *said, f"--lora={tmp_path / 'none'}"
+        )
     pictures = {"x.png", "x.confidence.png", "x.2.png", "x.2.confidence.png", "x.3.png", "x.3.confidence.png"}
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"x.wav", *pictures}
 
 
-@pytest.mark.parametrize("name", system.SYSTEMS)
-def test_every_system_in_the_table_has_the_methods_of_the_protocol(name):
-    parts = system.SYSTEMS[name]
-    for protocol, made in ((system.System, parts.network), (system.Corpus, parts.corpus), (system.Batches, parts.batches)):
-        asked = {key: value for key, value in vars(protocol).items() if not key.startswith("_")}
-        if made is parts.network and made.features is None:
-            del asked["features"]
-        for method in asked:
-            assert [*inspect.signature(getattr(made, method)).parameters] == [*inspect.signature(asked[method]).parameters]
+# The contract
+
+
+def public(cls: type) -> dict:
+    """What a class itself defines, but for private names."""
+    return {name: value for name, value in vars(cls).items() if not name.startswith("_")}
+
+
+def parameters(function) -> list[str]:
+    return [*inspect.signature(function).parameters]
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_overrides_what_base_system_has_with_the_same_signatures(name):
+    cls = system_module.find(name)
+    assert issubclass(cls, System)
+    for method, expected in public(System).items():
+        made = getattr(cls, method)
+        assert callable(made) == callable(expected), method
+        if inspect.isroutine(made):
+            assert parameters(made) == parameters(getattr(System, method)), method
+    for method in ("forward", "sample", "reference"):  # which have no default
+        assert getattr(cls, method) is not getattr(System, method), method
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_corpus_and_its_batches_have_the_methods_of_the_protocol(name):
+    cls = system_module.find(name)
+    for protocol, made in ((Corpus, cls.corpus_class), (Batches, cls.batches_class)):
+        for method, expected in public(protocol).items():
+            assert parameters(getattr(made, method)) == parameters(expected), method

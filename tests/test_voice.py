@@ -11,7 +11,7 @@ import torch
 from conftest import start
 
 from config import UserError
-from corpora import voice
+from corpora import espeak, voice
 
 RATE = 22050
 SENTENCE = "Peter found seven red boxes."
@@ -34,8 +34,8 @@ def forgotten():
 
 def refusal_of(name: str) -> str:
     """The one line with which a voice is refused."""
-    with pytest.raises(voice.VoiceError) as refusal:
-        voice.say(SENTENCE, RATE, name)
+    with pytest.raises(espeak.VoiceError) as refusal:
+        voice.synthesize(SENTENCE, RATE, name)
     line = str(refusal.value)
     assert "\n" not in line
     return line
@@ -45,16 +45,16 @@ def refusal_of(name: str) -> str:
 
 
 def test_espeak_says_what_it_is_told():
-    spoken = voice.espeak(SENTENCE, RATE)
+    spoken = espeak.speak(SENTENCE, RATE)
     assert 1 < len(spoken) / RATE < 4
     assert 0.2 < spoken.abs().max() <= 1
-    assert len(voice.espeak("No.", RATE)) < len(spoken)
-    assert len(voice.espeak(SENTENCE, RATE, rate=90)) > 1.3 * len(spoken)
+    assert len(espeak.speak("No.", RATE)) < len(spoken)
+    assert len(espeak.speak(SENTENCE, RATE, rate=90)) > 1.3 * len(spoken)
 
 
 def test_a_variant_is_another_voice():
-    one = voice.say(SENTENCE, RATE, "espeak:en-us")
-    other = voice.say(SENTENCE, RATE, "espeak:en-us+f2")
+    one = voice.synthesize(SENTENCE, RATE, "espeak:en-us")
+    other = voice.synthesize(SENTENCE, RATE, "espeak:en-us+f2")
     assert len(one) != len(other) or not torch.allclose(one, other, atol=0.1)
 
 
@@ -70,27 +70,27 @@ def test_espeak_refuses_a_voice_that_it_does_not_have(name):
 
 
 def test_piper_says_what_it_is_told_and_the_same_each_time(joe):
-    first = voice.say(SENTENCE, RATE, str(joe))
+    first = voice.synthesize(SENTENCE, RATE, str(joe))
     assert 1 < len(first) / RATE < 4
-    assert torch.equal(voice.say(SENTENCE, RATE, str(joe)), first)
-    assert len(voice.say("No.", RATE, str(joe))) < len(first)
+    assert torch.equal(voice.synthesize(SENTENCE, RATE, str(joe)), first)
+    assert len(voice.synthesize("No.", RATE, str(joe))) < len(first)
     assert voice.load_piper(str(joe)).session.get_session_options().intra_op_num_threads == 1
 
 
 def test_two_sentences_are_both_spoken(joe):
-    one = voice.say(SENTENCE, RATE, str(joe))
-    both = voice.say(f"{SENTENCE} {SENTENCE}", RATE, str(joe))
+    one = voice.synthesize(SENTENCE, RATE, str(joe))
+    both = voice.synthesize(f"{SENTENCE} {SENTENCE}", RATE, str(joe))
     assert 1.8 * len(one) < len(both) < 2.2 * len(one)
 
 
 def test_another_rate_is_the_same_speech(joe):
-    native = voice.say(SENTENCE, RATE, str(joe))
-    assert abs(len(voice.say(SENTENCE, 16000, str(joe))) - len(native) * 16000 / RATE) < 2
+    native = voice.synthesize(SENTENCE, RATE, str(joe))
+    assert abs(len(voice.synthesize(SENTENCE, 16000, str(joe))) - len(native) * 16000 / RATE) < 2
 
 
 def test_a_higher_voice_is_as_much_higher_as_it_says_and_speaks_as_fast(joe):
-    one = voice.say(SENTENCE, RATE, str(joe))
-    higher = voice.say(SENTENCE, RATE, f"{voice.DEFAULT}@1.2")
+    one = voice.synthesize(SENTENCE, RATE, str(joe))
+    higher = voice.synthesize(SENTENCE, RATE, f"{voice.DEFAULT}@1.2")
     assert len(higher) == pytest.approx(len(one), rel=0.1)
     middle = [librosa.feature.spectral_centroid(y=wave.numpy(), sr=RATE).mean() for wave in (one, higher)]
     assert middle[1] / middle[0] == pytest.approx(1.2, rel=0.05)
@@ -210,24 +210,29 @@ def test_a_voice_of_the_hub_is_read_from_its_cache(joe, tmp_path, monkeypatch, f
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     found = voice.find_voice("en_US-nobody-medium")
     assert Path(found.model) == folder / "en_US-nobody-medium.onnx"
-    assert torch.equal(voice.say("No.", RATE, "en_US-nobody-medium"), voice.say("No.", RATE, str(joe)))
+    assert torch.equal(
+        voice.synthesize("No.", RATE, "en_US-nobody-medium"), voice.synthesize("No.", RATE, str(joe))
+    )
 
 
 # Phonemes
 
+
 def test_phonemes_are_how_words_sound_not_how_they_are_spelled():
-    assert voice.phonemes("I see two boats.") == voice.phonemes("I sea too boats.") != voice.phonemes("I see two boots.")
-    assert voice.phonemes("read", "en-us") != voice.phonemes("read", "de")
-    assert voice.phonemes("A boat.").endswith(".") and voice.phonemes("A boat?").endswith("?") and voice.phonemes("") == ""
-    assert voice.phonemes("Well, no: never.").count(", ") == 2             # a clause each
-    assert voice.phonemes("Café naïve, twenty.").isascii()
+    boats = espeak.phonemes("I see two boats.")
+    assert boats == espeak.phonemes("I sea too boats.") != espeak.phonemes("I see two boots.")
+    assert espeak.phonemes("read", "en-us") != espeak.phonemes("read", "de")
+    assert espeak.phonemes("A boat.").endswith(".") and espeak.phonemes("A boat?").endswith("?")
+    assert espeak.phonemes("") == ""
+    assert espeak.phonemes("Well, no: never.").count(", ") == 2  # a clause each
+    assert espeak.phonemes("Café naïve, twenty.").isascii()
     with pytest.raises(UserError, match="espeak-ng has no voice 'xx'"):
-        voice.phonemes("a", "xx")
+        espeak.phonemes("a", "xx")
 
 
 def test_phonemes_of_several_threads_are_those_of_one():
     texts = [f"Sentence number {n}, and another clause." for n in range(60)]
-    alone = [voice.phonemes(text) for text in texts]
-    voice.phonemes.cache_clear()
+    alone = [espeak.phonemes(text) for text in texts]
+    espeak.phonemes.cache_clear()
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(voice.phonemes, texts)) == alone
+        assert list(pool.map(espeak.phonemes, texts)) == alone

