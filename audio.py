@@ -20,12 +20,17 @@ LOG_FLOOR = 1e-5  # magnitudes below are clamped: silence is ln 1e-5 = -11.51
 
 
 def load_wav(path: str, sample_rate: int) -> torch.Tensor:
-    """A mono wave (N,) at `sample_rate` of any file libsndfile reads: channels averaged, resampled."""
+    """A mono wave (N,) at `sample_rate` of any file libsndfile reads: channels averaged, resampled.
+
+    raises UserError for what cannot be read, and for a file without a sample.
+    """
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError, RuntimeError) as e:
-        reason = str(e).splitlines()[0]
+    except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError) as e:
+        reason = " ".join(str(e).split())
         raise UserError(f"{path}: not a readable sound file ({reason})") from e
+    if not len(samples):
+        raise UserError(f"{path}: there is not a single sample in it")
     wave = torch.from_numpy(samples).mean(1)
     return resample(wave, rate, sample_rate)
 

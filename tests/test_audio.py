@@ -106,6 +106,23 @@ def test_what_is_no_sound_is_named(tmp_path, content):
         audio.load_wav(path, 22050)
 
 
+def test_a_sound_without_a_sample_is_refused_by_name(tmp_path):
+    soundfile.write(tmp_path / "empty.wav", torch.zeros(0).numpy(), 22050)
+    for rate in (22050, 16000):
+        with pytest.raises(UserError, match="empty.wav: there is not a single sample"):
+            audio.load_wav(tmp_path / "empty.wav", rate)
+
+
+def test_a_flac_that_does_not_say_how_long_it_is_is_refused_by_name(tmp_path):
+    soundfile.write(tmp_path / "piped.flac", 0.1 * torch.randn(5000).numpy(), 22050)
+    content = bytearray((tmp_path / "piped.flac").read_bytes())
+    content[21] &= 0xF0  # 36 bits of STREAMINFO: how many samples, 0 = unknown
+    content[22:26] = bytes(4)
+    (tmp_path / "piped.flac").write_bytes(content)
+    with pytest.raises(UserError, match="piped.flac: not a readable sound file"):
+        audio.load_wav(tmp_path / "piped.flac", 22050)
+
+
 # Music
 
 MUSIC_MEL = Mel(sample_rate=16000, n_fft=1024, hop=160, n_mels=64, fmin=0.0, fmax=8000.0, centred=True)

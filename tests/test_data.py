@@ -147,6 +147,30 @@ def test_what_is_wrong_with_a_clip_is_named_and_the_others_keep_their_own_text_a
         )
 
 
+def test_a_clip_without_a_sample_is_skipped_by_name(tmp_path):
+    write_metadata(tmp_path, write_recordings(tmp_path, 6))
+    audio.save_wav(tmp_path / "wavs/c0002.wav", torch.zeros(0), MEL.sample_rate)
+    pack_recordings(tmp_path, tmp_path / "out")
+    (line,) = index_of(tmp_path / "out")["skipped"]
+    assert line.startswith("c0002: ") and "not a single sample" in line
+    assert sum(index_of(tmp_path / "out")["clips"].values()) == 5
+
+
+def test_an_error_that_nobody_foresaw_in_one_clip_names_it_and_leaves_the_others(tmp_path, capfd):
+    clips = [shards.Clip(f"c{n}", "x", "train") for n in range(4)]
+
+    def read(clip: shards.Clip) -> np.ndarray:
+        if clip.id == "c2":
+            raise ZeroDivisionError("two\nlines")
+        return np.ones((5, MEL.n_mels), np.float16)
+
+    assert shards.pack_shard(tmp_path, "plan", read, 0, clips) == 4
+    header, packed, _ = shards.read_shard(tmp_path, 0, "plan")
+    assert [clip.id for clip in packed] == ["c0", "c1", "c3"]
+    assert header["skipped"] == ["c2: ZeroDivisionError('two\\nlines')"]
+    assert "skipped c2: ZeroDivisionError" in capfd.readouterr().out
+
+
 def test_the_column_in_words_is_kept_and_the_typed_one_is_normalised_where_there_is_no_other(tmp_path):
     write_metadata(tmp_path, ["a|$5|5  Dollars, “é”", "b|It's 3 p.m.|", "c|Dr. Li & Co."])
     texts, skipped = speech.read_transcripts([tmp_path / "metadata.csv"], "|", 3)
