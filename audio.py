@@ -7,7 +7,10 @@ center=False); with Mel.centred on sample m hop: exactly what AudioLDM2's VAE an
 """
 
 import functools
+import io
 import math
+import os
+from pathlib import Path
 
 import soundfile
 import torch
@@ -17,6 +20,8 @@ import torchaudio.functional
 from config import Mel, UserError, run_main
 
 LOG_FLOOR = 1e-5  # magnitudes below are clamped: silence is ln 1e-5 = -11.51
+HEADER_BYTES = 4096  # of a wav, within which its samples begin
+UNKNOWN_LENGTH = b"\xff" * 4  # with which libsndfile reads to the end of the file
 
 
 def load_wav(path: str, sample_rate: int) -> torch.Tensor:
@@ -25,7 +30,7 @@ def load_wav(path: str, sample_rate: int) -> torch.Tensor:
     raises UserError for what cannot be read, and for a file without a sample.
     """
     try:
-        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+        samples, rate = soundfile.read(open_sound(path), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError) as e:
         reason = " ".join(str(e).split())
         raise UserError(f"{path}: not a readable sound file ({reason})") from e
@@ -33,6 +38,26 @@ def load_wav(path: str, sample_rate: int) -> torch.Tensor:
         raise UserError(f"{path}: there is not a single sample in it")
     wave = torch.from_numpy(samples).mean(1)
     return resample(wave, rate, sample_rate)
+
+
+def open_sound(path: str) -> str | io.BytesIO:
+    """What libsndfile is to read: the file, or a copy of a wav whose header does not know its length.
+
+    What is written to a pipe keeps the length of its beginning. Where that is 0, libsndfile reads nothing.
+    """
+    path = str(path)
+    if not os.path.isfile(path):  # nor a pipe: it can be read only once
+        return path
+    with open(path, "rb") as f:
+        header = f.read(HEADER_BYTES)
+    start = header.find(b"data") + 4
+    stop = start + 4
+    whole = int.from_bytes(header[4:8], "little") + 8  # as the header has it: right where 0 samples are meant
+    is_wav = header[:4] == b"RIFF"
+    if not is_wav or header[start:stop] != bytes(4) or whole == os.path.getsize(path):
+        return path
+    content = Path(path).read_bytes()
+    return io.BytesIO(content[:start] + UNKNOWN_LENGTH + content[stop:])
 
 
 def save_wav(path: str, wave: torch.Tensor, sample_rate: int) -> None:

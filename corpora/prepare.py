@@ -109,9 +109,8 @@ def read_recording(clip: Clip, sample_rate: int, resample: bool) -> torch.Tensor
         raise UserError(f"{clip.wav} is missing")
     wave = audio.load_wav(clip.wav, sample_rate)
     info = soundfile.info(clip.wav, verbose=True)
-    # libsndfile reads what is left of a truncated file and only mentions it
     is_short = len(wave) < int(info.frames / info.samplerate * sample_rate)
-    if is_short or re.search(r"data : \d+ \(should be", info.extra_info):
+    if is_short or is_truncated(info.extra_info):
         raise UserError(f"{clip.wav} is truncated")
     if info.samplerate != sample_rate and not resample:
         raise UserError(
@@ -121,6 +120,19 @@ def read_recording(clip: Clip, sample_rate: int, resample: bool) -> torch.Tensor
     if not wave.isfinite().all() or wave.abs().max() < 1e-4:  # that is 3 steps of int16
         raise UserError(f"{clip.wav} is silent, or not numbers")
     return wave
+
+
+# libsndfile reads what is left of a truncated file and only mentions it
+PROMISED_BYTES = re.compile(r"(?:data|riff|SSND|Data Size) *: (\d+) \(should be")  # of wav, w64, aiff, au
+
+
+def is_truncated(log: str) -> bool:
+    """Whether a file holds less than its header says. log: of libsndfile.
+
+    A length close below 2^31 or 2^32 is that of no file: so writes who pipes, and cannot know it.
+    """
+    promised = PROMISED_BYTES.search(log)
+    return promised is not None and -int(promised[1]) % 2**31 > 4096
 
 
 def main(reader_of: Callable[[str], tuple[type[Config], Reader]]) -> None:

@@ -156,6 +156,58 @@ def test_a_clip_without_a_sample_is_skipped_by_name(tmp_path):
     assert sum(index_of(tmp_path / "out")["clips"].values()) == 5
 
 
+def with_lengths(path: Path, whole: int, samples: int) -> None:
+    """Put other lengths into the header of a wav: of the file, and of its samples; bytes."""
+    content = bytearray(path.read_bytes())
+    start = content.find(b"data") + 4
+    content[4:8] = whole.to_bytes(4, "little")
+    content[start : start + 4] = samples.to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "whole, samples",
+    [
+        (2**32 - 1, 2**32 - 1),  # ffmpeg
+        (2**32 - 1, 2**32 - 37),
+        (2**31 + 36, 2**31),
+        (2**31 - 1, 2**31 - 37),
+        (2**31 - 4096 + 36, 2**31 - 4096),  # sox
+        (0, 0),
+        (36, 0),
+        (2**32 - 1, 0),
+    ],
+)
+def test_a_length_that_means_unknown_is_no_truncation_and_every_sample_is_read(tmp_path, whole, samples):
+    write_recordings(tmp_path, 1)
+    path = tmp_path / "wavs/c0000.wav"
+    expected = audio.load_wav(path, MEL.sample_rate)
+    with_lengths(path, whole, samples)
+    clip = shards.Clip("c0000", "x", "train", str(path))
+    assert torch.equal(prepare.read_recording(clip, MEL.sample_rate, resample=False), expected)
+
+
+@pytest.mark.parametrize("kind", ["wav", "w64", "aiff", "au"])
+def test_a_length_that_is_not_met_is_a_truncation(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    soundfile.write(path, 0.1 * torch.randn(20000).numpy(), MEL.sample_rate, subtype="PCM_16")
+    clip = shards.Clip("a", "x", "train", str(path))
+    assert len(prepare.read_recording(clip, MEL.sample_rate, resample=False)) == 20000
+    path.write_bytes(path.read_bytes()[:20000])
+    with pytest.raises(UserError, match="truncated"):
+        prepare.read_recording(clip, MEL.sample_rate, resample=False)
+
+
+def test_an_empty_wav_with_a_tag_behind_it_is_empty(tmp_path):
+    path = tmp_path / "a.wav"
+    audio.save_wav(path, torch.zeros(0), 22050)
+    tag = b"LIST\x1a\0\0\0INFOISFT\x0e\0\0\0Lavf59.27.100\0"
+    path.write_bytes(path.read_bytes() + tag)
+    with_lengths(path, path.stat().st_size - 8, 0)
+    with pytest.raises(UserError, match="not a single sample"):
+        audio.load_wav(path, 22050)
+
+
 def test_an_error_that_nobody_foresaw_in_one_clip_names_it_and_leaves_the_others(tmp_path, capfd):
     clips = [shards.Clip(f"c{n}", "x", "train") for n in range(4)]
 
