@@ -20,6 +20,7 @@ import torchaudio.functional
 from config import Mel, UserError, run_main
 
 LOG_FLOOR = 1e-5  # magnitudes below are clamped: silence is ln 1e-5 = -11.51
+LOUDEST = 4.0  # 12 dB above full scale: samples beyond are no float's
 HEADER_BYTES = 4096  # of a wav, within which its samples begin
 UNKNOWN_LENGTH = b"\xff" * 4  # with which libsndfile reads to the end of the file
 
@@ -27,7 +28,7 @@ UNKNOWN_LENGTH = b"\xff" * 4  # with which libsndfile reads to the end of the fi
 def load_wav(path: str, sample_rate: int) -> torch.Tensor:
     """A mono wave (N,) at `sample_rate` of any file libsndfile reads: channels averaged, resampled.
 
-    raises UserError for what cannot be read, and for a file without a sample.
+    raises UserError for what cannot be read, for a file without a sample, and for one that is not in [-1, 1].
     """
     try:
         samples, rate = soundfile.read(open_sound(path), dtype="float32", always_2d=True)
@@ -36,7 +37,9 @@ def load_wav(path: str, sample_rate: int) -> torch.Tensor:
         raise UserError(f"{path}: not a readable sound file ({reason})") from e
     if not len(samples):
         raise UserError(f"{path}: there is not a single sample in it")
-    wave = torch.from_numpy(samples).mean(1)
+    samples = torch.from_numpy(samples)
+    check_scale(samples, path)
+    wave = samples.mean(1)
     return resample(wave, rate, sample_rate)
 
 
@@ -58,6 +61,15 @@ def open_sound(path: str) -> str | io.BytesIO:
         return path
     content = Path(path).read_bytes()
     return io.BytesIO(content[:start] + UNKNOWN_LENGTH + content[stop:])
+
+
+def check_scale(samples: torch.Tensor, path: str) -> None:
+    """raises UserError for a float wav with the numbers of integers; what peaks a little above 1 passes."""
+    peak = samples.abs().max().item()
+    if LOUDEST < peak < math.inf:
+        raise UserError(
+            f"{path}: peaks at {peak:g}, not below 1: divide its samples, by 32768 if they are int16's"
+        )
 
 
 def save_wav(path: str, wave: torch.Tensor, sample_rate: int) -> None:

@@ -113,6 +113,22 @@ def test_a_sound_without_a_sample_is_refused_by_name(tmp_path):
             audio.load_wav(tmp_path / "empty.wav", rate)
 
 
+@pytest.mark.parametrize("full_scale", [128, 32768, 2**31])
+def test_a_float_wav_with_the_numbers_of_integers_is_refused_by_name(tmp_path, full_scale):
+    wave = 0.2 * torch.randn(5000, 2)
+    soundfile.write(tmp_path / "x.wav", wave.numpy(), 22050, subtype="FLOAT")
+    assert len(audio.load_wav(tmp_path / "x.wav", 22050)) == 5000
+    soundfile.write(tmp_path / "x.wav", (full_scale * wave).numpy(), 22050, subtype="FLOAT")
+    with pytest.raises(UserError, match="x.wav: peaks at .* 32768"):
+        audio.load_wav(tmp_path / "x.wav", 22050)
+
+
+def test_a_float_wav_that_peaks_above_full_scale_is_read(tmp_path):
+    wave = 2 * torch.sin(torch.arange(5000) / 9)
+    soundfile.write(tmp_path / "hot.wav", wave.numpy(), 22050, subtype="FLOAT")
+    assert torch.equal(audio.load_wav(tmp_path / "hot.wav", 22050), wave)
+
+
 def test_a_flac_that_does_not_say_how_long_it_is_is_refused_by_name(tmp_path):
     soundfile.write(tmp_path / "piped.flac", 0.1 * torch.randn(5000).numpy(), 22050)
     content = bytearray((tmp_path / "piped.flac").read_bytes())

@@ -156,6 +156,15 @@ def test_a_clip_without_a_sample_is_skipped_by_name(tmp_path):
     assert sum(index_of(tmp_path / "out")["clips"].values()) == 5
 
 
+def test_a_clip_of_the_wrong_scale_is_skipped_by_name(tmp_path):
+    write_metadata(tmp_path, write_recordings(tmp_path, 6))
+    wave = 3000 * torch.randn(20000).numpy()
+    soundfile.write(tmp_path / "wavs/c0002.wav", wave, MEL.sample_rate, subtype="FLOAT")
+    pack_recordings(tmp_path, tmp_path / "out")
+    (line,) = index_of(tmp_path / "out")["skipped"]
+    assert line.startswith("c0002: ") and "peaks at" in line
+
+
 def with_lengths(path: Path, whole: int, samples: int) -> None:
     """Put other lengths into the header of a wav: of the file, and of its samples; bytes."""
     content = bytearray(path.read_bytes())
