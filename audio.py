@@ -26,7 +26,7 @@ UNKNOWN_LENGTH = b"\xff" * 4  # with which libsndfile reads to the end of the fi
 
 
 def load_wav(path: str, sample_rate: int) -> torch.Tensor:
-    """A mono wave (N,) at `sample_rate` of any file libsndfile reads: channels averaged, resampled.
+    """A mono wave (N,) at `sample_rate` of any file libsndfile reads: channels mixed, resampled.
 
     raises UserError for what cannot be read, for a file without a sample, and for one that is not in [-1, 1].
     """
@@ -39,7 +39,7 @@ def load_wav(path: str, sample_rate: int) -> torch.Tensor:
         raise UserError(f"{path}: there is not a single sample in it")
     samples = torch.from_numpy(samples)
     check_scale(samples, path)
-    wave = samples.mean(1)
+    wave = mix_channels(samples)
     return resample(wave, rate, sample_rate)
 
 
@@ -70,6 +70,18 @@ def check_scale(samples: torch.Tensor, path: str) -> None:
         raise UserError(
             f"{path}: peaks at {peak:g}, not below 1: divide its samples, by 32768 if they are int16's"
         )
+
+
+def mix_channels(samples: torch.Tensor) -> torch.Tensor:
+    """Channels (N, C) -> their mean (N,); where they cancel, as by a cable soldered wrongly, the loudest.
+
+    The sum of channels that have nothing in common has the power of them all: cancelled is 7 dB below.
+    """
+    powers = samples.square().mean(0)  # (C,)
+    sum_power = samples.sum(1).square().mean()
+    if sum_power < 0.2 * powers.sum():
+        return samples[:, powers.argmax()]
+    return samples.mean(1)
 
 
 def save_wav(path: str, wave: torch.Tensor, sample_rate: int) -> None:

@@ -113,6 +113,22 @@ def test_a_sound_without_a_sample_is_refused_by_name(tmp_path):
             audio.load_wav(tmp_path / "empty.wav", rate)
 
 
+@pytest.mark.parametrize("gain", [-1.0, -0.7, -1.3])
+def test_of_channels_that_cancel_the_loudest_is_taken(tmp_path, spoken, gain):
+    channels = torch.stack([spoken, gain * spoken], 1) / 2
+    soundfile.write(tmp_path / "x.wav", channels.numpy(), 22050, subtype="FLOAT")
+    loudest = channels[:, int(abs(gain) > 1)]
+    assert torch.equal(audio.load_wav(tmp_path / "x.wav", 22050), loudest)
+
+
+@pytest.mark.parametrize("count", [1, 2, 6, 8])
+def test_channels_that_do_not_cancel_are_averaged(count):
+    noise = torch.randn(5000, count)
+    assert torch.equal(audio.mix_channels(noise), noise.mean(1))
+    alone = noise * (torch.arange(count) == 0)
+    assert torch.equal(audio.mix_channels(alone), alone.mean(1))
+
+
 @pytest.mark.parametrize("full_scale", [128, 32768, 2**31])
 def test_a_float_wav_with_the_numbers_of_integers_is_refused_by_name(tmp_path, full_scale):
     wave = 0.2 * torch.randn(5000, 2)
