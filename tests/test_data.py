@@ -243,6 +243,49 @@ def test_the_column_in_words_is_kept_and_the_typed_one_is_normalised_where_there
     assert not skipped
 
 
+@pytest.mark.parametrize(
+    "written", ["{}.wav", "wavs/{}", "wavs/{}.wav", "./wavs/{}.wav", "wavs\\{}.wav", "{root}/wavs/{}.wav"]
+)
+def test_an_id_may_be_written_as_the_path_of_its_recording(tmp_path, written):
+    names = [line.split("|")[0] for line in write_recordings(tmp_path, 4)]
+    write_metadata(tmp_path, [written.format(name, root=tmp_path.resolve()) + "|It is 5." for name in names])
+    clips, skipped = speech.read_ljspeech(tmp_path)
+    assert [clip.id for clip in clips] == names and not skipped
+    assert [Path(clip.wav) for clip in clips] == [tmp_path.resolve() / f"wavs/{name}.wav" for name in names]
+    assert {clip.text for clip in clips} == {"It is five."}
+
+
+def test_recordings_may_lie_beside_the_table_or_in_folders_and_be_flac(tmp_path):
+    wave = 0.1 * torch.randn(20000).numpy()
+    for place in ("a.wav", "clips/b.flac", "wavs/f3/c.flac", "wavs/d.WAV", "wavs/e.wav", "e.wav"):
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, wave, MEL.sample_rate, format=path.suffix[1:].upper())
+    names = ["a", "clips/b.flac", "f3/c", "d", "e", "f"]
+    write_metadata(tmp_path, [f"{name}|Some words." for name in names])
+    clips, skipped = speech.read_ljspeech(tmp_path)
+    found = [Path(clip.wav).relative_to(tmp_path.resolve()).as_posix() for clip in clips]
+    assert found == ["a.wav", "clips/b.flac", "wavs/f3/c.flac", "wavs/d.WAV", "wavs/e.wav", "wavs/f.wav"]
+    assert not skipped
+
+
+def test_the_same_recording_under_two_names_is_taken_once(tmp_path):
+    write_recordings(tmp_path, 1)
+    write_metadata(tmp_path, ["c0000|One.", "wavs/c0000.wav|Two."])
+    clips, skipped = speech.read_ljspeech(tmp_path)
+    assert [clip.text for clip in clips] == ["One."] and "line 2 (c0000): duplicate id" in skipped[0]
+
+
+@pytest.mark.parametrize("last", ["anna", "en", "1.52"])
+def test_a_last_column_that_is_no_transcript_is_refused_and_not_spoken(tmp_path, last):
+    names = [line.split("|")[0] for line in write_recordings(tmp_path, 4)]
+    write_metadata(tmp_path, [f"{name}|A sentence of several words.|{last}" for name in names])
+    with pytest.raises(UserError, match=r"metadata.csv: its last column is too short .*id\|transcript"):
+        speech.read_ljspeech(tmp_path)
+    write_metadata(tmp_path, [f"{name}|{last}|A sentence of several words." for name in names])
+    assert {clip.text for clip in speech.read_ljspeech(tmp_path)[0]} == {"A sentence of several words."}
+
+
 def test_strict_refuses_and_a_mended_clip_is_tried_again(tmp_path):
     lines = write_recordings(tmp_path, 8)
     good = (tmp_path / "wavs/c0003.wav").read_bytes()
