@@ -16,7 +16,7 @@ import soundfile
 import torch
 
 import audio
-from config import Config, Mel, UserError, load
+from config import Config, Mel, UserError, expand_path, load
 from corpora import demo, shards, speech
 from corpora.shards import Clip
 
@@ -142,7 +142,7 @@ def main(reader_of: Callable[[str], tuple[type[Config], Reader]]) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=about, epilog=knobs)
     add = parser.add_argument
     add("corpus", help="ljspeech, librispeech, demo, music, or another that a system reads")
-    add("--out", required=True, help="where the shards go")
+    add("--out", required=True, type=expand_path, help="where the shards go")
     root_help = "the corpus as published: a folder; music: that of a table, or a JSON list"
     add("--root", "--json", default="", help=root_help)
     add("--download", action="store_true", help="fetch it into --root if that is missing")
@@ -162,7 +162,7 @@ def main(reader_of: Callable[[str], tuple[type[Config], Reader]]) -> None:
     corpus, clips, skipped = read_corpus(config)
     if options.resample:
         corpus["resample"] = True
-    out = Path(options.out)
+    out = options.out
     format = config.packed_format()
     read = functools.partial(read_clip, out, corpus, format)
     share = int(match[1]), int(match[2])

@@ -646,6 +646,14 @@ def test_the_command_packs(raw, tmp_path):
     )
 
 
+def test_a_tilde_is_the_home_folder_where_a_corpus_is_packed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_metadata(tmp_path / "raw", write_recordings(tmp_path / "raw", 4))
+    done = run_cli("ljspeech", "--root=~/raw", "--out=~/packed", "--workers=1", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "packed/index.json").exists()
+    assert not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
