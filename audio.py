@@ -22,6 +22,7 @@ from config import Mel, UserError, run_main
 LOG_FLOOR = 1e-5  # magnitudes below are clamped: silence is ln 1e-5 = -11.51
 LOUDEST = 4.0  # 12 dB above full scale: samples beyond are no float's
 HEADER_BYTES = 4096  # of a wav, within which its samples begin
+BLOCK = 2**18  # samples that are read at once
 UNKNOWN_LENGTH = b"\xff" * 4  # with which libsndfile reads to the end of the file
 
 
@@ -31,16 +32,32 @@ def load_wav(path: str, sample_rate: int) -> torch.Tensor:
     raises UserError for what cannot be read, for a file without a sample, and for one that is not in [-1, 1].
     """
     try:
-        samples, rate = soundfile.read(open_sound(path), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError) as e:
+        samples, rate = read_samples(path)
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as e:
         reason = " ".join(str(e).split())
         raise UserError(f"{path}: not a readable sound file ({reason})") from e
     if not len(samples):
         raise UserError(f"{path}: there is not a single sample in it")
-    samples = torch.from_numpy(samples)
     check_scale(samples, path)
     wave = mix_channels(samples)
     return resample(wave, rate, sample_rate)
+
+
+class Stream(soundfile.SoundFile):
+    """A sound that is read from its beginning to its end, whatever its header says of its length."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def read_samples(path: str) -> tuple[torch.Tensor, int]:
+    """All samples (N, C) of a sound file, and its rate in Hz; raises what libsndfile does."""
+    blocks = []
+    with Stream(open_sound(path)) as sound:
+        while not blocks or len(blocks[-1]) == BLOCK:
+            block = sound.read(BLOCK, dtype="float32", always_2d=True)
+            blocks.append(torch.from_numpy(block))
+    return torch.cat(blocks), sound.samplerate
 
 
 def open_sound(path: str) -> str | io.BytesIO:

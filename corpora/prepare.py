@@ -109,8 +109,7 @@ def read_recording(clip: Clip, sample_rate: int, resample: bool) -> torch.Tensor
         raise UserError(f"{clip.wav} is missing")
     wave = audio.load_wav(clip.wav, sample_rate)
     info = soundfile.info(clip.wav, verbose=True)
-    is_short = len(wave) < int(info.frames / info.samplerate * sample_rate)
-    if is_short or is_truncated(info.extra_info):
+    if is_truncated(info, len(wave) / sample_rate):
         raise UserError(f"{clip.wav} is truncated")
     if info.samplerate != sample_rate and not resample:
         raise UserError(
@@ -126,13 +125,17 @@ def read_recording(clip: Clip, sample_rate: int, resample: bool) -> torch.Tensor
 PROMISED_BYTES = re.compile(r"(?:data|riff|SSND|Data Size) *: (\d+) \(should be")  # of wav, w64, aiff, au
 
 
-def is_truncated(log: str) -> bool:
-    """Whether a file holds less than its header says. log: of libsndfile.
+def is_truncated(info, seconds: float) -> bool:
+    """Whether a file holds less than its header says. info: soundfile's; seconds: what could be read.
 
-    A length close below 2^31 or 2^32 is that of no file: so writes who pipes, and cannot know it.
+    Bytes close below 2^31 or 2^32 are those of no file: so writes who pipes, and cannot know its length; of
+    a flac, libsndfile makes 2^63 samples of that.
     """
-    promised = PROMISED_BYTES.search(log)
-    return promised is not None and -int(promised[1]) % 2**31 > 4096
+    promised = PROMISED_BYTES.search(info.extra_info)
+    if promised:
+        return -int(promised[1]) % 2**31 > 4096
+    is_known = info.frames < 2**62
+    return is_known and seconds < info.frames / info.samplerate - 0.001
 
 
 def main(reader_of: Callable[[str], tuple[type[Config], Reader]]) -> None:

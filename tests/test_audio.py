@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import audio
 from config import Mel, UserError
+from corpora import prepare
+from corpora.shards import Clip
 
 MEL = Mel()
 
@@ -145,14 +147,22 @@ def test_a_float_wav_that_peaks_above_full_scale_is_read(tmp_path):
     assert torch.equal(audio.load_wav(tmp_path / "hot.wav", 22050), wave)
 
 
-def test_a_flac_that_does_not_say_how_long_it_is_is_refused_by_name(tmp_path):
-    soundfile.write(tmp_path / "piped.flac", 0.1 * torch.randn(5000).numpy(), 22050)
+@pytest.mark.parametrize("samples", [1, 5000, audio.BLOCK, audio.BLOCK + 1])
+def test_a_flac_that_does_not_say_how_long_it_is_is_read_to_its_end(tmp_path, samples):
+    soundfile.write(tmp_path / "piped.flac", 0.1 * torch.randn(samples).numpy(), 22050)
+    expected = audio.load_wav(tmp_path / "piped.flac", 22050)
+    assert len(expected) == samples
     content = bytearray((tmp_path / "piped.flac").read_bytes())
     content[21] &= 0xF0  # 36 bits of STREAMINFO: how many samples, 0 = unknown
     content[22:26] = bytes(4)
     (tmp_path / "piped.flac").write_bytes(content)
-    with pytest.raises(UserError, match="piped.flac: not a readable sound file"):
-        audio.load_wav(tmp_path / "piped.flac", 22050)
+    assert torch.equal(audio.load_wav(tmp_path / "piped.flac", 22050), expected)
+    clip = Clip("piped", "x", "train", str(tmp_path / "piped.flac"))
+    if samples > 1:
+        assert torch.equal(prepare.read_recording(clip, 22050, resample=False), expected)
+        (tmp_path / "piped.flac").write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match="piped.flac: not a readable sound file"):
+            audio.load_wav(tmp_path / "piped.flac", 22050)
 
 
 # Music
