@@ -11,11 +11,13 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import yaml
@@ -54,7 +56,20 @@ Whole = Annotated[int, Field(ge=0)]  # where 0 means something: off, none, all
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DEVICES = get_args(Device)
 
-Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
+
+def expand_path(typed: str) -> Path:
+    """A path of the command line."""
+    return Path(os.path.expanduser(typed))
+
+
+def as_text(value: object) -> object:
+    """A number as it is written; ~/x, which a shell leaves alone behind a =, in the home folder."""
+    if type(value) in (int, float):
+        return str(value)
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(as_text)]
 MOVABLE = "movable"  # marks a field that may change when a run goes on: a place, or what changes no result
 Place = Annotated[Text, MOVABLE]  # a hub id, folder or file
 
@@ -441,6 +456,7 @@ StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0
 
 
 def read_yaml(path: str) -> dict:
+    path = os.path.expanduser(path)
     try:
         with open(path, encoding="utf-8") as f:
             values = yaml.load(f, StrictLoader)

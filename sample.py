@@ -11,6 +11,7 @@ import argparse
 import re
 import unicodedata
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -69,13 +70,13 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--ckpt", default="", help="a checkpoint, or the folder of a run")
     add("--config", default="", help="instead of --ckpt: a recipe, for its network as it is before training")
-    add("--lora", default="", help="a published LoRA to put on top: a folder, or a hub id")
+    add("--lora", default="", type=expanduser, help="a published LoRA to put on top: a folder, or a hub id")
     add("--text", action="append", default=[], help="may be given several times")
-    add("--prompt_file", default="", help="a text file, a prompt a line")
+    add("--prompt_file", default="", type=expanduser, help="a text file, a prompt a line")
     speech_help = "a sound file, for a system that listens; may be given several times"
-    add("--speech", action="append", default=[], help=speech_help)
+    add("--speech", action="append", default=[], type=expanduser, help=speech_help)
     out_help = "default: sample.wav, or sample.png; several become sample-0.wav, sample-1.wav, ..."
-    add("--out", default="", help=out_help)
+    add("--out", default="", type=expanduser, help=out_help)
     add("--seeds", type=int, default=1, help="samples of each prompt: with --seed, the one after it, ...")
     add("--seconds", type=float, default=0.0, help="length of each text; default: predicted")
     add("--seed", type=int, default=0)

@@ -6,6 +6,7 @@ corpus, caches; `python system.py export --ckpt RUN --out FOLDER` writes what ot
 
 import argparse
 import json
+import os
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 import config as configs
 from base import Batches, Corpus, System
-from config import Config, UnknownKey, UserError, run_main
+from config import Config, UnknownKey, UserError, expand_path, run_main
 from device import hardware_name, move, pick_device, pick_dtype
 from tracking import checkpoint
 
@@ -138,6 +139,7 @@ def load(path: str, device: torch.device, words: Sequence[str] = ()) -> tuple[Co
     path: a checkpoint, or the folder of a run, of which the newest is taken.
     words: of a command line, what to change of its config: ["--klein.base", "elsewhere"].
     """
+    path = os.path.expanduser(path)
     if Path(path).is_dir():
         newest = checkpoint.newest_checkpoint(path)
         if newest is None:
@@ -184,7 +186,7 @@ def main() -> None:
     about_export = "write a trained system as other software loads it"
     export = commands.add_parser("export", help=about_export, allow_abbrev=False)
     export.add_argument("--ckpt", required=True, help="a checkpoint, or the folder of a run")
-    export.add_argument("--out", required=True, type=Path, help="a folder")
+    export.add_argument("--out", required=True, type=expand_path, help="a folder")
     o, rest = parser.parse_known_args()
     if o.command == "prepare":
         config = config_from_command_line(rest)

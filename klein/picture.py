@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 from dataclasses import asdict, fields, replace
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -253,14 +254,14 @@ def main() -> None:
     add = parser.add_argument
     kinds = "wav to PNG | PNG to wav | what both together lose"
     add("command", choices=("encode", "decode", "roundtrip"), help=kinds)
-    add("source", help="a sound file; decode: a PNG")
+    add("source", type=expanduser, help="a sound file; decode: a PNG")
     about_target = "default: beside the source; roundtrip: the rebuilt wav, written where given"
-    add("target", nargs="?", default="", help=about_target)
+    add("target", nargs="?", default="", type=expanduser, help=about_target)
     for field in fields(Picture):
         default = "that of the sound" if field.name == "seconds" else field.default
         add(f"--{field.name}", type=type(field.default), help=f"default: {default}; decode: as painted")
     about_recogniser = "roundtrip: Whisper name or .pt file that transcribes before and after"
-    add("--recogniser", default="", help=about_recogniser)
+    add("--recogniser", default="", type=expanduser, help=about_recogniser)
     about_text = "roundtrip: what is said; default: the recogniser's transcript of the source"
     add("--text", default="", help=about_text)
     options = parser.parse_args()

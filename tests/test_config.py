@@ -211,6 +211,21 @@ def test_quotes_around_a_value_change_nothing(tmp_path):
     assert load_text(tmp_path, 'train:\n  dtype: "bf16"\n').train.dtype == "bf16"
 
 
+def test_a_tilde_is_the_home_folder_in_every_text_of_a_yaml_and_of_a_command_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    config = load_text(tmp_path, "out_dir: ~/run\ndata:\n  data_dir: ~/corpus\n  voice: ~/v.onnx@1.2\n")
+    assert (config.out_dir, config.data.data_dir) == ("/home/anna/run", "/home/anna/corpus")
+    assert config.data.voice == "/home/anna/v.onnx@1.2"
+    assert load_words("--prompts=~/p.txt").eval.prompts == "/home/anna/p.txt"
+    assert load_words("--out_dir=a~b/~").out_dir == "a~b/~"
+
+
+def test_a_tilde_is_the_home_folder_in_the_name_of_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").write_text("out_dir: here\n")
+    assert system.config_from_command_line(["--config=~/x.yaml"]).out_dir == "here"
+
+
 def test_a_number_is_a_name_where_one_is_due(tmp_path):
     assert load_text(tmp_path, "out_dir: 7\n").out_dir == load_words("--out_dir=7").out_dir == "7"
 

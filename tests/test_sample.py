@@ -64,6 +64,15 @@ def test_one_text_is_one_wav_and_its_pictures_where_asked(run, tmp_path):
     assert wav.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_tilde_is_the_home_folder_in_every_path_that_is_typed(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").symlink_to(run)
+    (tmp_path / "prompts.txt").write_text("A hat.\n")
+    call(sample, "--ckpt=~/run", "--prompt_file=~/prompts.txt", "--out=~/new/x.wav")
+    assert (tmp_path / "new/x.wav").exists() and not (tmp_path / "~").exists()
+
+
 def test_several_texts_and_a_prompt_file_are_numbered_and_each_is_as_alone(speak, tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffTwo hats.\n\nA much longer sentence about twenty hats.\n")
     made = speak("--text=Hello.", f"--prompt_file={tmp_path / 'prompts.txt'}")

@@ -15,7 +15,7 @@ import jinja2
 import numpy as np
 
 import metric
-from config import UserError
+from config import UserError, expand_path
 from metric import Score
 from tracking import logger, plot
 from tracking.plot import BLUE, GREY, ORANGE, Chart, Line
@@ -299,4 +299,4 @@ def series(metrics: list[dict], key: str, scale: float = 1) -> np.ndarray:
 def main() -> None:
     if len(sys.argv) != 2:
         raise UserError("usage: python metric.py OUT_DIR")
-    print(write_report(sys.argv[1]))
+    print(write_report(expand_path(sys.argv[1])))

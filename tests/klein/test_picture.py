@@ -279,6 +279,14 @@ def test_encode_and_decode_give_the_sound_back_at_its_loudness_and_length(tmp_pa
     assert "513 of 513 frequencies, on 768 x 768" in capsys.readouterr().out
 
 
+def test_a_tilde_is_the_home_folder_of_a_sound_and_of_its_picture(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    audio.save_wav("a.wav", 0.1 * torch.randn(8000), 16000)
+    call(picture_module, "encode", "~/a.wav", "~/b.png")
+    assert (tmp_path / "b.png").exists() and not (tmp_path / "~").exists()
+
+
 # the last: 1001 hops, and as a float a little less
 @pytest.mark.parametrize("seconds", [0.1, 4.35, 16.016])
 def test_a_sound_of_any_length_gets_a_canvas_as_wide_as_it_needs(tmp_path, seconds):
