@@ -136,7 +136,7 @@ def main() -> None:
                 "ema": ema.shadow,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
-            path = out / "checkpoints" / f"step_{step:07d}.pt"
+            path = out / "checkpoints" / checkpoint.file_name(step)
             checkpoint.save_checkpoint(path, state, train.keep)
         if stopping:
             last_step = True

@@ -255,6 +255,20 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     ]
 
 
+def test_only_what_a_run_wrote_is_pruned_and_resumed_from_and_that_by_number(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    others = {"step_best.pt", "step_4.pt", "step_00000099.pt", "step_0000099 (copy).pt", "step_²³.pt"}
+    for name in others:
+        (folder / name).touch()
+    assert checkpoint.newest_checkpoint(tmp_path) is None
+    for step in (9_999_998, 9_999_999, 10_000_000):
+        checkpoint.save_checkpoint(folder / checkpoint.file_name(step), {"step": step}, keep=2)
+    assert checkpoint.newest_checkpoint(tmp_path) == folder / "step_10000000.pt"
+    kept = {"step_9999999.pt", "step_10000000.pt"}
+    assert {path.name for path in folder.iterdir()} == others | kept
+
+
 def test_weights_are_drawn_from_the_seed():
     one, same, other = (
         system_module.build(

@@ -39,12 +39,27 @@ def save_checkpoint(path: Path, state: dict, keep: int) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
-    for old in sorted(path.parent.glob("step_*.pt"))[:-keep]:
+    for old in find_checkpoints(path.parent)[:-keep]:
         old.unlink()
 
 
 def newest_checkpoint(out_dir: str) -> Path | None:
-    return max(Path(out_dir, "checkpoints").glob("step_*.pt"), default=None)
+    found = find_checkpoints(Path(out_dir, "checkpoints"))
+    return found[-1] if found else None
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Those that a run wrote, by their steps; what others put beside them, as step_best.pt, is theirs."""
+    by_step = {}
+    for path in folder.glob("step_*.pt"):
+        step = path.stem.removeprefix("step_")
+        if step.isdecimal() and path.name == file_name(int(step)):
+            by_step[int(step)] = path
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def file_name(step: int) -> str:
+    return f"step_{step:07d}.pt"
 
 
 def load_checkpoint(path: Path) -> dict:

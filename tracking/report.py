@@ -77,7 +77,9 @@ def newest_evaluation(out: Path, shown: int, scores: dict[str, Score]) -> dict:
     """The newest evaluation of a run, as the template shows it: `shown` samples, and a table of all."""
     folders = {}
     for path in out.glob("eval/step_*/samples.jsonl"):
-        folders[int(path.parent.name.removeprefix("step_"))] = path.parent
+        number = path.parent.name.removeprefix("step_")
+        if number.isdecimal():  # others, as step_best, are not the run's
+            folders[int(number)] = path.parent
     if not folders:
         return {}
     step = max(folders)
