@@ -3,6 +3,7 @@
 Everything random is drawn into the batch from (seed, step, row). So on a CPU a run that was interrupted and
 resumed is bit for bit the uninterrupted one, and two ranks are one process with the double batch.
 SIGTERM, SIGINT or a file STOP in out_dir end the run with a checkpoint, from which the same command goes on.
+One training at a time writes into an out_dir.
 """
 
 import datetime
@@ -51,6 +52,7 @@ def main() -> None:
         model = DistributedDataParallel(model, device_ids=device_ids)
     optimizers = optim.make_optimizers(network, train.muon_lr, train.lr, train.weight_decay)
     ema = optim.EMA(network, train.ema)
+    lock = checkpoint.lock(requested.out_dir) if rank == 0 else None
     start, seconds = checkpoint.resume(config, network, ema, optimizers)
     if rank == 0:
         checkpoint.record_run(requested, train.dtype, network, device, world)
@@ -158,6 +160,7 @@ def main() -> None:
         (out / "STOP").unlink(missing_ok=True)
         writer.close()
         print("made:", *sorted(out.glob("sample.*")), report.write_report(out), flush=True)
+        lock.close()
     if world > 1:
         dist.barrier()  # no rank leaves while rank 0 still writes
         dist.destroy_process_group()

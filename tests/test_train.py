@@ -152,6 +152,27 @@ def test_a_run_ends_by_the_clock_with_its_decay_inside_and_is_then_finished(tiny
     assert_identical(checkpoint(tmp_path), ended)
 
 
+def test_a_second_training_in_a_folder_is_refused_until_the_first_is_gone_however_it_ended(
+    tiny, tmp_path, refusal
+):
+    code = "import sys, train; f = train.checkpoint.lock(sys.argv[1]); print(f.name, flush=True); input()"
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert first.stdout.readline()
+    command = options(tiny | {"out_dir": tmp_path, "steps": 1, "val_interval": 0})
+    assert f"{tmp_path}: another training is at work there" in refusal(train, *command)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    first.kill()
+    first.communicate()
+    call(train, *command)
+    assert checkpoint(tmp_path)["step"] == 1
+
+
 # The course of training
 
 

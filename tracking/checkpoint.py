@@ -7,7 +7,6 @@ so it can run no code.
 
 import datetime
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.nn as nn
@@ -22,8 +22,15 @@ import yaml
 
 import config as configs
 from config import Config, UserError
+from corpora.shards import atomic_write
 from device import hardware_name
 from optim import EMA
+from tracking.logger import atomic_write_text
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "*.py */*.py */*.json */*.yaml */*.md assets/* pyproject.toml requirements.lock".split()
@@ -32,13 +39,8 @@ NOT_SOURCE = ("tests", "docs", "out", "data", ".venv")  # folders of the root
 
 def save_checkpoint(path: Path, state: dict, keep: int) -> None:
     """Write atomically, then remove all but the newest `keep` checkpoints of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with open(part, "wb") as f:
+    with atomic_write(path) as part, open(part, "wb") as f:
         torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
     for old in find_checkpoints(path.parent)[:-keep]:
         old.unlink()
 
@@ -143,6 +145,33 @@ def load_weights(network: nn.Module, found: dict[str, torch.Tensor], where: str)
     network.load_state_dict(found, strict=False)  # what is frozen stays as it was built
 
 
+# One training a folder
+
+
+def lock(out_dir: str) -> TextIO:
+    """Make the folder of a run, and keep other trainings out of it while the file that this returns is open.
+
+    The lock is the kernel's, which takes it away however this process ends; the file stays.
+    raises UserError where another training is at work.
+    """
+    out = Path(out_dir)
+    make_folder(out)
+    path = out / ".lock"
+    try:
+        held = path.open("a")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); choose another out_dir") from e
+    try:
+        if fcntl:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        message = f"{out}: another training is at work there; let it end, or choose another out_dir"
+        raise UserError(message) from e
+    except OSError:
+        print(f"{out}: on a file system without locks; start no second training there", flush=True)
+    return held
+
+
 # The record of a run
 
 
@@ -151,7 +180,7 @@ def record_run(config: Config, dtype: str, network: nn.Module, device: torch.dev
     out = Path(config.out_dir)
     copy_source(out / "source")
     values = yaml.safe_dump(configs.to_dict(config), sort_keys=False)
-    (out / "config.yaml").write_text(values)
+    atomic_write_text(out / "config.yaml", values)
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
     run = {
@@ -169,7 +198,7 @@ def record_run(config: Config, dtype: str, network: nn.Module, device: torch.dev
     run["scores"] = {key: score._asdict() for key, score in network.scores.items()}
     for name in ("torch", "transformers", "openai-whisper", "numpy"):
         run["versions"][name] = version(name)
-    (out / "run.json").write_text(json.dumps(run, indent=1))
+    atomic_write_text(out / "run.json", json.dumps(run, indent=1))
     beside = f" beside {frozen / 1e6:.1f} M frozen ones" if frozen else ""
     print(
         f"{config.system}: {parameters / 1e6:.1f} M trained parameters{beside} "

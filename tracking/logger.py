@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from config import UserError
+from corpora.shards import atomic_write
 
 
 class MetricsLogger:
@@ -22,7 +23,6 @@ class MetricsLogger:
         resume_step: later lines are dropped and the W&B run goes on; 0 begins both anew.
         """
         out = Path(out_dir)
-        out.mkdir(parents=True, exist_ok=True)
         path = out / "metrics.jsonl"
         rows = read_lines(path) if resume_step > 0 else []
         lines = [json.dumps(row) + "\n" for row in rows if row.get("step", 0) <= resume_step]
@@ -103,9 +103,5 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
