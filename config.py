@@ -9,6 +9,7 @@ A knob costs two edits, the field and its use; a test fails on one that nothing 
 
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import re
@@ -16,7 +17,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -703,10 +704,23 @@ def comments(cls: type) -> dict[str, str]:
     return found
 
 
+# Running
+
+NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point: a UserError becomes one line on stderr and exit code 2."""
+    """Run an entry point: a UserError, and no room or no right, become one line on stderr and exit code 2."""
     try:
         main()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        refuse(str(e))
+    except OSError as e:
+        if e.errno not in NO_ROOM_OR_RIGHT:
+            raise
+        refuse(f"{e.filename or 'a file'}: cannot be read or written ({e.strerror})")
+
+
+def refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

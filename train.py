@@ -111,10 +111,9 @@ def main() -> None:
         stopping = any_rank(stop.is_set() or (out / "STOP").exists(), device, world)
         values = reduce_metrics(sums | {"grad_norm": grad_norm}, frames, device, world)
         if not all(map(math.isfinite, values.values())):
-            good = checkpoint.newest_checkpoint(config.out_dir) or "none yet"
             raise UserError(
-                f"step {step}: the loss or its gradient is not finite; the last good checkpoint is "
-                f"{good}; try a lower --muon_lr and --lr"
+                f"step {step}: the loss or its gradient is not finite; "
+                f"{checkpoint.last_good(out)}; try a lower --muon_lr and --lr"
             )
         elapsed = time.perf_counter() - clock
         seconds += elapsed

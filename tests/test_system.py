@@ -2,8 +2,10 @@
 weights; and a small system of another kind, which loop, evaluator, sampler and report take as it is.
 """
 
+import errno
 import inspect
 import json
+import os
 import pickle
 import shutil
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from base import Batches, Corpus, System
 from config import UserError
 from metric import Score
 from system import SYSTEMS, build, find, load, load_config, settle_precision
-from tracking import checkpoint, plot
+from tracking import checkpoint, logger, plot
 
 CPU = torch.device("cpu")
 SHAPE = {"model": {"text_encoder": "scratch", "width": 16, "layers": 1, "heads": 2, "frame_stack": 2}}
@@ -244,6 +246,40 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_whole(tmp_path):
         )
     assert checkpoint.newest_checkpoint(tmp_path) == folder / "step_0000001.pt"
     assert checkpoint.load_checkpoint(folder / "step_0000001.pt")["step"] == 1
+
+
+def test_a_log_that_finds_no_room_names_the_last_good_checkpoint(tmp_path):
+    writer = logger.MetricsLogger(str(tmp_path), {}, "disabled", "", "", 0)
+    writer.file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(UserError, match="cannot be written .No space left on device.; .* none yet"):
+        writer.log(1, {"train/loss": 1.0})
+
+
+def test_a_source_that_is_read_only_is_copied_again_by_the_next_start(tmp_path, monkeypatch):
+    source = tmp_path / "tree" / "a.py"
+    source.parent.mkdir()
+    source.write_text("1")
+    source.chmod(0o444)
+    monkeypatch.setattr(checkpoint, "ROOT", source.parent)
+    copy = tmp_path / "source" / "a.py"
+    checkpoint.copy_source(copy.parent)
+    assert copy.read_text() == "1" and copy.stat().st_mode & 0o200
+    copy.chmod(0o444)  # as copies were once
+    source.unlink()
+    source.write_text("2")
+    checkpoint.copy_source(copy.parent)
+    assert copy.read_text() == "2"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_no_room_and_no_right_are_one_line_wherever_they_are_met(number, capsys):
+    def fail():
+        raise OSError(number, os.strerror(number), "x.png")
+
+    with pytest.raises(SystemExit) as end:
+        configs.run_main(fail)
+    told = f"error: x.png: cannot be read or written ({os.strerror(number)})\n"
+    assert end.value.code == 2 and capsys.readouterr().err == told
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):

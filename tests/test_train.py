@@ -2,9 +2,11 @@
 behind.
 """
 
+import contextlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -62,6 +64,22 @@ def assert_close(a: dict, b: dict, tolerance: float = 1e-5) -> None:
     a, b = ({path: leaf for path, leaf in flat(state).items() if torch.is_tensor(leaf)} for state in (a, b))
     assert a.keys() == b.keys() and len(a) > 100
     assert max((a[path] - b[path]).abs().max().item() for path in a) < tolerance
+
+
+@pytest.fixture
+def little_room():
+    """A block in which no file grows beyond 100 kB, as if the disk were full then."""
+
+    @contextlib.contextmanager
+    def limited():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited()
 
 
 # Ranks
@@ -166,11 +184,33 @@ def test_a_second_training_in_a_folder_is_refused_until_the_first_is_gone_howeve
     assert first.stdout.readline()
     command = options(tiny | {"out_dir": tmp_path, "steps": 1, "val_interval": 0})
     assert f"{tmp_path}: another training is at work there" in refusal(train, *command)
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert {path.name for path in tmp_path.rglob("*")} == {".lock", "checkpoints"}
     first.kill()
     first.communicate()
     call(train, *command)
     assert checkpoint(tmp_path)["step"] == 1
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_in_one_line_and_leaves_nothing(
+    tiny, tmp_path, refusal, little_room
+):
+    command = tiny | {"out_dir": tmp_path, "val_interval": 0}
+    call(train, *options(command | {"steps": 2}))
+    with little_room:
+        line = refusal(train, *options(command | {"steps": 3}))
+    good = f"{tmp_path}/checkpoints/step_0000002.pt"
+    assert "step_0000003.pt: cannot be written" in line
+    assert line.endswith(f"; the last good checkpoint is {good}")
+    assert list((tmp_path / "checkpoints").iterdir()) == [Path(good)] and not list(tmp_path.glob("*.part"))
+
+
+def test_what_killed_processes_left_half_written_goes_at_the_next_start(run, tiny, tmp_path):
+    again = shutil.copytree(run, tmp_path / "again")
+    leftovers = ("checkpoints/step_0000007.part", "checkpoints/step_0000007.pt.77.part", "run.json.77.part")
+    for name in (*leftovers, "song.part"):
+        (again / name).touch()
+    call(train, *options(tiny | {"out_dir": again, "steps": 6, "val_interval": 3, "eval_interval": 6}))
+    assert [path.name for path in again.rglob("*.part")] == ["song.part"]
 
 
 # The course of training

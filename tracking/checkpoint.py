@@ -6,15 +6,18 @@ so it can run no code.
 """
 
 import datetime
+import filecmp
 import json
+import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import torch
 import torch.nn as nn
@@ -25,7 +28,6 @@ from config import Config, UserError
 from corpora.shards import atomic_write
 from device import hardware_name
 from optim import EMA
-from tracking.logger import atomic_write_text
 
 try:
     import fcntl
@@ -34,20 +36,39 @@ except ImportError:  # Windows
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "*.py */*.py */*.json */*.yaml */*.md assets/* pyproject.toml requirements.lock".split()
+LEFTOVER = re.compile(r"(step_\d+|.+\.\d+)\.part")  # what a process was writing when it was killed
 NOT_SOURCE = ("tests", "docs", "out", "data", ".venv")  # folders of the root
 
 
 def save_checkpoint(path: Path, state: dict, keep: int) -> None:
-    """Write atomically, then remove all but the newest `keep` checkpoints of the folder."""
-    with atomic_write(path) as part, open(part, "wb") as f:
+    """Write atomically, then remove all but the newest `keep` checkpoints of the folder.
+
+    raises UserError where there is no room or no right to write; then nothing has changed.
+    """
+    try:
+        with atomic_write(path) as part, open(part, "wb") as f:
+            write(state, f)
+        for old in find_checkpoints(path.parent)[:-keep]:
+            old.unlink()
+    except (UserError, OSError) as e:
+        raise UserError(f"{e}; {last_good(path.parents[1])}") from e
+
+
+def write(state: dict, f: BinaryIO) -> None:
+    try:
         torch.save(state, f)
-    for old in find_checkpoints(path.parent)[:-keep]:
-        old.unlink()
+    except RuntimeError as e:  # of a write that failed torch says that it stands at a wrong place
+        raise e.__context__ or e from None
 
 
-def newest_checkpoint(out_dir: str) -> Path | None:
+def newest_checkpoint(out_dir: str | Path) -> Path | None:
     found = find_checkpoints(Path(out_dir, "checkpoints"))
     return found[-1] if found else None
+
+
+def last_good(out_dir: str | Path) -> str:
+    """The end of a message about a run that cannot go on."""
+    return f"the last good checkpoint is {newest_checkpoint(out_dir) or 'none yet'}"
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -151,11 +172,15 @@ def load_weights(network: nn.Module, found: dict[str, torch.Tensor], where: str)
 def lock(out_dir: str) -> TextIO:
     """Make the folder of a run, and keep other trainings out of it while the file that this returns is open.
 
-    The lock is the kernel's, which takes it away however this process ends; the file stays.
+    The lock is the kernel's, which takes it away however this process ends; the file stays. What processes
+    that were killed left half written is removed.
     raises UserError where another training is at work.
     """
     out = Path(out_dir)
-    make_folder(out)
+    checkpoints = out / "checkpoints"
+    make_folder(checkpoints)
+    if not os.access(checkpoints, os.W_OK):
+        raise UserError(f"{checkpoints}: no right to write there; choose another out_dir")
     path = out / ".lock"
     try:
         held = path.open("a")
@@ -169,6 +194,9 @@ def lock(out_dir: str) -> TextIO:
         raise UserError(message) from e
     except OSError:
         print(f"{out}: on a file system without locks; start no second training there", flush=True)
+    for path in [*out.glob("*.part"), *checkpoints.glob("*.part")]:
+        if LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
     return held
 
 
@@ -180,7 +208,7 @@ def record_run(config: Config, dtype: str, network: nn.Module, device: torch.dev
     out = Path(config.out_dir)
     copy_source(out / "source")
     values = yaml.safe_dump(configs.to_dict(config), sort_keys=False)
-    atomic_write_text(out / "config.yaml", values)
+    write_text(out / "config.yaml", values)
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
     run = {
@@ -198,7 +226,7 @@ def record_run(config: Config, dtype: str, network: nn.Module, device: torch.dev
     run["scores"] = {key: score._asdict() for key, score in network.scores.items()}
     for name in ("torch", "transformers", "openai-whisper", "numpy"):
         run["versions"][name] = version(name)
-    atomic_write_text(out / "run.json", json.dumps(run, indent=1))
+    write_text(out / "run.json", json.dumps(run, indent=1))
     beside = f" beside {frozen / 1e6:.1f} M frozen ones" if frozen else ""
     print(
         f"{config.system}: {parameters / 1e6:.1f} M trained parameters{beside} "
@@ -213,8 +241,19 @@ def copy_source(folder: Path) -> None:
         for source in ROOT.glob(pattern):
             path = source.relative_to(ROOT)
             if path.parts[0] not in NOT_SOURCE:
-                make_folder(folder / path.parent)
-                shutil.copy(source, folder / path)
+                copy(source, folder / path)
+
+
+def copy(source: Path, target: Path) -> None:
+    """The content of a file, unless that is there; not that the file may be read-only."""
+    if not target.exists() or not filecmp.cmp(source, target, shallow=False):
+        with atomic_write(target) as part:
+            shutil.copyfile(source, part)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def make_folder(folder: Path) -> None:

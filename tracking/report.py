@@ -17,7 +17,7 @@ import numpy as np
 import metric
 from config import UserError
 from metric import Score
-from tracking import logger, plot
+from tracking import checkpoint, logger, plot
 from tracking.plot import BLUE, GREY, ORANGE, Chart, Line
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
@@ -56,7 +56,7 @@ def write_report(out_dir: str, shown: int = 8) -> Path:
     content |= {function.__name__: function for function in functions}
     template = TEMPLATE.read_text(encoding="utf-8")
     template = jinja2.Template(template, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    logger.atomic_write_text(out / "report.html", template.render(content))
+    checkpoint.write_text(out / "report.html", template.render(content))
     return out / "report.html"
 
 
