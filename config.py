@@ -7,17 +7,20 @@ what differs from the defaults; unknown keys and wrong types are errors that nam
 A knob costs two edits, the field and its use; a test fails on one that nothing reads.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import errno
 import functools
 import inspect
+import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import field
-from typing import Annotated, ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, ClassVar, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -711,14 +714,45 @@ NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno
 
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point: a UserError, and no room or no right, become one line on stderr and exit code 2."""
-    try:
-        main()
-    except UserError as e:
-        refuse(str(e))
-    except OSError as e:
-        if e.errno not in NO_ROOM_OR_RIGHT:
-            raise
-        refuse(f"{e.filename or 'a file'}: cannot be read or written ({e.strerror})")
+    with redirect_stdout(Printer(sys.stdout)), redirect_stderr(Printer(sys.stderr)):
+        try:
+            main()
+        except UserError as e:
+            refuse(str(e))
+        except OSError as e:
+            if e.errno not in NO_ROOM_OR_RIGHT:
+                raise
+            refuse(f"{e.filename or 'a file'}: cannot be read or written ({e.strerror})")
+        finally:
+            sys.stdout.flush()
+
+
+class Printer:
+    """stdout or stderr, which end no run: what nobody reads any more goes nowhere."""
+
+    def __init__(self, stream: TextIO | None):
+        """stream: None where it was closed before the start."""
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self.or_nowhere():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.or_nowhere():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def or_nowhere(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # a pipe without a reader, a terminal that was closed, a full disk
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 def refuse(message: str) -> NoReturn:

@@ -2,8 +2,8 @@
 
 Everything random is drawn into the batch from (seed, step, row). So on a CPU a run that was interrupted and
 resumed is bit for bit the uninterrupted one, and two ranks are one process with the double batch.
-SIGTERM, SIGINT or a file STOP in out_dir end the run with a checkpoint, from which the same command goes on.
-One training at a time writes into an out_dir.
+SIGTERM, SIGINT, SIGHUP or a file STOP in out_dir end the run with a checkpoint, from which the same command
+goes on. One training at a time writes into an out_dir.
 """
 
 import datetime
@@ -185,15 +185,22 @@ def start_ranks(config: Config) -> tuple[int, int, torch.device]:
 
 
 def catch_signals() -> threading.Event:
-    """An event that SIGTERM and SIGINT set; a second SIGINT ends at once."""
+    """An event that SIGTERM, SIGINT and SIGHUP set; a second SIGINT ends at once.
+
+    A terminal that is closed may send SIGHUP twice; under nohup it stays ignored.
+    """
     stop = threading.Event()
 
     def handle(number: int, _frame) -> None:
         stop.set()
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+    if signal.getsignal(hangup) != signal.SIG_IGN:
+        signal.signal(hangup, handle)
     return stop
 
 

@@ -170,6 +170,29 @@ def test_a_run_ends_by_the_clock_with_its_decay_inside_and_is_then_finished(tiny
     assert_identical(checkpoint(tmp_path), ended)
 
 
+def test_a_terminal_that_is_closed_ends_a_run_well_though_it_says_so_twice_and_cannot_be_printed_to(
+    tiny, tmp_path
+):
+    terminal, screen = os.openpty()
+    command = options(tiny | {"out_dir": tmp_path, "steps": 1000, "val_interval": 0})
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *command], stdout=screen, stderr=screen)
+    os.close(screen)
+    said = b""
+    while b"step 3/" not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=600) == 0 and 3 <= checkpoint(tmp_path)["step"] < 1000
+
+
+def test_a_reader_of_the_log_that_goes_away_changes_nothing(tiny, tmp_path):
+    process = start("train.py", *options(tiny | {"out_dir": tmp_path, "steps": 3, "val_interval": 0}))
+    process.stdout.close()
+    assert "Error" not in process.stderr.read() and process.wait(timeout=600) == 0
+    assert checkpoint(tmp_path)["step"] == 3
+
+
 def test_a_second_training_in_a_folder_is_refused_until_the_first_is_gone_however_it_ended(
     tiny, tmp_path, refusal
 ):
