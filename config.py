@@ -13,6 +13,7 @@ import difflib
 import errno
 import functools
 import inspect
+import io
 import os
 import re
 import sys
@@ -728,11 +729,17 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 class Printer:
-    """stdout or stderr, which end no run: what nobody reads any more goes nowhere."""
+    """stdout or stderr, which end no run: what nobody reads any more goes nowhere, a letter that they lack is
+    printed as its number.
+    """
 
     def __init__(self, stream: TextIO | None):
         """stream: None where it was closed before the start."""
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            # as do the processes that pack, where they are not forks
+            os.environ["PYTHONIOENCODING"] = f"{stream.encoding}:backslashreplace"
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
