@@ -12,11 +12,13 @@ import dataclasses
 import difflib
 import errno
 import functools
+import getpass
 import inspect
 import io
 import os
 import re
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -715,6 +717,7 @@ NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno
 
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point: a UserError, and no room or no right, become one line on stderr and exit code 2."""
+    name_user()
     with redirect_stdout(Printer(sys.stdout)), redirect_stderr(Printer(sys.stderr)):
         try:
             main()
@@ -726,6 +729,16 @@ def run_main(main: Callable[[], None]) -> None:
             refuse(f"{e.filename or 'a file'}: cannot be read or written ({e.strerror})")
         finally:
             sys.stdout.flush()
+
+
+def name_user() -> None:
+    """Give a user id without a passwd entry, as containers have, the name and home that libraries ask for."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13
+        os.environ["USER"] = f"uid{os.getuid()}"
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = tempfile.gettempdir()
 
 
 class Printer:

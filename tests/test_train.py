@@ -236,6 +236,23 @@ def test_what_killed_processes_left_half_written_goes_at_the_next_start(run, tin
     assert [path.name for path in again.rglob("*.part")] == ["song.part"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can take a user id that nobody has")
+def test_a_user_id_without_a_name_and_a_home_trains(tiny, tmp_path):
+    nameless = "import os, runpy, sys; os.setresuid(54321, 0, 0); del sys.argv[0]; "
+    nameless += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    named = ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME", "TORCHINDUCTOR_CACHE_DIR")
+    knobs = tiny | {"out_dir": tmp_path, "steps": 1, "val_interval": 0, "wandb": "offline"}
+    done = subprocess.run(
+        [sys.executable, "-c", nameless, "train.py", *options(knobs)],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name not in named},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert checkpoint(tmp_path)["step"] == 1 and not (ROOT / "~").exists()
+
+
 # The course of training
 
 
