@@ -246,7 +246,7 @@ class Config:
     sample: ClassVar[Sample | None] = None  # a section of those that have something to set when they sample
     # Sections and keys that give the weights their meaning: a run goes on with the same ones only, except for
     # fields that are MOVABLE.
-    fixed: ClassVar[tuple[str, ...]] = ("model",)
+    fixed: ClassVar[tuple[str, ...]] = ("data.corpus", "model")
 
     def reference_settings(self) -> dict:
         """What a recording depends on that passes through all but the generative network; folders as str."""
@@ -312,7 +312,14 @@ class TTSConfig(Config):
     train: Train = Train()
     eval: TTSEval = TTSEval()
 
-    fixed: ClassVar[tuple[str, ...]] = ("mel", "model", "flow.predict", "flow.min_t")
+    fixed: ClassVar[tuple[str, ...]] = (
+        "mel",
+        "data.corpus",
+        "data.voice",
+        "model",
+        "flow.predict",
+        "flow.min_t",
+    )
 
     @model_validator(mode="after")
     def check_padding(self):

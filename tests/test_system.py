@@ -140,6 +140,8 @@ def test_a_run_is_not_resumed_with_another_shape(run):
     [
         ("tts", "mel.hop", "128"),
         ("tts", "flow.predict", "v"),
+        ("tts", "data.corpus", "librispeech"),
+        ("tts", "data.voice", "espeak:en-us"),
         pytest.param("spectrogram", "klein.alpha", "1.0", marks=needs("spectrogram")),
         pytest.param("music", "music.text_padding", "last", marks=needs("music")),
         pytest.param("speech_align", "align.temperature", "1.0", marks=needs("speech_align")),
@@ -174,12 +176,9 @@ def test_what_is_fixed_is_what_there_is_and_says_what_the_weights_mean(name):
     cls = find(name).config_class
     fixed = configs.fixed_keys(cls)
     assert all(any(key == wanted or key.startswith(f"{wanted}.") for key in fixed) for wanted in cls.fixed)
-    assert "model.width" in fixed and not {key.split(".")[0] for key in fixed} & {
-        "data",
-        "sample",
-        "train",
-        "eval",
-    }
+    assert {"model.width", "data.corpus"} <= set(fixed)
+    assert {key for key in fixed if key.startswith("data.")} <= {"data.corpus", "data.voice"}
+    assert not {key.split(".")[0] for key in fixed} & {"sample", "train", "eval"}
 
 
 def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):

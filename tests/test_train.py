@@ -236,6 +236,22 @@ def test_what_killed_processes_left_half_written_goes_at_the_next_start(run, tin
     assert [path.name for path in again.rglob("*.part")] == ["song.part"]
 
 
+def test_a_run_goes_on_with_its_corpus_wherever_that_is_and_not_with_one_of_another_loudness(
+    run, tiny, tmp_path, refusal
+):
+    again = shutil.copytree(run, tmp_path / "again")
+    moved = shutil.copytree(tiny["data_dir"], tmp_path / "moved")
+    command = options(tiny | {"out_dir": again, "steps": 7, "val_interval": 0, "data_dir": moved})
+    index = json.loads((moved / "index.json").read_text())
+    quiet = index | {"mean": index["mean"] - 3.8}  # 33 dB
+    (moved / "index.json").write_text(json.dumps(quiet))
+    line = refusal(train, *command)
+    assert "step_0000006.pt: was trained on a corpus of mean" in line and f"that in {moved} has" in line
+    (moved / "index.json").write_text(json.dumps(index))
+    call(train, *command)
+    assert checkpoint(again)["step"] == 7
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can take a user id that nobody has")
 def test_a_user_id_without_a_name_and_a_home_trains(tiny, tmp_path):
     nameless = "import os, runpy, sys; os.setresuid(54321, 0, 0); del sys.argv[0]; "

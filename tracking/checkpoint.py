@@ -8,6 +8,7 @@ so it can run no code.
 import datetime
 import filecmp
 import json
+import math
 import os
 import platform
 import re
@@ -111,8 +112,10 @@ def resume(
     if path is None:
         return 0, 0.0
     state = load_checkpoint(path)
+    corpus = statistics(network)
     load_weights(network, state["model"], str(path))
     check_unchanged(config, state["config"], str(path))
+    check_statistics(corpus, statistics(network), config.data.data_dir, str(path))
     for name, value in ema.shadow.items():
         value.copy_(state["ema"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -147,6 +150,19 @@ def check_unchanged(config: Config, saved: dict, where: str) -> None:
         if then != now:
             fault = f"{where}: was trained with {key} {then!r}"
             raise UserError(f"{fault}, not {now!r}; choose another out_dir")
+
+
+def statistics(network: nn.Module) -> dict[str, float]:
+    """Of the corpus that a network was built for, where it has them; batches are normalised by its own."""
+    return {name: value.item() for name, value in network.named_buffers() if name in ("mean", "std")}
+
+
+def check_statistics(now: dict[str, float], then: dict[str, float], data_dir: str, where: str) -> None:
+    """raises UserError where what is trained on would not be on the scale of what is sampled."""
+    for name, value in then.items():
+        if not math.isclose(value, now[name], rel_tol=1e-4, abs_tol=1e-4):
+            fault = f"{where}: was trained on a corpus of {name} {value:.4f}"
+            raise UserError(f"{fault}, that in {data_dir} has {now[name]:.4f}; choose another out_dir")
 
 
 def load_weights(network: nn.Module, found: dict[str, torch.Tensor], where: str) -> None:
