@@ -360,7 +360,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e})") from e
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that is read-only by now
+            part.unlink()
 
 
 def digest(values) -> str:

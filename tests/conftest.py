@@ -48,6 +48,7 @@ TINY = {
     "dtype": "fp32",
     "wandb": "disabled",
 }
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 THREE_STEPS = {"steps": 3, "eval_interval": 3, "limit": 3}
 
 
@@ -79,7 +80,7 @@ def call(module, *words: str) -> None:
     """What `python MODULE.py WORDS` does, in this process, which saves the start; what it did to signals is
     undone.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
         try:

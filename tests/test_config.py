@@ -4,6 +4,9 @@ recipes.
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -409,3 +412,20 @@ def flat(values: dict, prefix: str = "") -> dict:
     for key, value in values.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves
+
+
+# Running
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_letter_that_the_output_lacks_ends_nothing_here_or_in_a_process_that_packs(encoding):
+    code = "import subprocess, sys, config; config.run_main(lambda: (print('Ωµ', flush=True), {}))"
+    inner = """subprocess.run([sys.executable, "-c", "print('Ωµ')"], check=True)"""
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(inner)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"},
+        capture_output=True,
+    )
+    printed = "Ωµ".encode(encoding, "backslashreplace")
+    assert done.returncode == 0 and done.stdout.split() == [printed, printed]

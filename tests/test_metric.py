@@ -428,6 +428,14 @@ def test_what_is_missing_leaves_its_section_out(tmp_path, rows):
     assert not page.count("article") and not page.count("details") and not page.count("audio")
 
 
+def test_an_evaluation_that_has_a_name_for_a_number_is_not_the_runs(tmp_path):
+    for name, text in (("step_0000002", "Ours."), ("step_best", "Theirs.")):
+        (tmp_path / "eval" / name).mkdir(parents=True)
+        (tmp_path / "eval" / name / "samples.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    page = report.write_report(tmp_path).read_text()
+    assert "Ours." in page and "Theirs." not in page
+
+
 def test_pictures_of_odd_sizes_and_letters_are_drawn(tmp_path):
     plot.save_spectrogram_png(np.zeros((1, 40)), tmp_path / "a.png", Mel(n_mels=40, fmax=11025.0))
     plot.save_attention_png(np.zeros((3, 9)), "$ä\n$é", tmp_path / "b.png")
