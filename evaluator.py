@@ -2,7 +2,8 @@
 
 `python evaluator.py --ckpt out/demo` repeats the evaluation of training; any knob of the checkpoint's config
 goes on top: `--split test --limit 500 --recogniser medium.en`, `--prompts FILE`, `--euler_steps 50`. It
-writes into <out_dir>/eval/step_*. All ranks take their share of the clips and gather at the end.
+writes into eval/step_* of the run that --ckpt points to, or of --out_dir. All ranks take their share of the
+clips and gather at the end.
 Reference scores, the floors, are of recordings through all but the network.
 """
 
@@ -31,7 +32,7 @@ from device import pick_device
 from metric import Score
 from pretrained import asr
 from text import normalize
-from tracking import logger, reference_scores
+from tracking import checkpoint, logger, reference_scores
 
 N_SHOWN = 8  # samples that get pictures and a place in W&B and the report
 N_T_BINS = 10  # of t, for the validation loss
@@ -111,7 +112,7 @@ class Evaluator:
         if not self.reference_scores:
             self.reference_scores = self.find_reference_scores(network)
         folder = Path(self.config.out_dir, "eval", f"step_{step:07d}")
-        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.make_folder(folder)
         rows, features = self.sample_share(network, folder)
         rows = gather_numbered(rows, self.world)
         features = gather_numbered(features, self.world)
