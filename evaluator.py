@@ -50,16 +50,18 @@ def main() -> None:
     add("--device", default="auto", choices=DEVICES)
     options, knobs = parse_with_knobs(parser)
     device = pick_device(options.device)
-    config, network, step = system.load(options.ckpt, device, knobs)
-    if options.snr and not network.listens:
+    path = system.find_checkpoint(options.ckpt)
+    config, state = system.read_checkpoint(path, device, knobs)
+    if options.snr and not system.find(config.system).listens:
         raise UserError(f"--snr is for systems that listen; {config.system} does not")
     corpus = None if config.eval.prompts else system.open_corpus(config)
     evaluator = Evaluator(config, corpus, device)
+    network = system.restore(config, state, path, device)
     for snr in options.snr or [math.inf]:
         evaluator.snr = snr
         if options.snr:
             print(f"speech at {snr:g} dB over white noise")
-        found = evaluator.run(network, step)
+        found = evaluator.run(network, state["step"])
         print_scores(found, network.scores)
         print(json.dumps(found))
 
@@ -81,7 +83,7 @@ class Evaluator:
     def __init__(
         self, config: Config, corpus: Corpus | None, device: torch.device, rank: int = 0, world: int = 1
     ):
-        """corpus: None only where eval.prompts names a file."""
+        """corpus: None only where eval.prompts names a file. raises UserError for a split without clips."""
         self.config = config
         self.corpus = corpus
         self.device = device
@@ -102,6 +104,9 @@ class Evaluator:
             self.texts = [normalize(text) for text in texts] if network_class.speaks else texts
         else:
             self.clips = corpus.clips(options.split)[: options.limit]
+            if not self.clips:
+                wanted = f"{options.split} clip of at most data.max_seconds {config.data.max_seconds}"
+                raise UserError(f"{corpus.folder}: has no {wanted}; choose another --split")
             self.texts = [clip.text for clip in self.clips]
         self.recogniser = self.load_recogniser() if network_class.speaks else None
         self.reference_scores = {}

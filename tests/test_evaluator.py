@@ -406,5 +406,17 @@ def test_a_corpus_that_moved_is_named_and_found_again(run, tiny, tmp_path, refus
     assert system.open_corpus(config).folder == moved
 
 
+def test_a_split_without_clips_is_one_line_before_any_network_is_loaded(
+    run, tiny, tmp_path, monkeypatch, refusal
+):
+    corpus = shutil.copytree(tiny["data_dir"], tmp_path / "corpus")
+    for path in corpus.glob("clips_*.jsonl"):
+        path.write_text(path.read_text().replace('"split": "test"', '"split": "train"'))
+    monkeypatch.delattr(system, "build")
+    monkeypatch.delattr(asr, "load")
+    line = refusal(evaluator, f"--ckpt={run}", "--split=test", f"--data_dir={corpus}")
+    assert f"{corpus}: has no test clip" in line and "choose another --split" in line
+
+
 def test_a_limit_of_nothing_is_an_error(run, refusal):
     assert "eval.limit must be positive" in refusal(evaluator, f"--ckpt={run}", "--limit=0")
