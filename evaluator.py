@@ -2,7 +2,8 @@
 
 `python evaluator.py --ckpt out/demo` repeats the evaluation of training; any knob of the checkpoint's config
 goes on top: `--split test --limit 500 --recogniser medium.en`, `--prompts FILE`, `--euler_steps 50`. It
-writes into <out_dir>/eval/step_*. All ranks take their share of the clips and gather at the end.
+writes into eval/step_* of the run that --ckpt points to, or of --out_dir. All ranks take their share of the
+clips and gather at the end.
 Reference scores, the floors, are of recordings through all but the network.
 """
 
@@ -31,7 +32,7 @@ from device import pick_device
 from metric import Score
 from pretrained import asr
 from text import normalize
-from tracking import logger, reference_scores
+from tracking import checkpoint, logger, reference_scores
 
 N_SHOWN = 8  # samples that get pictures and a place in W&B and the report
 N_T_BINS = 10  # of t, for the validation loss
@@ -49,16 +50,18 @@ def main() -> None:
     add("--device", default="auto", choices=DEVICES)
     options, knobs = parse_with_knobs(parser)
     device = pick_device(options.device)
-    config, network, step = system.load(options.ckpt, device, knobs)
-    if options.snr and not network.listens:
+    path = system.find_checkpoint(options.ckpt)
+    config, state = system.read_checkpoint(path, device, knobs)
+    if options.snr and not system.find(config.system).listens:
         raise UserError(f"--snr is for systems that listen; {config.system} does not")
     corpus = None if config.eval.prompts else system.open_corpus(config)
     evaluator = Evaluator(config, corpus, device)
+    network = system.restore(config, state, path, device)
     for snr in options.snr or [math.inf]:
         evaluator.snr = snr
         if options.snr:
             print(f"speech at {snr:g} dB over white noise")
-        found = evaluator.run(network, step)
+        found = evaluator.run(network, state["step"])
         print_scores(found, network.scores)
         print(json.dumps(found))
 
@@ -80,7 +83,7 @@ class Evaluator:
     def __init__(
         self, config: Config, corpus: Corpus | None, device: torch.device, rank: int = 0, world: int = 1
     ):
-        """corpus: None only where eval.prompts names a file."""
+        """corpus: None only where eval.prompts names a file. raises UserError for a split without clips."""
         self.config = config
         self.corpus = corpus
         self.device = device
@@ -101,6 +104,9 @@ class Evaluator:
             self.texts = [normalize(text) for text in texts] if network_class.speaks else texts
         else:
             self.clips = corpus.clips(options.split)[: options.limit]
+            if not self.clips:
+                wanted = f"{options.split} clip of at most data.max_seconds {config.data.max_seconds}"
+                raise UserError(f"{corpus.folder}: has no {wanted}; choose another --split")
             self.texts = [clip.text for clip in self.clips]
         self.recogniser = self.load_recogniser() if network_class.speaks else None
         self.reference_scores = {}
@@ -111,7 +117,7 @@ class Evaluator:
         if not self.reference_scores:
             self.reference_scores = self.find_reference_scores(network)
         folder = Path(self.config.out_dir, "eval", f"step_{step:07d}")
-        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.make_folder(folder)
         rows, features = self.sample_share(network, folder)
         rows = gather_numbered(rows, self.world)
         features = gather_numbered(features, self.world)

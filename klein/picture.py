@@ -348,10 +348,10 @@ def roundtrip_file(source: str, target: Path | None, given: dict, recogniser: st
 def compare_transcripts(
     wave: torch.Tensor, rebuilt: torch.Tensor, sample_rate: int, name: str, text: str
 ) -> None:
-    """Print what Whisper `name`, or its replacement, transcribes of both, 30 s at a time, and the WER."""
+    """Print what Whisper `name`, or its replacement, transcribes of both, and the WER."""
     import jiwer  # takes seconds, as the next does
 
-    from pretrained.whisper_weights import RATE, WINDOW_SAMPLES, load_any, normalize_transcript, transcribe
+    from pretrained.whisper_weights import RATE, cut_at_pauses, load_any, normalize_transcript, transcribe
 
     model, _, why = load_any(name, torch.device("cpu"), "--recogniser")
     if why:
@@ -361,9 +361,8 @@ def compare_transcripts(
     transcripts = []
     for sound in (wave, rebuilt):
         sound = audio.resample(sound, sample_rate, RATE)
-        windows = list(sound.split(WINDOW_SAMPLES))
-        parts = transcribe(model, windows)
-        transcripts.append(" ".join(part.strip() for part in parts))
+        parts = transcribe(model, cut_at_pauses(sound))
+        transcripts.append(" ".join(filter(None, parts)))
     before, after = transcripts
     print(f"heard before {before!r}\nheard after  {after!r}")
     said = normalize_transcript(text) or normalize_transcript(before)

@@ -53,12 +53,22 @@ class Recogniser:
         self.identity = [self.name, weights, device, version("openai-whisper")]
 
     def transcribe(self, waves: list[Tensor], sample_rate: int, batch_size: int = 16) -> list[str]:
-        """waves: (N,) at `sample_rate` Hz, up to 30 s each. returns the texts, not normalised."""
+        """waves: (N,) at `sample_rate` Hz; longer ones than 30 s are heard in pieces.
+
+        returns the texts, not normalised.
+        """
+        cut = []
+        for wave in waves:
+            wave = audio.resample(wave, sample_rate, RATE)
+            cut.append(whisper_weights.cut_at_pauses(wave))
+        pieces = sum(cut, [])
+        heard = []
+        for start in range(0, len(pieces), batch_size):
+            heard += whisper_weights.transcribe(self.model, pieces[start : start + batch_size])
         texts = []
-        for start in range(0, len(waves), batch_size):
-            batch = waves[start : start + batch_size]
-            batch = [audio.resample(wave, sample_rate, RATE) for wave in batch]
-            texts += whisper_weights.transcribe(self.model, batch)
+        for parts in cut:
+            texts.append(" ".join(filter(None, heard[: len(parts)])))
+            heard = heard[len(parts) :]
         return texts
 
 

