@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 import torchaudio.functional
 
-from config import Mel, UserError, run_main
+from config import Mel, UserError
+from entry import run_main
 
 LOG_FLOOR = 1e-5  # magnitudes below are clamped: silence is ln 1e-5 = -11.51
 LOUDEST = 4.0  # 12 dB above full scale: samples beyond are no float's

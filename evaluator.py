@@ -27,8 +27,9 @@ import config as configs
 import metric
 import system
 from base import Batches, Corpus, Output, Prompt, System
-from config import DEVICES, Config, UserError, run_main
+from config import DEVICES, Config, UserError
 from device import pick_device
+from entry import run_main
 from metric import Score
 from pretrained import asr
 from text import normalize

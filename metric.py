@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from config import BOUND, run_main
+from config import BOUND
+from entry import run_main
 
 
 class Score(NamedTuple):

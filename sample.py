@@ -22,8 +22,9 @@ import audio
 import evaluator
 import system
 from base import Output, Prompt, System
-from config import DEVICES, Config, UserError, run_main
+from config import DEVICES, Config, UserError
 from device import move, pick_device
+from entry import run_main
 from text import normalize
 
 LONGEST_TEXT = 5000  # characters in one text

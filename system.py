@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 import config as configs
 from base import Batches, Corpus, System
-from config import Config, UnknownKey, UserError, expand_path, run_main
+from config import Config, UnknownKey, UserError, expand_path
 from device import hardware_name, move, pick_device, pick_dtype
+from entry import run_main
 from tracking import checkpoint
 
 # A line a system: its name in a recipe, and its class. Looked up when it is asked for, so that text-to-speech

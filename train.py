@@ -29,6 +29,7 @@ import optim
 import system
 from config import Config, UserError
 from device import move, pick_device
+from entry import run_main
 from tracking import checkpoint, logger, report
 
 FORECAST_AFTER = 10  # after which a run says how long it will take
@@ -294,4 +295,4 @@ def progress_line(config: Config, step: int, done: float, seconds: float, values
 
 
 if __name__ == "__main__":
-    configs.run_main(main)
+    run_main(main)

@@ -102,12 +102,13 @@ def refusal(capsys):
     """A function that runs an entry point as `call`, and returns the one line with which it ends, with exit
     code 2.
     """
-    import config
+
+    from entry import run_main
 
     def refused(module, *words: str) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            config.run_main(lambda: call(module, *words))
+            run_main(lambda: call(module, *words))
         lines = capsys.readouterr().err.splitlines()
         assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 import config
+import entry
 import system
 from config import TTSConfig, UserError
 
@@ -330,7 +331,7 @@ def test_a_config_cannot_be_changed():
 
 def test_an_error_of_the_user_is_one_line_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as caught:
-        config.run_main(lambda: load_words("--lr", "fast"))
+        entry.run_main(lambda: load_words("--lr", "fast"))
     assert caught.value.code == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith("error: ") and output.err.count("\n") == 1
@@ -419,7 +420,7 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_letter_that_the_output_lacks_ends_nothing_here_or_in_a_process_that_packs(encoding):
-    code = "import subprocess, sys, config; config.run_main(lambda: (print('Ωµ', flush=True), {}))"
+    code = "import subprocess, sys, entry; entry.run_main(lambda: (print('Ωµ', flush=True), {}))"
     inner = """subprocess.run([sys.executable, "-c", "print('Ωµ')"], check=True)"""
     done = subprocess.run(
         [sys.executable, "-c", code.format(inner)],

@@ -21,6 +21,7 @@ from toy.system import Toy, Whistles, WordBatches
 
 import config as configs
 import device as device_module
+import entry
 import evaluator
 import optim
 import sample as sample_module
@@ -276,7 +277,7 @@ def test_no_room_and_no_right_are_one_line_wherever_they_are_met(number, capsys)
         raise OSError(number, os.strerror(number), "x.png")
 
     with pytest.raises(SystemExit) as end:
-        configs.run_main(fail)
+        entry.run_main(fail)
     told = f"error: x.png: cannot be read or written ({os.strerror(number)})\n"
     assert end.value.code == 2 and capsys.readouterr().err == told
 
