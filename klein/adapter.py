@@ -45,7 +45,7 @@ def read_adapter(name: str) -> dict[str, dict]:
 
     name: a folder, a .safetensors file or a hub id.
     returns: {"transformer": {path: {"A", "B", "alpha"}}, "text_encoder": the same, if there is one}.
-    raises UserError for what is no adapter, or half of one.
+    raises UserError for what is no adapter, half of one, or not finite.
     """
     file = find_weights(name)
     adapter = read_layers(file, "transformer")
@@ -100,6 +100,8 @@ def read_layers(file: Path, peft_part: str) -> dict[str, dict]:
                 f"{file}: {key} is no tensor of an adapter that is known here; "
                 "keys are transformer.MODULE.lora_A.weight"
             )
+        if not tensor.float().isfinite().all():
+            raise UserError(f"{file}: {key} is not finite (nan or infinity): the adapter is damaged")
         part = KEY_PREFIXES.get(prefix) or peft_part
         path = plain[len(prefix) : -len(ending)]
         name = KEY_SUFFIXES[ending]  # A, B or alpha
@@ -181,6 +183,8 @@ def complete_layer(file: Path, path: str, layer: dict, settings: dict) -> None:
         )
     try:
         layer["alpha"] = float(layer.get("alpha", peft_alpha(settings, path, len(A))))
+        if not math.isfinite(layer["alpha"]):
+            raise ValueError("not finite")
     except (ValueError, TypeError, AttributeError, RuntimeError, re.error) as e:
         reason = frozen.one_line(e)
         raise UserError(f"{file}: the alpha of {path} cannot be read ({reason})") from e

@@ -518,6 +518,18 @@ DAMAGES = {
         lambda t: t | renamed(t, "transformer_blocks.0.attn.to_q", "double_blocks.999999999.img_attn.qkv"),
         "another network",
     ),
+    "nan": (
+        lambda t: t | {f"{FIRST}.lora_B.weight": torch.full((32, 4), math.nan)},
+        rf"{adapter.LORA_WEIGHTS}: {FIRST}.lora_B.weight is not finite",
+    ),
+    "infinity in half precision": (
+        lambda t: t | {f"{FIRST}.lora_A.weight": torch.full((4, 32), 1e9).half()},
+        rf"{adapter.LORA_WEIGHTS}: {FIRST}.lora_A.weight is not finite",
+    ),
+    "an alpha of nan": (
+        lambda t: t | {f"{FIRST}.alpha": torch.tensor(math.nan)},
+        rf"{adapter.LORA_WEIGHTS}: {FIRST}.alpha is not finite",
+    ),
     "B missing": (lambda t: without(t, f"{FIRST}.lora_B.weight"), "half an adapter"),
     "A missing": (lambda t: without(t, f"{FIRST}.lora_A.weight"), "half an adapter"),
     "A and B of different ranks": (
@@ -555,6 +567,7 @@ def test_what_is_no_adapter_of_this_network_is_refused_and_changes_nothing(netwo
         ("truncated", "not a safetensors file"),
         ("text", "not a safetensors file"),
         ("settings", "settings"),
+        ("an alpha of nan", "alpha"),
         ("missing", "no such file"),
         ("text encoder of another size", "another size"),
         ("text encoder's settings", "settings"),
@@ -569,6 +582,8 @@ def test_a_damaged_file_is_refused_and_changes_nothing(network, folder, what, me
         weights.write_text("version https://git-lfs.github.com/spec/v1")
     elif what == "settings":
         save_file(load_file(weights), weights, {"lora_adapter_metadata": "[1]"})
+    elif what == "an alpha of nan":
+        save_file(load_file(weights), weights, {"lora_adapter_metadata": '{"transformer.lora_alpha": NaN}'})
     elif what == "missing":
         weights.unlink()
         (folder / "comfyui.safetensors").unlink()
