@@ -319,7 +319,7 @@ def sample(network: System, prompts: list[Prompt], settings: Sample) -> list[Out
     outputs = network.sample(prompts, settings)
     for prompt, output in zip(prompts, outputs):
         for name, value in vars(output).items():
-            if isinstance(value, Tensor):
+            if torch.is_tensor(value):
                 check_finite(value, f"{prompt.text!r}: the {name} that was sampled")
     return outputs
 
