@@ -27,9 +27,10 @@ import config as configs
 import metric
 import system
 from base import Batches, Corpus, Output, Prompt, System
-from config import DEVICES, Config, UserError
+from config import DEVICES, Config, Sample, UserError
 from device import pick_device
 from entry import run_main
+from flow import check_finite
 from metric import Score
 from pretrained import asr
 from text import normalize
@@ -153,7 +154,7 @@ class Evaluator:
         for start in range(0, len(share), size):
             numbers = share[start : start + size]
             prompts = [self.prompt(network, number) for number in numbers]
-            outputs = network.sample(prompts, self.config.sample)
+            outputs = sample(network, prompts, self.config.sample)
             transcripts = [None] * len(outputs)
             if self.recogniser:
                 waves = [output.wave for output in outputs]
@@ -318,6 +319,16 @@ class Evaluator:
             return {}
         errors, words = zip(*counts)
         return {f"eval/wer_{name}": sum(errors) / max(1, sum(words))}
+
+
+def sample(network: System, prompts: list[Prompt], settings: Sample) -> list[Output]:
+    """The network's outputs of the prompts; raises UserError where a wave or a picture is not finite."""
+    outputs = network.sample(prompts, settings)
+    for prompt, output in zip(prompts, outputs):
+        for name, value in vars(output).items():
+            if torch.is_tensor(value):
+                check_finite(value, f"{prompt.text!r}: the {name} that was sampled")
+    return outputs
 
 
 @torch.no_grad()

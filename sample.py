@@ -56,7 +56,7 @@ def main() -> None:
     outputs = []
     size = config.eval.sample_batch
     for start in tqdm(range(0, len(prompts), size), unit="batch", disable=None, leave=False):
-        outputs += network.sample(prompts[start : start + size], config.sample)
+        outputs += evaluator.sample(network, prompts[start : start + size], config.sample)
     for number, file in enumerate(files):
         path = out if len(files) == 1 else out.with_stem(f"{out.stem}-{number}")
         write(path, outputs[: len(file)], network.output_kinds, options.png)

@@ -255,7 +255,7 @@ def main() -> None:
     kinds = "wav to PNG | PNG to wav | what both together lose"
     add("command", choices=("encode", "decode", "roundtrip"), help=kinds)
     add("source", type=expanduser, help="a sound file; decode: a PNG")
-    about_target = "default: beside the source; roundtrip: the rebuilt wav, written where given"
+    about_target = "default: beside the source, X.png, X.decoded.wav; roundtrip: the rebuilt wav, where given"
     add("target", nargs="?", default="", type=expanduser, help=about_target)
     for field in fields(Picture):
         default = "that of the sound" if field.name == "seconds" else field.default
@@ -266,8 +266,8 @@ def main() -> None:
     add("--text", default="", help=about_text)
     options = parser.parse_args()
     suffix = ".png" if options.command == "encode" else ".wav"
-    target = Path(options.target or Path(options.source).with_suffix(suffix))
-    if target.suffix != suffix:
+    target = Path(options.target) if options.target else None
+    if target and target.suffix != suffix:
         raise UserError(f"{target}: its name must end in {suffix}")
     given = {}
     for field in fields(Picture):
@@ -279,8 +279,7 @@ def main() -> None:
     elif options.command == "decode":
         decode_file(options.source, target, given)
     else:
-        rebuilt = target if options.target else None
-        roundtrip_file(options.source, rebuilt, given, options.recogniser, options.text)
+        roundtrip_file(options.source, target, given, options.recogniser, options.text)
 
 
 def save_spectrogram_png(path: str | Path, wave: torch.Tensor, p: Picture) -> None:
@@ -289,16 +288,26 @@ def save_spectrogram_png(path: str | Path, wave: torch.Tensor, p: Picture) -> No
     save_png(path, encode(wave, p), p, peak=reference.item())
 
 
-def encode_file(source: str, target: Path, given: dict) -> None:
+def default_target(source: str, suffix: str) -> Path:
+    """A new file beside the source; raises UserError where it is there: only what is named is overwritten."""
+    target = Path(source).with_suffix(suffix)
+    if target.exists():
+        raise UserError(f"{target}: there already; name a target after {source}, this one to overwrite it")
+    return target
+
+
+def encode_file(source: str, target: Path | None, given: dict) -> None:
     wave, p = read_source(source, given)
+    target = target or default_target(source, ".png")
     save_spectrogram_png(target, wave, p)
     bins = p.n_fft // 2 + 1
     kept = min(bins, p.canvas_height)
     print(f"{target}  {frame_count(p)} frames, {kept} of {bins} frequencies, on {canvas_size(p)}")
 
 
-def decode_file(source: str, target: Path, given: dict) -> None:
+def decode_file(source: str, target: Path | None, given: dict) -> None:
     picture, stored, facts = load_png(source)
+    target = target or default_target(source, ".decoded.wav")
     p = from_dict(Picture, asdict(stored or Picture()) | given, "options")
     _, height, width = picture.shape
     right = -width % 16

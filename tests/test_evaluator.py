@@ -11,10 +11,13 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT, call, finish, options, save_random_whisper, start
+from toy.system import Toy, ToyConfig
 
 import config as configs
 import evaluator
 import system
+from base import Prompt
+from config import UserError
 from pretrained import asr
 from tracking import logger, reference_scores, report
 
@@ -46,6 +49,17 @@ def trained(run, tmp_path):
         return config, system.open_corpus(config), network
 
     return open_run
+
+
+# Sampling
+
+
+def test_an_output_that_is_not_finite_is_an_error_that_names_its_prompt():
+    network = Toy(ToyConfig())
+    assert len(evaluator.sample(network, [Prompt("la")], network.config.sample)) == 1
+    network.pitch.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="'la la': the wave that was sampled is not finite"):
+        evaluator.sample(network, [Prompt("la la")], network.config.sample)
 
 
 # Ranks

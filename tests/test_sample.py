@@ -5,10 +5,13 @@ import random
 
 import pytest
 import soundfile
+import torch
 from conftest import call, finish, options, start
 
+import evaluator
 import sample
 from text import normalize
+from tracking import checkpoint
 from tts import TextToSpeech
 
 LONG = (
@@ -223,6 +226,18 @@ def test_a_checkpoint_that_is_none_is_an_error(refusal, run, tmp_path):
     assert "nobody/no-such-vocoder" in refusal(
         sample, f"--ckpt={run}", "--text=Hello.", "--vocoder=nobody/no-such-vocoder"
     )
+
+
+@pytest.mark.parametrize("part", ["text.", "decoder."])
+def test_weights_that_are_no_numbers_are_an_error_and_nothing_is_written(run, refusal, tmp_path, part):
+    state = torch.load(checkpoint.newest_checkpoint(run), weights_only=True)
+    for name, weight in state["ema"].items():
+        if name.startswith(part):
+            weight.fill_(torch.nan)
+    torch.save(state, tmp_path / "x.pt")
+    said = refusal(sample, f"--ckpt={tmp_path / 'x.pt'}", "--text=Hello.", f"--out={tmp_path / 'x.wav'}")
+    assert "not finite" in said and not (tmp_path / "x.wav").exists()
+    assert "not finite" in refusal(evaluator, f"--ckpt={tmp_path / 'x.pt'}", f"--out_dir={tmp_path}")
 
 
 @pytest.mark.parametrize("out", ["x.txt", "x", "x.mp3", "taken/x.wav"])
