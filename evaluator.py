@@ -40,6 +40,10 @@ N_SHOWN = 8  # samples that get pictures and a place in W&B and the report
 N_T_BINS = 10  # of t, for the validation loss
 T_BIN_KEY = re.compile(r"_t\d$")  # a loss in one of them
 SPEECH_RATE = 16000  # Hz, of speech that is a prompt
+LEFT_OUT = {  # what is said of each count
+    "eval/no_words": "texts without words, left out of the word error rate",
+    "eval/hallucinated": "transcripts that the recogniser made up, taken for nothing heard",
+}
 KNOBS = "--key value for any knob of the config changes what the checkpoint says; train.py --help lists them"
 
 
@@ -120,7 +124,10 @@ class Evaluator:
             self.reference_scores = self.find_reference_scores(network)
         folder = Path(self.config.out_dir, "eval", f"step_{step:07d}")
         checkpoint.make_folder(folder)
+        invented = self.recogniser.invented if self.recogniser else 0
         rows, features = self.sample_share(network, folder)
+        if self.recogniser:
+            invented = sum(all_gather([self.recogniser.invented - invented], self.world))
         rows = gather_numbered(rows, self.world)
         features = gather_numbered(features, self.world)
         if self.rank != 0:
@@ -132,6 +139,7 @@ class Evaluator:
         found = {}
         if self.recogniser:
             found |= metric.word_error_scores(rows)
+            found["hallucinated"] = invented
             found["recogniser"] = self.recogniser.name
         found |= metric.mean_scores(rows, self.scores)
         if features:
@@ -182,7 +190,7 @@ class Evaluator:
         row = {"number": number, "id": f"prompt-{number}", "text": text}
         if transcript is not None:
             errors, words = count_word_errors(text, transcript)
-            row |= {"hypothesis": transcript, "errors": errors, "words": words}
+            row |= {"hypothesis": transcript, "errors": errors if words else None, "words": words}
         if self.clips:
             clip = self.clips[number]
             row |= {"id": clip.id, "group": clip.group}
@@ -304,7 +312,7 @@ class Evaluator:
         return scores
 
     def reference_error_rate(self, name: str, sounds: dict[int, tuple[Tensor, int]]) -> dict[str, float]:
-        """eval/wer_<name>, the error rate on sounds; {} where there are none.
+        """eval/wer_<name>, the error rate on sounds whose texts have words; {} where there are none.
 
         sounds: waves (N,) and rates in Hz by the clips' numbers.
         """
@@ -314,11 +322,11 @@ class Evaluator:
             transcripts = self.recogniser.transcribe(list(waves), rates[0])
             texts = [self.texts[number] for number in sounds]
             counts = list(map(count_word_errors, texts, transcripts))
-        counts = all_gather(counts, self.world)
+        counts = [count for count in all_gather(counts, self.world) if count[1]]
         if not counts:
             return {}
         errors, words = zip(*counts)
-        return {f"eval/wer_{name}": sum(errors) / max(1, sum(words))}
+        return {f"eval/wer_{name}": sum(errors) / sum(words)}
 
 
 def sample(network: System, prompts: list[Prompt], settings: Sample) -> list[Output]:
@@ -384,6 +392,9 @@ def print_scores(found: dict, scores: dict[str, Score]) -> None:
         print(f"  validation: {'  '.join(losses)}", flush=True)
     if "eval/wer" in found:
         print(f"  {describe_error_rate(found)}", flush=True)
+    for key, said in LEFT_OUT.items():
+        if found.get(key):
+            print(f"  {said}: {found[key]}", flush=True)
     for key, score in scores.items():
         value = found.get(f"eval/{key}")
         if value is None:

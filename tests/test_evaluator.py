@@ -18,7 +18,7 @@ import evaluator
 import system
 from base import Prompt
 from config import UserError
-from pretrained import asr
+from pretrained import asr, whisper_weights
 from tracking import logger, reference_scores, report
 
 CPU = torch.device("cpu")
@@ -147,6 +147,32 @@ def test_prompts_of_a_file_are_spoken_without_a_corpus(trained, tmp_path):
     assert (
         "eval/wer" in found and not {"eval/wer_vocoded", "eval/wer_ground_truth", "eval/mcd"} & found.keys()
     )
+
+
+def test_texts_without_words_are_left_out_and_counted(run, tmp_path, capsys):
+    """Hm is none to Whisper's normaliser."""
+    for texts, found_wer in (("Hmm.\nTwo hats.\n", True), ("Hmm.\n", False)):
+        (tmp_path / "prompts.txt").write_text(texts)
+        call(evaluator, f"--ckpt={run}", f"--prompts={tmp_path / 'prompts.txt'}", f"--out_dir={tmp_path}")
+        out = capsys.readouterr().out
+        found = json.loads(out.splitlines()[-1])
+        first, *others = lines(tmp_path, 6)
+        assert (first["errors"], first["words"], found["eval/no_words"]) == (None, 0, 1)
+        assert ("eval/wer" in found) == found_wer and "left out of the word error rate: 1" in out
+        assert found_wer == any(found["eval/wer"] == row["errors"] / row["words"] for row in others)
+
+
+def test_words_that_the_recogniser_makes_up_count_as_nothing_heard(trained, tmp_path, monkeypatch, capsys):
+    hear = whisper_weights.transcribe
+    monkeypatch.setattr(whisper_weights, "transcribe", lambda model, waves: [None, *hear(model, waves[1:])])
+    config, corpus, network = trained(limit=3)
+    judge = evaluator.Evaluator(config, corpus, CPU)
+    for step in (1, 2):  # floors are counted in neither
+        found = judge.run(network, step)
+        (nothing,) = [row for row in lines(tmp_path, step) if not row["hypothesis"]]
+        assert found["eval/hallucinated"] == 1 and nothing["errors"] == nothing["words"]
+    evaluator.print_scores(found, network.scores)
+    assert "taken for nothing heard: 1" in capsys.readouterr().out
 
 
 def test_the_command_repeats_what_the_loop_measured(run, tmp_path):

@@ -138,6 +138,15 @@ def test_corpus_word_error_rate_weighs_words_and_not_sentences():
     assert math.isnan(metric.word_error_rate([("", "a")]))
 
 
+def test_texts_without_words_are_left_out_of_the_rate_and_counted():
+    spoken = [{"errors": 1, "words": 4}, {"errors": 0, "words": 6}]
+    silent = {"errors": None, "words": 0}
+    found = metric.word_error_scores([spoken[0], silent, spoken[1], silent])
+    assert found == metric.word_error_scores(spoken) | {"no_words": 2} and found["wer"] == 0.1
+    assert metric.word_error_scores([silent]) == {"no_words": 1}
+    assert metric.word_error_rate([("a b", "a"), ("", "a b c")]) == 0.5
+
+
 def test_bootstrap_interval_covers_the_true_rate_about_95_times_in_100():
     rng, covered = np.random.default_rng(0), 0
     for trial in range(200):
