@@ -9,7 +9,6 @@ import datetime
 import filecmp
 import json
 import math
-import os
 import platform
 import re
 import shutil
@@ -195,8 +194,6 @@ def lock(out_dir: str) -> TextIO:
     out = Path(out_dir)
     checkpoints = out / "checkpoints"
     make_folder(checkpoints)
-    if not os.access(checkpoints, os.W_OK):
-        raise UserError(f"{checkpoints}: no right to write there; choose another out_dir")
     path = out / ".lock"
     try:
         held = path.open("a")
