@@ -17,10 +17,9 @@ from torch import Tensor
 
 import audio
 import flow
-from config import Config, UserError
+from config import Config, UserError, run_main
 from corpora import prepare, shards
 from corpora.shards import PREPARE_HINT, SPLITS, Clip
-from entry import run_main
 from pretrained import text_encoder
 
 ORDER, TRAIN, VALIDATION = range(3)  # which random stream of the batches: part of its seed
