@@ -7,27 +7,99 @@ center=False); with Mel.centred on sample m hop: exactly what AudioLDM2's VAE an
 """
 
 import functools
+import io
 import math
+import os
+from pathlib import Path
 
 import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio.functional
 
-from config import Mel, UserError, run_main
+from config import Mel, UserError
+from entry import run_main
 
 LOG_FLOOR = 1e-5  # magnitudes below are clamped: silence is ln 1e-5 = -11.51
+LOUDEST = 4.0  # 12 dB above full scale: samples beyond are no float's
+HEADER_BYTES = 4096  # of a wav, within which its samples begin
+BLOCK = 2**18  # samples that are read at once
+UNKNOWN_LENGTH = b"\xff" * 4  # with which libsndfile reads to the end of the file
 
 
 def load_wav(path: str, sample_rate: int) -> torch.Tensor:
-    """A mono wave (N,) at `sample_rate` of any file libsndfile reads: channels averaged, resampled."""
+    """A mono wave (N,) at `sample_rate` of any file libsndfile reads: channels mixed, resampled.
+
+    raises UserError for what cannot be read, for a file without a sample, and for one that is not in [-1, 1].
+    """
     try:
-        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+        samples, rate = read_samples(path)
     except (soundfile.LibsndfileError, OSError, RuntimeError) as e:
-        reason = str(e).splitlines()[0]
+        reason = " ".join(str(e).split())
         raise UserError(f"{path}: not a readable sound file ({reason})") from e
-    wave = torch.from_numpy(samples).mean(1)
+    if not len(samples):
+        raise UserError(f"{path}: there is not a single sample in it")
+    check_scale(samples, path)
+    wave = mix_channels(samples)
     return resample(wave, rate, sample_rate)
+
+
+class Stream(soundfile.SoundFile):
+    """A sound that is read from its beginning to its end, whatever its header says of its length."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def read_samples(path: str) -> tuple[torch.Tensor, int]:
+    """All samples (N, C) of a sound file, and its rate in Hz; raises what libsndfile does."""
+    blocks = []
+    with Stream(open_sound(path)) as sound:
+        while not blocks or len(blocks[-1]) == BLOCK:
+            block = sound.read(BLOCK, dtype="float32", always_2d=True)
+            blocks.append(torch.from_numpy(block))
+    return torch.cat(blocks), sound.samplerate
+
+
+def open_sound(path: str) -> str | io.BytesIO:
+    """What libsndfile is to read: the file, or a copy of a wav whose header does not know its length.
+
+    What is written to a pipe keeps the length of its beginning. Where that is 0, libsndfile reads nothing.
+    """
+    path = str(path)
+    if not os.path.isfile(path):  # nor a pipe: it can be read only once
+        return path
+    with open(path, "rb") as f:
+        header = f.read(HEADER_BYTES)
+    start = header.find(b"data") + 4
+    stop = start + 4
+    whole = int.from_bytes(header[4:8], "little") + 8  # as the header has it: right where 0 samples are meant
+    is_wav = header[:4] == b"RIFF"
+    if not is_wav or header[start:stop] != bytes(4) or whole == os.path.getsize(path):
+        return path
+    content = Path(path).read_bytes()
+    return io.BytesIO(content[:start] + UNKNOWN_LENGTH + content[stop:])
+
+
+def check_scale(samples: torch.Tensor, path: str) -> None:
+    """raises UserError for a float wav with the numbers of integers; what peaks a little above 1 passes."""
+    peak = samples.abs().max().item()
+    if LOUDEST < peak < math.inf:
+        raise UserError(
+            f"{path}: peaks at {peak:g}, not below 1: divide its samples, by 32768 if they are int16's"
+        )
+
+
+def mix_channels(samples: torch.Tensor) -> torch.Tensor:
+    """Channels (N, C) -> their mean (N,); where they cancel, as by a cable soldered wrongly, the loudest.
+
+    The sum of channels that have nothing in common has the power of them all: cancelled is 7 dB below.
+    """
+    powers = samples.square().mean(0)  # (C,)
+    sum_power = samples.sum(1).square().mean()
+    if sum_power < 0.2 * powers.sum():
+        return samples[:, powers.argmax()]
+    return samples.mean(1)
 
 
 def save_wav(path: str, wave: torch.Tensor, sample_rate: int) -> None:

@@ -11,11 +11,12 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import yaml
@@ -54,7 +55,20 @@ Whole = Annotated[int, Field(ge=0)]  # where 0 means something: off, none, all
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DEVICES = get_args(Device)
 
-Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
+
+def expand_path(typed: str) -> Path:
+    """A path of the command line."""
+    return Path(os.path.expanduser(typed))
+
+
+def as_text(value: object) -> object:
+    """A number as it is written; ~/x, which a shell leaves alone behind a =, in the home folder."""
+    if type(value) in (int, float):
+        return str(value)
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(as_text)]
 MOVABLE = "movable"  # marks a field that may change when a run goes on: a place, or what changes no result
 Place = Annotated[Text, MOVABLE]  # a hub id, folder or file
 
@@ -239,7 +253,7 @@ class Config:
     sample: ClassVar[Sample | None] = None  # a section of those that have something to set when they sample
     # Sections and keys that give the weights their meaning: a run goes on with the same ones only, except for
     # fields that are MOVABLE.
-    fixed: ClassVar[tuple[str, ...]] = ("model",)
+    fixed: ClassVar[tuple[str, ...]] = ("data.corpus", "model")
 
     def reference_settings(self) -> dict:
         """What a recording depends on that passes through all but the generative network; folders as str."""
@@ -305,7 +319,14 @@ class TTSConfig(Config):
     train: Train = Train()
     eval: TTSEval = TTSEval()
 
-    fixed: ClassVar[tuple[str, ...]] = ("mel", "model", "flow.predict", "flow.min_t")
+    fixed: ClassVar[tuple[str, ...]] = (
+        "mel",
+        "data.corpus",
+        "data.voice",
+        "model",
+        "flow.predict",
+        "flow.min_t",
+    )
 
     @model_validator(mode="after")
     def check_padding(self):
@@ -441,6 +462,7 @@ StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0
 
 
 def read_yaml(path: str) -> dict:
+    path = os.path.expanduser(path)
     try:
         with open(path, encoding="utf-8") as f:
             values = yaml.load(f, StrictLoader)
@@ -701,12 +723,3 @@ def comments(cls: type) -> dict[str, str]:
             else:
                 comment = ""
     return found
-
-
-def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point: a UserError becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 import audio
 import flow
-from config import Config, UserError, run_main
+from config import Config, UserError
 from corpora import prepare, shards
 from corpora.shards import PREPARE_HINT, SPLITS, Clip
+from entry import run_main
 from pretrained import text_encoder
 
 ORDER, TRAIN, VALIDATION = range(3)  # which random stream of the batches: part of its seed

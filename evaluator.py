@@ -2,7 +2,8 @@
 
 `python evaluator.py --ckpt out/demo` repeats the evaluation of training; any knob of the checkpoint's config
 goes on top: `--split test --limit 500 --recogniser medium.en`, `--prompts FILE`, `--euler_steps 50`. It
-writes into <out_dir>/eval/step_*. All ranks take their share of the clips and gather at the end.
+writes into eval/step_* of the run that --ckpt points to, or of --out_dir. All ranks take their share of the
+clips and gather at the end.
 Reference scores, the floors, are of recordings through all but the network.
 """
 
@@ -26,17 +27,23 @@ import config as configs
 import metric
 import system
 from base import Batches, Corpus, Output, Prompt, System
-from config import DEVICES, Config, UserError, run_main
+from config import DEVICES, Config, Sample, UserError
 from device import pick_device
+from entry import run_main
+from flow import check_finite
 from metric import Score
 from pretrained import asr
 from text import normalize
-from tracking import logger, reference_scores
+from tracking import checkpoint, logger, reference_scores
 
 N_SHOWN = 8  # samples that get pictures and a place in W&B and the report
 N_T_BINS = 10  # of t, for the validation loss
 T_BIN_KEY = re.compile(r"_t\d$")  # a loss in one of them
 SPEECH_RATE = 16000  # Hz, of speech that is a prompt
+LEFT_OUT = {  # what is said of each count
+    "eval/no_words": "texts without words, left out of the word error rate",
+    "eval/hallucinated": "transcripts that the recogniser made up, taken for nothing heard",
+}
 KNOBS = "--key value for any knob of the config changes what the checkpoint says; train.py --help lists them"
 
 
@@ -49,16 +56,18 @@ def main() -> None:
     add("--device", default="auto", choices=DEVICES)
     options, knobs = parse_with_knobs(parser)
     device = pick_device(options.device)
-    config, network, step = system.load(options.ckpt, device, knobs)
-    if options.snr and not network.listens:
+    path = system.find_checkpoint(options.ckpt)
+    config, state = system.read_checkpoint(path, device, knobs)
+    if options.snr and not system.find(config.system).listens:
         raise UserError(f"--snr is for systems that listen; {config.system} does not")
     corpus = None if config.eval.prompts else system.open_corpus(config)
     evaluator = Evaluator(config, corpus, device)
+    network = system.restore(config, state, path, device)
     for snr in options.snr or [math.inf]:
         evaluator.snr = snr
         if options.snr:
             print(f"speech at {snr:g} dB over white noise")
-        found = evaluator.run(network, step)
+        found = evaluator.run(network, state["step"])
         print_scores(found, network.scores)
         print(json.dumps(found))
 
@@ -80,7 +89,7 @@ class Evaluator:
     def __init__(
         self, config: Config, corpus: Corpus | None, device: torch.device, rank: int = 0, world: int = 1
     ):
-        """corpus: None only where eval.prompts names a file."""
+        """corpus: None only where eval.prompts names a file. raises UserError for a split without clips."""
         self.config = config
         self.corpus = corpus
         self.device = device
@@ -101,6 +110,9 @@ class Evaluator:
             self.texts = [normalize(text) for text in texts] if network_class.speaks else texts
         else:
             self.clips = corpus.clips(options.split)[: options.limit]
+            if not self.clips:
+                wanted = f"{options.split} clip of at most data.max_seconds {config.data.max_seconds}"
+                raise UserError(f"{corpus.folder}: has no {wanted}; choose another --split")
             self.texts = [clip.text for clip in self.clips]
         self.recogniser = self.load_recogniser() if network_class.speaks else None
         self.reference_scores = {}
@@ -111,8 +123,11 @@ class Evaluator:
         if not self.reference_scores:
             self.reference_scores = self.find_reference_scores(network)
         folder = Path(self.config.out_dir, "eval", f"step_{step:07d}")
-        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.make_folder(folder)
+        invented = self.recogniser.invented if self.recogniser else 0
         rows, features = self.sample_share(network, folder)
+        if self.recogniser:
+            invented = sum(all_gather([self.recogniser.invented - invented], self.world))
         rows = gather_numbered(rows, self.world)
         features = gather_numbered(features, self.world)
         if self.rank != 0:
@@ -124,6 +139,7 @@ class Evaluator:
         found = {}
         if self.recogniser:
             found |= metric.word_error_scores(rows)
+            found["hallucinated"] = invented
             found["recogniser"] = self.recogniser.name
         found |= metric.mean_scores(rows, self.scores)
         if features:
@@ -146,7 +162,7 @@ class Evaluator:
         for start in range(0, len(share), size):
             numbers = share[start : start + size]
             prompts = [self.prompt(network, number) for number in numbers]
-            outputs = network.sample(prompts, self.config.sample)
+            outputs = sample(network, prompts, self.config.sample)
             transcripts = [None] * len(outputs)
             if self.recogniser:
                 waves = [output.wave for output in outputs]
@@ -174,7 +190,7 @@ class Evaluator:
         row = {"number": number, "id": f"prompt-{number}", "text": text}
         if transcript is not None:
             errors, words = count_word_errors(text, transcript)
-            row |= {"hypothesis": transcript, "errors": errors, "words": words}
+            row |= {"hypothesis": transcript, "errors": errors if words else None, "words": words}
         if self.clips:
             clip = self.clips[number]
             row |= {"id": clip.id, "group": clip.group}
@@ -296,7 +312,7 @@ class Evaluator:
         return scores
 
     def reference_error_rate(self, name: str, sounds: dict[int, tuple[Tensor, int]]) -> dict[str, float]:
-        """eval/wer_<name>, the error rate on sounds; {} where there are none.
+        """eval/wer_<name>, the error rate on sounds whose texts have words; {} where there are none.
 
         sounds: waves (N,) and rates in Hz by the clips' numbers.
         """
@@ -306,11 +322,21 @@ class Evaluator:
             transcripts = self.recogniser.transcribe(list(waves), rates[0])
             texts = [self.texts[number] for number in sounds]
             counts = list(map(count_word_errors, texts, transcripts))
-        counts = all_gather(counts, self.world)
+        counts = [count for count in all_gather(counts, self.world) if count[1]]
         if not counts:
             return {}
         errors, words = zip(*counts)
-        return {f"eval/wer_{name}": sum(errors) / max(1, sum(words))}
+        return {f"eval/wer_{name}": sum(errors) / sum(words)}
+
+
+def sample(network: System, prompts: list[Prompt], settings: Sample) -> list[Output]:
+    """The network's outputs of the prompts; raises UserError where a wave or a picture is not finite."""
+    outputs = network.sample(prompts, settings)
+    for prompt, output in zip(prompts, outputs):
+        for name, value in vars(output).items():
+            if torch.is_tensor(value):
+                check_finite(value, f"{prompt.text!r}: the {name} that was sampled")
+    return outputs
 
 
 @torch.no_grad()
@@ -366,6 +392,9 @@ def print_scores(found: dict, scores: dict[str, Score]) -> None:
         print(f"  validation: {'  '.join(losses)}", flush=True)
     if "eval/wer" in found:
         print(f"  {describe_error_rate(found)}", flush=True)
+    for key, said in LEFT_OUT.items():
+        if found.get(key):
+            print(f"  {said}: {found[key]}", flush=True)
     for key, score in scores.items():
         value = found.get(f"eval/{key}")
         if value is None:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import UserError
+
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x, noise (B, ...), t (B,) -> x_t (B, ...)."""
@@ -89,7 +91,7 @@ def sample_euler(
 
     network(x_t, t) -> v. While cfg_from <= t <= cfg_to it is given 2 B rows, of which it must treat the
     second half as unconditional, else B conditional ones: guidance costs one call on a double batch, and
-    nothing outside its interval (Ho, Salimans 2022).
+    nothing outside its interval (Ho, Salimans 2022). raises UserError where that is not finite.
     """
     x = noise
     timesteps = grid.tolist()
@@ -101,7 +103,16 @@ def sample_euler(
             conditional, unconditional = v.chunk(2)
             v = unconditional + cfg_scale * (conditional - unconditional)
         x = x + (t_next - t) * v
+    check_finite(x, "what was sampled")
     return x
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """raises UserError where `x` has a number that is none, of which silence or black would be made."""
+    if not x.isfinite().all():
+        raise UserError(
+            f"{what} is not finite (nan or infinity): the weights, or the adapter's, are damaged; take others"
+        )
 
 
 def expand_dims(t: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from config import BOUND, run_main
+from config import BOUND
+from entry import run_main
 
 
 class Score(NamedTuple):
@@ -27,16 +28,17 @@ class Score(NamedTuple):
 
 
 def word_error_scores(rows: list[dict]) -> dict[str, float]:
-    """The word error rate of all rows and its 95 % interval."""
-    errors = [row["errors"] for row in rows]
-    words = [row["words"] for row in rows]
-    n_words = sum(words)
-    low, high = bootstrap_interval(errors, words)
-    return {
-        "wer": sum(errors) / max(1, n_words),
-        "wer_low": low,
-        "wer_high": high,
-    }
+    """The word error rate and its 95 % interval; rows whose text has no words are counted instead."""
+    spoken = [row for row in rows if row["words"]]
+    scores = {"no_words": len(rows) - len(spoken)}
+    if spoken:
+        errors = [row["errors"] for row in spoken]
+        words = [row["words"] for row in spoken]
+        scores["wer"] = sum(errors) / sum(words)
+        low, high = bootstrap_interval(errors, words)
+        scores["wer_low"] = low
+        scores["wer_high"] = high
+    return scores
 
 
 def mean_scores(rows: list[dict], scores: dict[str, Score]) -> dict[str, float]:
@@ -167,14 +169,15 @@ def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
 def word_error_rate(pairs: list[tuple[str, str]]) -> float:
     """Corpus WER of (reference, hypothesis) pairs: all errors over all words, not a mean of ratios.
 
-    NaN without words.
+    Pairs whose reference has no words are left out. NaN without words.
     """
     total_errors = 0
     total_words = 0
     for reference, hypothesis in pairs:
         errors, words = word_errors(reference, hypothesis)
-        total_errors += errors
-        total_words += words
+        if words:
+            total_errors += errors
+            total_words += words
     return total_errors / total_words if total_words else math.nan
 
 

@@ -11,6 +11,7 @@ import argparse
 import re
 import unicodedata
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ import audio
 import evaluator
 import system
 from base import Output, Prompt, System
-from config import DEVICES, Config, UserError, run_main
+from config import DEVICES, Config, UserError
 from device import move, pick_device
+from entry import run_main
 from text import normalize
 
 LONGEST_TEXT = 5000  # characters in one text
@@ -54,7 +56,7 @@ def main() -> None:
     outputs = []
     size = config.eval.sample_batch
     for start in tqdm(range(0, len(prompts), size), unit="batch", disable=None, leave=False):
-        outputs += network.sample(prompts[start : start + size], config.sample)
+        outputs += evaluator.sample(network, prompts[start : start + size], config.sample)
     for number, file in enumerate(files):
         path = out if len(files) == 1 else out.with_stem(f"{out.stem}-{number}")
         write(path, outputs[: len(file)], network.output_kinds, options.png)
@@ -69,13 +71,13 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--ckpt", default="", help="a checkpoint, or the folder of a run")
     add("--config", default="", help="instead of --ckpt: a recipe, for its network as it is before training")
-    add("--lora", default="", help="a published LoRA to put on top: a folder, or a hub id")
+    add("--lora", default="", type=expanduser, help="a published LoRA to put on top: a folder, or a hub id")
     add("--text", action="append", default=[], help="may be given several times")
-    add("--prompt_file", default="", help="a text file, a prompt a line")
+    add("--prompt_file", default="", type=expanduser, help="a text file, a prompt a line")
     speech_help = "a sound file, for a system that listens; may be given several times"
-    add("--speech", action="append", default=[], help=speech_help)
+    add("--speech", action="append", default=[], type=expanduser, help=speech_help)
     out_help = "default: sample.wav, or sample.png; several become sample-0.wav, sample-1.wav, ..."
-    add("--out", default="", help=out_help)
+    add("--out", default="", type=expanduser, help=out_help)
     add("--seeds", type=int, default=1, help="samples of each prompt: with --seed, the one after it, ...")
     add("--seconds", type=float, default=0.0, help="length of each text; default: predicted")
     add("--seed", type=int, default=0)

@@ -6,6 +6,7 @@ corpus, caches; `python system.py export --ckpt RUN --out FOLDER` writes what ot
 
 import argparse
 import json
+import os
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,8 +17,9 @@ import torch.distributed as dist
 
 import config as configs
 from base import Batches, Corpus, System
-from config import Config, UnknownKey, UserError, run_main
+from config import Config, UnknownKey, UserError, expand_path
 from device import hardware_name, move, pick_device, pick_dtype
+from entry import run_main
 from tracking import checkpoint
 
 # A line a system: its name in a recipe, and its class. Looked up when it is asked for, so that text-to-speech
@@ -138,19 +140,41 @@ def load(path: str, device: torch.device, words: Sequence[str] = ()) -> tuple[Co
     path: a checkpoint, or the folder of a run, of which the newest is taken.
     words: of a command line, what to change of its config: ["--klein.base", "elsewhere"].
     """
-    if Path(path).is_dir():
-        newest = checkpoint.newest_checkpoint(path)
-        if newest is None:
-            raise UserError(f"{path}: holds no checkpoints/step_*.pt")
-        path = newest
-    state = checkpoint.load_checkpoint(Path(path))
+    path = find_checkpoint(path)
+    config, state = read_checkpoint(path, device, words)
+    return config, restore(config, state, path, device), state["step"]
+
+
+def find_checkpoint(path: str) -> Path:
+    """A checkpoint as it is named, or the newest in the folder of a run."""
+    path = os.path.expanduser(path)
+    if not Path(path).is_dir():
+        return Path(path)
+    newest = checkpoint.newest_checkpoint(path)
+    if newest is None:
+        raise UserError(f"{path}: holds no checkpoints/step_*.pt")
+    return newest
+
+
+def read_checkpoint(path: Path, device: torch.device, words: Sequence[str] = ()) -> tuple[Config, dict]:
+    """A trained system whose network is not built yet: its config, as for `load`, and what is in the file.
+
+    Its out_dir is the folder of the run that the checkpoint lies in now, unless `words` name another.
+    """
+    state = checkpoint.load_checkpoint(path)
     cls = find(state["config"].get("system"), str(path)).config_class
     values = configs.without_former(cls, state["config"])
+    folder = path.absolute().parent
+    values["out_dir"] = str(folder.parent if folder.name == "checkpoints" else folder)
     config = from_values(values, str(path), words)
-    config = settle_precision(config, device, world=1)
+    return settle_precision(config, device, world=1), state
+
+
+def restore(config: Config, state: dict, path: Path, device: torch.device) -> System:
+    """The network of what `read_checkpoint` found in the file `path`, with its averaged weights."""
     network = build(config)
     checkpoint.load_weights(network, {**state["model"], **state["ema"]}, str(path))
-    return config, move(network, device).eval(), state["step"]
+    return move(network, device).eval()
 
 
 def settle_precision(config: Config, device: torch.device, world: int) -> Config:
@@ -184,7 +208,7 @@ def main() -> None:
     about_export = "write a trained system as other software loads it"
     export = commands.add_parser("export", help=about_export, allow_abbrev=False)
     export.add_argument("--ckpt", required=True, help="a checkpoint, or the folder of a run")
-    export.add_argument("--out", required=True, type=Path, help="a folder")
+    export.add_argument("--out", required=True, type=expand_path, help="a folder")
     o, rest = parser.parse_known_args()
     if o.command == "prepare":
         config = config_from_command_line(rest)

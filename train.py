@@ -2,7 +2,8 @@
 
 Everything random is drawn into the batch from (seed, step, row). So on a CPU a run that was interrupted and
 resumed is bit for bit the uninterrupted one, and two ranks are one process with the double batch.
-SIGTERM, SIGINT or a file STOP in out_dir end the run with a checkpoint, from which the same command goes on.
+SIGTERM, SIGINT, SIGHUP or a file STOP in out_dir end the run with a checkpoint, from which the same command
+goes on. One training at a time writes into an out_dir.
 """
 
 import datetime
@@ -28,6 +29,7 @@ import optim
 import system
 from config import Config, UserError
 from device import move, pick_device
+from entry import run_main
 from tracking import checkpoint, logger, report
 
 FORECAST_AFTER = 10  # after which a run says how long it will take
@@ -51,6 +53,7 @@ def main() -> None:
         model = DistributedDataParallel(model, device_ids=device_ids)
     optimizers = optim.make_optimizers(network, train.muon_lr, train.lr, train.weight_decay)
     ema = optim.EMA(network, train.ema)
+    lock = checkpoint.lock(requested.out_dir) if rank == 0 else None
     start, seconds = checkpoint.resume(config, network, ema, optimizers)
     if rank == 0:
         checkpoint.record_run(requested, train.dtype, network, device, world)
@@ -109,10 +112,9 @@ def main() -> None:
         stopping = any_rank(stop.is_set() or (out / "STOP").exists(), device, world)
         values = reduce_metrics(sums | {"grad_norm": grad_norm}, frames, device, world)
         if not all(map(math.isfinite, values.values())):
-            good = checkpoint.newest_checkpoint(config.out_dir) or "none yet"
             raise UserError(
-                f"step {step}: the loss or its gradient is not finite; the last good checkpoint is "
-                f"{good}; try a lower --muon_lr and --lr"
+                f"step {step}: the loss or its gradient is not finite; "
+                f"{checkpoint.last_good(out)}; try a lower --muon_lr and --lr"
             )
         elapsed = time.perf_counter() - clock
         seconds += elapsed
@@ -136,7 +138,7 @@ def main() -> None:
                 "ema": ema.shadow,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
-            path = out / "checkpoints" / f"step_{step:07d}.pt"
+            path = out / "checkpoints" / checkpoint.file_name(step)
             checkpoint.save_checkpoint(path, state, train.keep)
         if stopping:
             last_step = True
@@ -158,6 +160,7 @@ def main() -> None:
         (out / "STOP").unlink(missing_ok=True)
         writer.close()
         print("made:", *sorted(out.glob("sample.*")), report.write_report(out), flush=True)
+        lock.close()
     if world > 1:
         dist.barrier()  # no rank leaves while rank 0 still writes
         dist.destroy_process_group()
@@ -183,15 +186,22 @@ def start_ranks(config: Config) -> tuple[int, int, torch.device]:
 
 
 def catch_signals() -> threading.Event:
-    """An event that SIGTERM and SIGINT set; a second SIGINT ends at once."""
+    """An event that SIGTERM, SIGINT and SIGHUP set; a second SIGINT ends at once.
+
+    A terminal that is closed may send SIGHUP twice; under nohup it stays ignored.
+    """
     stop = threading.Event()
 
     def handle(number: int, _frame) -> None:
         stop.set()
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+    if signal.getsignal(hangup) != signal.SIG_IGN:
+        signal.signal(hangup, handle)
     return stop
 
 
@@ -285,4 +295,4 @@ def progress_line(config: Config, step: int, done: float, seconds: float, values
 
 
 if __name__ == "__main__":
-    configs.run_main(main)
+    run_main(main)

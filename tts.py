@@ -189,7 +189,9 @@ class TextToSpeech(System):
         """The length of each prompt's speech, in frames: as asked for, or else predicted."""
         shortest = self.config.model.frame_stack
         longest = int(self.config.data.max_seconds * self.frame_rate)
-        predicted = durations.sum(1).tolist()
+        predicted = durations.sum(1)
+        flow.check_finite(predicted, "the length that was predicted")
+        predicted = predicted.tolist()
         frames = []
         for row, prompt in enumerate(prompts):
             wanted = prompt.seconds * self.frame_rate

@@ -7,6 +7,7 @@ take turns. Functions and constants are those of its speak_lib.h.
 
 import ctypes
 import functools
+import os
 import threading
 from pathlib import Path
 
@@ -21,6 +22,8 @@ PITCH = 3
 RANGE = 4
 UTF8 = 1
 SYNCHRONOUS = 2
+DONT_EXIT = 0x8000  # where it cannot start, but return
+LONGEST_PATH = 120  # of its voices' folder, bytes: its buffers have 160, with a voice's name
 LOCK = threading.Lock()
 
 
@@ -109,7 +112,8 @@ def load_library() -> tuple[ctypes.CDLL, int, list[bytes]]:
 
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     chunks = []
-    rate = library.espeak_Initialize(SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
+    path = short_path(espeakng_loader.get_data_path())
+    rate = library.espeak_Initialize(SYNCHRONOUS, 0, os.fsencode(path), DONT_EXIT)
     if rate <= 0:
         raise VoiceError("espeak-ng did not start: reinstall espeakng-loader")
 
@@ -122,3 +126,20 @@ def load_library() -> tuple[ctypes.CDLL, int, list[bytes]]:
     library.espeak_SetSynthCallback(receive)
     library.receive = receive  # the C side holds no reference: keep the callback alive here
     return library, rate, chunks
+
+
+@functools.cache
+def short_path(folder: str) -> str:
+    """A name of a folder with voices that espeak-ng can hold: of a longer one, that of its open descriptor.
+
+    raises VoiceError where there is none.
+    """
+    if len(os.fsencode(folder)) <= LONGEST_PATH:
+        return folder
+    if not Path("/proc/self/fd").is_dir():
+        raise VoiceError(
+            f"{folder}: espeak-ng reads no path of more than {LONGEST_PATH} characters; "
+            "install it in a folder with a shorter one"
+        )
+    descriptor = os.open(folder, os.O_RDONLY)  # stays open: the voices are read when they are asked for
+    return f"/proc/self/fd/{descriptor}"

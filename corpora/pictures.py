@@ -1,9 +1,11 @@
 """Pictures from disk: (3, H, W) in [0, 1]."""
 
+import contextlib
 import warnings
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from config import UserError
@@ -19,10 +21,24 @@ def read_picture(path: str) -> tuple[Tensor, dict]:
             Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image,
         ):
             info = dict(image.info)
-            rgb = image.convert("RGB")
+            rgb = as_seen(image)
     except (OSError, SyntaxError, ValueError, *TOO_LARGE) as e:
         reason = " ".join(str(e).split())
         raise UserError(f"{path}: not a readable picture ({reason})") from e
     pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     pixels = pixels.view(rgb.height, rgb.width, 3)
     return pixels.permute(2, 0, 1) / 255, info
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """A picture in RGB as a viewer shows it: turned as EXIF says, 16 bits as 8, transparency on white."""
+    image.load()
+    with contextlib.suppress(SyntaxError, ValueError):  # EXIF that is damaged turns nothing
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert would clip
+        grey = np.asarray(image) / 257
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")

@@ -16,7 +16,7 @@ import soundfile
 import torch
 
 import audio
-from config import Config, Mel, UserError, load
+from config import Config, Mel, UserError, expand_path, load
 from corpora import demo, shards, speech
 from corpora.shards import Clip
 
@@ -109,9 +109,7 @@ def read_recording(clip: Clip, sample_rate: int, resample: bool) -> torch.Tensor
         raise UserError(f"{clip.wav} is missing")
     wave = audio.load_wav(clip.wav, sample_rate)
     info = soundfile.info(clip.wav, verbose=True)
-    # libsndfile reads what is left of a truncated file and only mentions it
-    is_short = len(wave) < int(info.frames / info.samplerate * sample_rate)
-    if is_short or re.search(r"data : \d+ \(should be", info.extra_info):
+    if is_truncated(info, len(wave) / sample_rate):
         raise UserError(f"{clip.wav} is truncated")
     if info.samplerate != sample_rate and not resample:
         raise UserError(
@@ -123,6 +121,23 @@ def read_recording(clip: Clip, sample_rate: int, resample: bool) -> torch.Tensor
     return wave
 
 
+# libsndfile reads what is left of a truncated file and only mentions it
+PROMISED_BYTES = re.compile(r"(?:data|riff|SSND|Data Size) *: (\d+) \(should be")  # of wav, w64, aiff, au
+
+
+def is_truncated(info, seconds: float) -> bool:
+    """Whether a file holds less than its header says. info: soundfile's; seconds: what could be read.
+
+    Bytes close below 2^31 or 2^32 are those of no file: so writes who pipes, and cannot know its length; of
+    a flac, libsndfile makes 2^63 samples of that.
+    """
+    promised = PROMISED_BYTES.search(info.extra_info)
+    if promised:
+        return -int(promised[1]) % 2**31 > 4096
+    is_known = info.frames < 2**62
+    return is_known and seconds < info.frames / info.samplerate - 0.001
+
+
 def main(reader_of: Callable[[str], tuple[type[Config], Reader]]) -> None:
     """The command line of `python data.py`. reader_of: the config and the reader of a corpus, by its name."""
     about = "Pack a corpus."
@@ -130,7 +145,7 @@ def main(reader_of: Callable[[str], tuple[type[Config], Reader]]) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=about, epilog=knobs)
     add = parser.add_argument
     add("corpus", help="ljspeech, librispeech, demo, music, or another that a system reads")
-    add("--out", required=True, help="where the shards go")
+    add("--out", required=True, type=expand_path, help="where the shards go")
     root_help = "the corpus as published: a folder; music: that of a table, or a JSON list"
     add("--root", "--json", default="", help=root_help)
     add("--download", action="store_true", help="fetch it into --root if that is missing")
@@ -150,7 +165,7 @@ def main(reader_of: Callable[[str], tuple[type[Config], Reader]]) -> None:
     corpus, clips, skipped = read_corpus(config)
     if options.resample:
         corpus["resample"] = True
-    out = Path(options.out)
+    out = options.out
     format = config.packed_format()
     read = functools.partial(read_clip, out, corpus, format)
     share = int(match[1]), int(match[2])

@@ -75,7 +75,7 @@ def pack(
     corpus: its description.
     skipped: lines about what could not become a clip.
     format: of the frames; who opens the folder must ask for the same.
-    read: a clip's frames (T, M); None: it is too long, which is counted; UserError: it is skipped, by name.
+    read: a clip's frames (T, M); None: it is too long, which is counted; an error: it is skipped, by name.
     strict: no index where anything was skipped.
     share: (i, n), every n-th shard from the i-th.
     """
@@ -129,9 +129,10 @@ def pack_shard(out: Path, fingerprint: str, read: Callable, shard: int, clips: l
             frames = read(clip)
         except VoiceError:
             raise
-        except UserError as e:
-            skipped.append(f"{clip.id}: {e}")
-            print(f"skipped {clip.id}: {e}", flush=True)
+        except Exception as e:  # one that nobody foresaw must not take the other clips along
+            reason = str(e) if isinstance(e, UserError) else " ".join(repr(e).split())
+            skipped.append(f"{clip.id}: {reason}")
+            print(f"skipped {clip.id}: {reason}", flush=True)
             continue
         if frames is None:
             too_long += 1
@@ -359,7 +360,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e})") from e
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that is read-only by now
+            part.unlink()
 
 
 def digest(values) -> str:

@@ -1,5 +1,6 @@
 """Corpora of speech as they are published: LJSpeech, LibriSpeech; fetched, read, split."""
 
+import os
 import re
 import tarfile
 import zlib
@@ -15,12 +16,14 @@ ARCHIVES = {  # URL, and the folder inside the archive
     "ljspeech": ("https://data.keithito.com/data/speech/LJSpeech-1.1.tar.bz2", "LJSpeech-1.1"),
     "librispeech": ("https://www.openslr.org/resources/12/train-clean-100.tar.gz", "LibriSpeech"),
 }
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".WAV")  # of recordings, the usual one first
 
 
 def read_ljspeech(root: Path) -> tuple[list[Clip], list[str]]:
     """The lines of LJSpeech's metadata.csv (id|transcript|normalised) as clips of wavs/<id>.wav.
 
-    The split is the published one. returns: the clips, and what is wrong with other lines.
+    Lines of id|transcript will do, and paths in place of ids, as wavs/<id>.wav or <speaker>/<id>.flac. The
+    split is the published one. returns: the clips, and what is wrong with other lines.
     """
     path = root / "metadata.csv"
     if not path.is_file():
@@ -35,9 +38,19 @@ def read_ljspeech(root: Path) -> tuple[list[Clip], list[str]]:
             splits[name] = split
     clips = []
     for name, (text, folder) in texts.items():
-        wav = folder / "wavs" / f"{name}.wav"
+        wav = find_recording(folder, name)
         clips.append(Clip(name, text, splits.get(name, "train"), str(wav)))
     return ensure_validation_split(root, clips), skipped
+
+
+def find_recording(folder: Path, name: str) -> Path:
+    """The recording of an id, in wavs/ or beside the table; where there is none, the name it should have."""
+    for place in (folder / "wavs", folder):
+        for suffix in SUFFIXES:
+            path = place / f"{name}{suffix}"
+            if os.path.isfile(path):  # False for a name that no file can have
+                return path
+    return folder / "wavs" / f"{name}.wav"
 
 
 def read_librispeech(root: Path) -> tuple[list[Clip], list[str]]:
@@ -74,17 +87,21 @@ def read_transcripts(
     """{name: (text, folder)} of lines of a name and its transcripts; and what is wrong with other lines.
 
     Of three columns the last, in words, is taken as it is; where it is empty or missing, the second, as
-    people type it, is normalised.
+    people type it, is normalised. raises UserError where the last cannot be the second in words.
     """
     texts = {}
     skipped = []
+    typed_characters = 0  # where both are given
+    spelled_characters = 0
     splits = columns - 1 if separator == " " else -1
     for path in paths:
+        folder = path.parent.resolve()
         lines = path.read_bytes().decode("utf-8-sig", errors="replace").split("\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             fields = [field.strip() for field in line.split(separator, splits)]
+            fields[0] = to_id(fields[0], folder)
             name = fields[0]
             spelled_out = "".join(fields[columns - 1 : columns])
             text = spelled_out or normalize("".join(fields[1:2]))
@@ -94,8 +111,24 @@ def read_transcripts(
             if fault:
                 skipped.append(f"{path} line {number} ({name[:40]}): {fault}")
             else:
-                texts[name] = text, path.parent.resolve()
+                texts[name] = text, folder
+                if spelled_out:
+                    typed_characters += len(fields[1])
+                    spelled_characters += len(spelled_out)
+    if spelled_characters < typed_characters / 2:  # a speaker, a language, a duration
+        raise UserError(
+            f"{paths[0]}: its last column is too short to be the transcript in words; "
+            "leave it out, or empty: id|transcript"
+        )
     return texts, skipped
+
+
+def to_id(name: str, folder: Path) -> str:
+    """The id in the first column of a table in `folder`, where others have a path: wavs/a0.wav -> a0."""
+    name = name.replace("\\", "/").removeprefix(f"{folder}/")
+    name = name.removeprefix("./").removeprefix("wavs/")
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot + suffix in SUFFIXES else name
 
 
 def find_fault(line: str, fields: list[str], columns: int, text: str) -> str:
@@ -107,8 +140,9 @@ def find_fault(line: str, fields: list[str], columns: int, text: str) -> str:
         return f"{len(fields)} fields, not {columns}"
     if not text:
         return "empty text"
-    if not name or Path(name).name != name or not name.isprintable():
-        return "no file name"
+    is_below = not Path(name).is_absolute() and ".." not in Path(name).parts
+    if not name or not is_below or not name.isprintable():
+        return "no file name below its folder"
     return ""
 
 

@@ -161,4 +161,5 @@ def load_piper(model: str):
     except Exception as e:  # ONNX Runtime's errors have no class in common
         reason = " ".join(str(e).split())[:160]
         raise VoiceError(f"{model}: no voice of Piper's, or damaged, it or its .onnx.json ({reason})") from e
-    return PiperVoice(session=session, config=settings)
+    data = espeak.short_path(str(PiperVoice.espeak_data_dir))  # Piper has an espeak-ng of its own
+    return PiperVoice(session=session, config=settings, espeak_data_dir=Path(data))

@@ -1,4 +1,4 @@
-"""Adapters as files: diffusers', peft's and kohya's layouts read, the first two written, and one for ComfyUI.
+"""Adapters as files: whatever diffusers' loader takes is read; its layout, peft's and ComfyUI's are written.
 
 A layer that was read is {"A": (r, in), "B": (out, r), "alpha": float}, by its path in the network.
 """
@@ -8,6 +8,7 @@ import math
 import re
 from pathlib import Path
 
+import huggingface_hub
 import safetensors
 import safetensors.torch
 import torch
@@ -20,6 +21,7 @@ from pretrained import frozen
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' file name
 PEFT_WEIGHTS = "adapter_model.safetensors"
+OTHER_WEIGHTS = re.compile("scheduler|optimizer|checkpoint")  # in a file's name: diffusers takes it for none
 KEY_PREFIXES = {
     "transformer.": "transformer",
     "diffusion_model.": "transformer",
@@ -35,21 +37,17 @@ KEY_SUFFIXES = {
     ".lora_up.weight": "B",
     ".alpha": "alpha",
 }
+ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])\.[^.]+(?=\.weight$)")  # peft's, as in .lora_A.default.weight
 
 
 def read_adapter(name: str) -> dict[str, dict]:
-    """Read an adapter in diffusers', peft's or kohya's layout, with diffusers' names of modules.
+    """Read an adapter in any layout that diffusers' loader takes, with diffusers' names of modules.
 
     name: a folder, a .safetensors file or a hub id.
     returns: {"transformer": {path: {"A", "B", "alpha"}}, "text_encoder": the same, if there is one}.
-    raises UserError for what is no adapter, or half of one.
+    raises UserError for what is no adapter, half of one, or not finite.
     """
-    if name.endswith(".safetensors"):
-        file = Path(name)
-    elif Path(name, PEFT_WEIGHTS).is_file():
-        file = frozen.find_file(name, PEFT_WEIGHTS)
-    else:
-        file = frozen.find_file(name, LORA_WEIGHTS)
+    file = find_weights(name)
     adapter = read_layers(file, "transformer")
     source = str(file.parent) if Path(name).exists() else name
     try:
@@ -58,6 +56,31 @@ def read_adapter(name: str) -> dict[str, dict]:
         return adapter  # most have no text encoder
     text_file = frozen.find_file(source, f"text_encoder/{PEFT_WEIGHTS}")
     return adapter | read_layers(text_file, "text_encoder")
+
+
+def find_weights(name: str) -> Path:
+    """An adapter's file: `name`, or in a folder or repository that of a usual name, or else the only one."""
+    if name.endswith(".safetensors"):
+        return Path(name)
+    files = [file for file in list_weights(name) if not OTHER_WEIGHTS.search(file)]
+    usual = [file for file in (PEFT_WEIGHTS, LORA_WEIGHTS) if file in files]
+    found = usual[:1] or files or [LORA_WEIGHTS]
+    if len(found) > 1:
+        raise UserError(f"{name}: which adapter? give one of its files: {', '.join(found)}")
+    return frozen.find_file(name, found[0])
+
+
+def list_weights(name: str) -> list[str]:
+    """The .safetensors files at the top of the folder or hub repository `name`; [] where nobody knows."""
+    if Path(name).is_dir():
+        return sorted(path.name for path in Path(name).glob("*.safetensors"))
+    if frozen.hub_unreachable():
+        return []
+    try:
+        files = huggingface_hub.list_repo_files(name)
+    except Exception:  # `frozen.find_file` says what is wrong
+        return []
+    return [file for file in files if file.endswith(".safetensors") and "/" not in file]
 
 
 def read_layers(file: Path, peft_part: str) -> dict[str, dict]:
@@ -69,24 +92,65 @@ def read_layers(file: Path, peft_part: str) -> dict[str, dict]:
     settings = read_peft_settings(file, header, peft_part)
     adapter = {}
     for key, tensor in tensors.items():
-        prefix = next((p for p in KEY_PREFIXES if key.startswith(p)), "")
-        ending = next((e for e in KEY_SUFFIXES if key.endswith(e)), "")
-        if not prefix or not ending:
+        plain = ADAPTER_NAME.sub("", key)
+        prefix = next((p for p in KEY_PREFIXES if plain.startswith(p)), "")
+        ending = next((e for e in KEY_SUFFIXES if plain.endswith(e)), "")
+        if not ending:
             raise UserError(
                 f"{file}: {key} is no tensor of an adapter that is known here; "
                 "keys are transformer.MODULE.lora_A.weight"
             )
-        part = KEY_PREFIXES[prefix] or peft_part
-        path = key[len(prefix) : -len(ending)]
+        if not tensor.float().isfinite().all():
+            raise UserError(f"{file}: {key} is not finite (nan or infinity): the adapter is damaged")
+        part = KEY_PREFIXES.get(prefix) or peft_part
+        path = plain[len(prefix) : -len(ending)]
         name = KEY_SUFFIXES[ending]  # A, B or alpha
-        layers = adapter.setdefault(part, {})
-        layers.setdefault(path, {})[name] = tensor
+        layer = adapter.setdefault(part, {}).setdefault(path, {})
+        if name in layer:
+            raise UserError(f"{file}: {key} is there under another name too; one adapter a file")
+        layer[name] = tensor
     if not adapter:
         raise UserError(f"{file}: holds no adapter")
     for part, layers in adapter.items():
         for path, layer in layers.items():
             complete_layer(file, path, layer, settings.get(part, {}))
-    return adapter
+    converted = {}
+    for path, layer in adapter.pop("transformer", {}).items():
+        converted |= convert_layer(path, layer)
+    return {"transformer": converted} | adapter if converted else adapter
+
+
+def convert_layer(path: str, layer: dict) -> dict[str, dict]:
+    """A layer by diffusers' names: three where Black Forest Labs and kohya have one for Q, K and V.
+
+    A name that diffusers does not know stays as it is.
+    """
+    import diffusers  # takes seconds
+
+    if re.search(r"\d{4}", path):
+        return {path: layer}  # diffusers would count up to it
+    diffusers.logging.set_verbosity_error()  # `check_adapter` says what no layer is called
+    A = layer["A"]
+    B = layer["B"]
+    rank = len(A)
+    if path.startswith("lora_unet_"):  # kohya's; this alpha multiplies by 1
+        ones = torch.tensor(float(rank))
+        tensors = {f"{path}.lora_down.weight": A, f"{path}.lora_up.weight": B, f"{path}.alpha": ones}
+    else:
+        tensors = {f"diffusion_model.{path}.lora_A.weight": A, f"diffusion_model.{path}.lora_B.weight": B}
+    try:
+        tensors = diffusers.Flux2KleinPipeline.lora_state_dict(tensors)
+    except ValueError:
+        return {path: layer}
+    layers = {}
+    for key, tensor in tensors.items():
+        new_path, _, ending = key.removeprefix("transformer.").rpartition(".lora_")
+        name = ending[0]  # A or B
+        layers.setdefault(new_path, {})[name] = tensor
+    for new_layer in layers.values():
+        share = len(new_layer["A"]) / rank  # of the ranks: kohya's Q, K and V may have a third each
+        new_layer["alpha"] = layer["alpha"] * share
+    return layers or {path: layer}
 
 
 def read_peft_settings(file: Path, header: dict[str, str], peft_part: str) -> dict[str, dict]:
@@ -119,6 +183,8 @@ def complete_layer(file: Path, path: str, layer: dict, settings: dict) -> None:
         )
     try:
         layer["alpha"] = float(layer.get("alpha", peft_alpha(settings, path, len(A))))
+        if not math.isfinite(layer["alpha"]):
+            raise ValueError("not finite")
     except (ValueError, TypeError, AttributeError, RuntimeError, re.error) as e:
         reason = frozen.one_line(e)
         raise UserError(f"{file}: the alpha of {path} cannot be read ({reason})") from e

@@ -110,7 +110,15 @@ class SpectrogramConfig(Config):
     train: Train = Train()
     eval: SpeechEval = SpeechEval()
 
-    fixed: ClassVar[tuple[str, ...]] = ("picture", "model", "klein", "flow.predict", "flow.min_t")
+    fixed: ClassVar[tuple[str, ...]] = (
+        "picture",
+        "data.corpus",
+        "data.voice",
+        "model",
+        "klein",
+        "flow.predict",
+        "flow.min_t",
+    )
 
     @model_validator(mode="after")
     def check_picture(self):

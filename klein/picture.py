@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 from dataclasses import asdict, fields, replace
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -253,20 +254,20 @@ def main() -> None:
     add = parser.add_argument
     kinds = "wav to PNG | PNG to wav | what both together lose"
     add("command", choices=("encode", "decode", "roundtrip"), help=kinds)
-    add("source", help="a sound file; decode: a PNG")
-    about_target = "default: beside the source; roundtrip: the rebuilt wav, written where given"
-    add("target", nargs="?", default="", help=about_target)
+    add("source", type=expanduser, help="a sound file; decode: a PNG")
+    about_target = "default: beside the source, X.png, X.decoded.wav; roundtrip: the rebuilt wav, where given"
+    add("target", nargs="?", default="", type=expanduser, help=about_target)
     for field in fields(Picture):
         default = "that of the sound" if field.name == "seconds" else field.default
         add(f"--{field.name}", type=type(field.default), help=f"default: {default}; decode: as painted")
     about_recogniser = "roundtrip: Whisper name or .pt file that transcribes before and after"
-    add("--recogniser", default="", help=about_recogniser)
+    add("--recogniser", default="", type=expanduser, help=about_recogniser)
     about_text = "roundtrip: what is said; default: the recogniser's transcript of the source"
     add("--text", default="", help=about_text)
     options = parser.parse_args()
     suffix = ".png" if options.command == "encode" else ".wav"
-    target = Path(options.target or Path(options.source).with_suffix(suffix))
-    if target.suffix != suffix:
+    target = Path(options.target) if options.target else None
+    if target and target.suffix != suffix:
         raise UserError(f"{target}: its name must end in {suffix}")
     given = {}
     for field in fields(Picture):
@@ -278,8 +279,7 @@ def main() -> None:
     elif options.command == "decode":
         decode_file(options.source, target, given)
     else:
-        rebuilt = target if options.target else None
-        roundtrip_file(options.source, rebuilt, given, options.recogniser, options.text)
+        roundtrip_file(options.source, target, given, options.recogniser, options.text)
 
 
 def save_spectrogram_png(path: str | Path, wave: torch.Tensor, p: Picture) -> None:
@@ -288,16 +288,26 @@ def save_spectrogram_png(path: str | Path, wave: torch.Tensor, p: Picture) -> No
     save_png(path, encode(wave, p), p, peak=reference.item())
 
 
-def encode_file(source: str, target: Path, given: dict) -> None:
+def default_target(source: str, suffix: str) -> Path:
+    """A new file beside the source; raises UserError where it is there: only what is named is overwritten."""
+    target = Path(source).with_suffix(suffix)
+    if target.exists():
+        raise UserError(f"{target}: there already; name a target after {source}, this one to overwrite it")
+    return target
+
+
+def encode_file(source: str, target: Path | None, given: dict) -> None:
     wave, p = read_source(source, given)
+    target = target or default_target(source, ".png")
     save_spectrogram_png(target, wave, p)
     bins = p.n_fft // 2 + 1
     kept = min(bins, p.canvas_height)
     print(f"{target}  {frame_count(p)} frames, {kept} of {bins} frequencies, on {canvas_size(p)}")
 
 
-def decode_file(source: str, target: Path, given: dict) -> None:
+def decode_file(source: str, target: Path | None, given: dict) -> None:
     picture, stored, facts = load_png(source)
+    target = target or default_target(source, ".decoded.wav")
     p = from_dict(Picture, asdict(stored or Picture()) | given, "options")
     _, height, width = picture.shape
     right = -width % 16
@@ -347,10 +357,10 @@ def roundtrip_file(source: str, target: Path | None, given: dict, recogniser: st
 def compare_transcripts(
     wave: torch.Tensor, rebuilt: torch.Tensor, sample_rate: int, name: str, text: str
 ) -> None:
-    """Print what Whisper `name`, or its replacement, transcribes of both, 30 s at a time, and the WER."""
+    """Print what Whisper `name`, or its replacement, transcribes of both, and the WER."""
     import jiwer  # takes seconds, as the next does
 
-    from pretrained.whisper_weights import RATE, WINDOW_SAMPLES, load_any, normalize_transcript, transcribe
+    from pretrained.whisper_weights import RATE, cut_at_pauses, load_any, normalize_transcript, transcribe
 
     model, _, why = load_any(name, torch.device("cpu"), "--recogniser")
     if why:
@@ -360,9 +370,8 @@ def compare_transcripts(
     transcripts = []
     for sound in (wave, rebuilt):
         sound = audio.resample(sound, sample_rate, RATE)
-        windows = list(sound.split(WINDOW_SAMPLES))
-        parts = transcribe(model, windows)
-        transcripts.append(" ".join(part.strip() for part in parts))
+        parts = transcribe(model, cut_at_pauses(sound))
+        transcripts.append(" ".join(filter(None, parts)))
     before, after = transcripts
     print(f"heard before {before!r}\nheard after  {after!r}")
     said = normalize_transcript(text) or normalize_transcript(before)

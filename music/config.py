@@ -139,7 +139,7 @@ class MusicConfig(Config):
     train: Train = Train()
     eval: MusicEval = MusicEval()
 
-    fixed: ClassVar[tuple[str, ...]] = ("mel", "model", "music", "flow.predict", "flow.min_t")
+    fixed: ClassVar[tuple[str, ...]] = ("mel", "data.corpus", "model", "music", "flow.predict", "flow.min_t")
 
     def packed_format(self) -> dict:
         """Of packed clips: waves, in rows of a mel frame."""

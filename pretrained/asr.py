@@ -42,6 +42,7 @@ class Recogniser:
     def __init__(self, model: Whisper, source: str):
         """source: the published name or the .pt file that the weights are from."""
         self.model = model
+        self.invented = 0  # texts so far that Whisper made up, and that are left out
         self.name = source
         weights = source
         if source.endswith(".pt"):
@@ -53,12 +54,23 @@ class Recogniser:
         self.identity = [self.name, weights, device, version("openai-whisper")]
 
     def transcribe(self, waves: list[Tensor], sample_rate: int, batch_size: int = 16) -> list[str]:
-        """waves: (N,) at `sample_rate` Hz, up to 30 s each. returns the texts, not normalised."""
+        """waves: (N,) at `sample_rate` Hz; longer ones than 30 s are heard in pieces.
+
+        returns the texts, not normalised; "" where nothing was said, or Whisper made it up.
+        """
+        cut = []
+        for wave in waves:
+            wave = audio.resample(wave, sample_rate, RATE)
+            cut.append(whisper_weights.cut_at_pauses(wave))
+        pieces = sum(cut, [])
+        heard = []
+        for start in range(0, len(pieces), batch_size):
+            heard += whisper_weights.transcribe(self.model, pieces[start : start + batch_size])
+        self.invented += heard.count(None)
         texts = []
-        for start in range(0, len(waves), batch_size):
-            batch = waves[start : start + batch_size]
-            batch = [audio.resample(wave, sample_rate, RATE) for wave in batch]
-            texts += whisper_weights.transcribe(self.model, batch)
+        for parts in cut:
+            texts.append(" ".join(filter(None, heard[: len(parts)])))
+            heard = heard[len(parts) :]
         return texts
 
 
@@ -66,6 +78,7 @@ class PocketSphinx:
     """CMU's small recogniser with its wheel's English model: weak, but offline and of open vocabulary."""
 
     name = "pocketsphinx"
+    invented = 0
 
     def __init__(self):
         try:

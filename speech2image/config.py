@@ -88,7 +88,7 @@ class SpeechAlignConfig(Config):
     train: Train = Train()
     eval: Eval = Eval()
 
-    fixed: ClassVar[tuple[str, ...]] = ("align", "model")
+    fixed: ClassVar[tuple[str, ...]] = ("data.corpus", "align", "model")
 
 
 # Stage 2: pictures from stage 1's embedding of the speech
@@ -163,4 +163,4 @@ class SpeechImageConfig(Config):
     train: Train = Train()
     eval: ImageEval = ImageEval()
 
-    fixed: ClassVar[tuple[str, ...]] = ("align", "codes", "model")
+    fixed: ClassVar[tuple[str, ...]] = ("data.corpus", "align", "codes", "model")

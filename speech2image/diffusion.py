@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from device import widest_float
+from flow import check_finite
 
 
 class MaskAndReplaceDiffusion(nn.Module):
@@ -165,6 +166,7 @@ class MaskAndReplaceDiffusion(nn.Module):
             s = s.expand(batch)
             p = self.q_posterior(p0, x, t, s)
             x = sample_categorical(p, u[n])
+        check_finite(p, "what was sampled")
         return x
 
 

@@ -48,6 +48,7 @@ TINY = {
     "dtype": "fp32",
     "wandb": "disabled",
 }
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 THREE_STEPS = {"steps": 3, "eval_interval": 3, "limit": 3}
 
 
@@ -79,7 +80,7 @@ def call(module, *words: str) -> None:
     """What `python MODULE.py WORDS` does, in this process, which saves the start; what it did to signals is
     undone.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
         try:
@@ -101,12 +102,13 @@ def refusal(capsys):
     """A function that runs an entry point as `call`, and returns the one line with which it ends, with exit
     code 2.
     """
-    import config
+
+    from entry import run_main
 
     def refused(module, *words: str) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            config.run_main(lambda: call(module, *words))
+            run_main(lambda: call(module, *words))
         lines = capsys.readouterr().err.splitlines()
         assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]

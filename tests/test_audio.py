@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import audio
 from config import Mel, UserError
+from corpora import prepare
+from corpora.shards import Clip
 
 MEL = Mel()
 
@@ -104,6 +106,63 @@ def test_what_is_no_sound_is_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match="broken.wav"):
         audio.load_wav(path, 22050)
+
+
+def test_a_sound_without_a_sample_is_refused_by_name(tmp_path):
+    soundfile.write(tmp_path / "empty.wav", torch.zeros(0).numpy(), 22050)
+    for rate in (22050, 16000):
+        with pytest.raises(UserError, match="empty.wav: there is not a single sample"):
+            audio.load_wav(tmp_path / "empty.wav", rate)
+
+
+@pytest.mark.parametrize("gain", [-1.0, -0.7, -1.3])
+def test_of_channels_that_cancel_the_loudest_is_taken(tmp_path, spoken, gain):
+    channels = torch.stack([spoken, gain * spoken], 1) / 2
+    soundfile.write(tmp_path / "x.wav", channels.numpy(), 22050, subtype="FLOAT")
+    loudest = channels[:, int(abs(gain) > 1)]
+    assert torch.equal(audio.load_wav(tmp_path / "x.wav", 22050), loudest)
+
+
+@pytest.mark.parametrize("count", [1, 2, 6, 8])
+def test_channels_that_do_not_cancel_are_averaged(count):
+    noise = torch.randn(5000, count)
+    assert torch.equal(audio.mix_channels(noise), noise.mean(1))
+    alone = noise * (torch.arange(count) == 0)
+    assert torch.equal(audio.mix_channels(alone), alone.mean(1))
+
+
+@pytest.mark.parametrize("full_scale", [128, 32768, 2**31])
+def test_a_float_wav_with_the_numbers_of_integers_is_refused_by_name(tmp_path, full_scale):
+    wave = 0.2 * torch.randn(5000, 2)
+    soundfile.write(tmp_path / "x.wav", wave.numpy(), 22050, subtype="FLOAT")
+    assert len(audio.load_wav(tmp_path / "x.wav", 22050)) == 5000
+    soundfile.write(tmp_path / "x.wav", (full_scale * wave).numpy(), 22050, subtype="FLOAT")
+    with pytest.raises(UserError, match="x.wav: peaks at .* 32768"):
+        audio.load_wav(tmp_path / "x.wav", 22050)
+
+
+def test_a_float_wav_that_peaks_above_full_scale_is_read(tmp_path):
+    wave = 2 * torch.sin(torch.arange(5000) / 9)
+    soundfile.write(tmp_path / "hot.wav", wave.numpy(), 22050, subtype="FLOAT")
+    assert torch.equal(audio.load_wav(tmp_path / "hot.wav", 22050), wave)
+
+
+@pytest.mark.parametrize("samples", [1, 5000, audio.BLOCK, audio.BLOCK + 1])
+def test_a_flac_that_does_not_say_how_long_it_is_is_read_to_its_end(tmp_path, samples):
+    soundfile.write(tmp_path / "piped.flac", 0.1 * torch.randn(samples).numpy(), 22050)
+    expected = audio.load_wav(tmp_path / "piped.flac", 22050)
+    assert len(expected) == samples
+    content = bytearray((tmp_path / "piped.flac").read_bytes())
+    content[21] &= 0xF0  # 36 bits of STREAMINFO: how many samples, 0 = unknown
+    content[22:26] = bytes(4)
+    (tmp_path / "piped.flac").write_bytes(content)
+    assert torch.equal(audio.load_wav(tmp_path / "piped.flac", 22050), expected)
+    clip = Clip("piped", "x", "train", str(tmp_path / "piped.flac"))
+    if samples > 1:
+        assert torch.equal(prepare.read_recording(clip, 22050, resample=False), expected)
+        (tmp_path / "piped.flac").write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match="piped.flac: not a readable sound file"):
+            audio.load_wav(tmp_path / "piped.flac", 22050)
 
 
 # Music

@@ -4,11 +4,15 @@ recipes.
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
 
 import config
+import entry
 import system
 from config import TTSConfig, UserError
 
@@ -211,6 +215,21 @@ def test_quotes_around_a_value_change_nothing(tmp_path):
     assert load_text(tmp_path, 'train:\n  dtype: "bf16"\n').train.dtype == "bf16"
 
 
+def test_a_tilde_is_the_home_folder_in_every_text_of_a_yaml_and_of_a_command_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    config = load_text(tmp_path, "out_dir: ~/run\ndata:\n  data_dir: ~/corpus\n  voice: ~/v.onnx@1.2\n")
+    assert (config.out_dir, config.data.data_dir) == ("/home/anna/run", "/home/anna/corpus")
+    assert config.data.voice == "/home/anna/v.onnx@1.2"
+    assert load_words("--prompts=~/p.txt").eval.prompts == "/home/anna/p.txt"
+    assert load_words("--out_dir=a~b/~").out_dir == "a~b/~"
+
+
+def test_a_tilde_is_the_home_folder_in_the_name_of_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").write_text("out_dir: here\n")
+    assert system.config_from_command_line(["--config=~/x.yaml"]).out_dir == "here"
+
+
 def test_a_number_is_a_name_where_one_is_due(tmp_path):
     assert load_text(tmp_path, "out_dir: 7\n").out_dir == load_words("--out_dir=7").out_dir == "7"
 
@@ -312,7 +331,7 @@ def test_a_config_cannot_be_changed():
 
 def test_an_error_of_the_user_is_one_line_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as caught:
-        config.run_main(lambda: load_words("--lr", "fast"))
+        entry.run_main(lambda: load_words("--lr", "fast"))
     assert caught.value.code == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith("error: ") and output.err.count("\n") == 1
@@ -394,3 +413,20 @@ def flat(values: dict, prefix: str = "") -> dict:
     for key, value in values.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves
+
+
+# Running
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_letter_that_the_output_lacks_ends_nothing_here_or_in_a_process_that_packs(encoding):
+    code = "import subprocess, sys, entry; entry.run_main(lambda: (print('Ωµ', flush=True), {}))"
+    inner = """subprocess.run([sys.executable, "-c", "print('Ωµ')"], check=True)"""
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(inner)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"},
+        capture_output=True,
+    )
+    printed = "Ωµ".encode(encoding, "backslashreplace")
+    assert done.returncode == 0 and done.stdout.split() == [printed, printed]

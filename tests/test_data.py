@@ -147,6 +147,91 @@ def test_what_is_wrong_with_a_clip_is_named_and_the_others_keep_their_own_text_a
         )
 
 
+def test_a_clip_without_a_sample_is_skipped_by_name(tmp_path):
+    write_metadata(tmp_path, write_recordings(tmp_path, 6))
+    audio.save_wav(tmp_path / "wavs/c0002.wav", torch.zeros(0), MEL.sample_rate)
+    pack_recordings(tmp_path, tmp_path / "out")
+    (line,) = index_of(tmp_path / "out")["skipped"]
+    assert line.startswith("c0002: ") and "not a single sample" in line
+    assert sum(index_of(tmp_path / "out")["clips"].values()) == 5
+
+
+def test_a_clip_of_the_wrong_scale_is_skipped_by_name(tmp_path):
+    write_metadata(tmp_path, write_recordings(tmp_path, 6))
+    wave = 3000 * torch.randn(20000).numpy()
+    soundfile.write(tmp_path / "wavs/c0002.wav", wave, MEL.sample_rate, subtype="FLOAT")
+    pack_recordings(tmp_path, tmp_path / "out")
+    (line,) = index_of(tmp_path / "out")["skipped"]
+    assert line.startswith("c0002: ") and "peaks at" in line
+
+
+def with_lengths(path: Path, whole: int, samples: int) -> None:
+    """Put other lengths into the header of a wav: of the file, and of its samples; bytes."""
+    content = bytearray(path.read_bytes())
+    start = content.find(b"data") + 4
+    content[4:8] = whole.to_bytes(4, "little")
+    content[start : start + 4] = samples.to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "whole, samples",
+    [
+        (2**32 - 1, 2**32 - 1),  # ffmpeg
+        (2**32 - 1, 2**32 - 37),
+        (2**31 + 36, 2**31),
+        (2**31 - 1, 2**31 - 37),
+        (2**31 - 4096 + 36, 2**31 - 4096),  # sox
+        (0, 0),
+        (36, 0),
+        (2**32 - 1, 0),
+    ],
+)
+def test_a_length_that_means_unknown_is_no_truncation_and_every_sample_is_read(tmp_path, whole, samples):
+    write_recordings(tmp_path, 1)
+    path = tmp_path / "wavs/c0000.wav"
+    expected = audio.load_wav(path, MEL.sample_rate)
+    with_lengths(path, whole, samples)
+    clip = shards.Clip("c0000", "x", "train", str(path))
+    assert torch.equal(prepare.read_recording(clip, MEL.sample_rate, resample=False), expected)
+
+
+@pytest.mark.parametrize("kind", ["wav", "w64", "aiff", "au"])
+def test_a_length_that_is_not_met_is_a_truncation(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    soundfile.write(path, 0.1 * torch.randn(20000).numpy(), MEL.sample_rate, subtype="PCM_16")
+    clip = shards.Clip("a", "x", "train", str(path))
+    assert len(prepare.read_recording(clip, MEL.sample_rate, resample=False)) == 20000
+    path.write_bytes(path.read_bytes()[:20000])
+    with pytest.raises(UserError, match="truncated"):
+        prepare.read_recording(clip, MEL.sample_rate, resample=False)
+
+
+def test_an_empty_wav_with_a_tag_behind_it_is_empty(tmp_path):
+    path = tmp_path / "a.wav"
+    audio.save_wav(path, torch.zeros(0), 22050)
+    tag = b"LIST\x1a\0\0\0INFOISFT\x0e\0\0\0Lavf59.27.100\0"
+    path.write_bytes(path.read_bytes() + tag)
+    with_lengths(path, path.stat().st_size - 8, 0)
+    with pytest.raises(UserError, match="not a single sample"):
+        audio.load_wav(path, 22050)
+
+
+def test_an_error_that_nobody_foresaw_in_one_clip_names_it_and_leaves_the_others(tmp_path, capfd):
+    clips = [shards.Clip(f"c{n}", "x", "train") for n in range(4)]
+
+    def read(clip: shards.Clip) -> np.ndarray:
+        if clip.id == "c2":
+            raise ZeroDivisionError("two\nlines")
+        return np.ones((5, MEL.n_mels), np.float16)
+
+    assert shards.pack_shard(tmp_path, "plan", read, 0, clips) == 4
+    header, packed, _ = shards.read_shard(tmp_path, 0, "plan")
+    assert [clip.id for clip in packed] == ["c0", "c1", "c3"]
+    assert header["skipped"] == ["c2: ZeroDivisionError('two\\nlines')"]
+    assert "skipped c2: ZeroDivisionError" in capfd.readouterr().out
+
+
 def test_the_column_in_words_is_kept_and_the_typed_one_is_normalised_where_there_is_no_other(tmp_path):
     write_metadata(tmp_path, ["a|$5|5  Dollars, “é”", "b|It's 3 p.m.|", "c|Dr. Li & Co."])
     texts, skipped = speech.read_transcripts([tmp_path / "metadata.csv"], "|", 3)
@@ -156,6 +241,49 @@ def test_the_column_in_words_is_kept_and_the_typed_one_is_normalised_where_there
         "c": "Doctor Li and Company.",
     }
     assert not skipped
+
+
+@pytest.mark.parametrize(
+    "written", ["{}.wav", "wavs/{}", "wavs/{}.wav", "./wavs/{}.wav", "wavs\\{}.wav", "{root}/wavs/{}.wav"]
+)
+def test_an_id_may_be_written_as_the_path_of_its_recording(tmp_path, written):
+    names = [line.split("|")[0] for line in write_recordings(tmp_path, 4)]
+    write_metadata(tmp_path, [written.format(name, root=tmp_path.resolve()) + "|It is 5." for name in names])
+    clips, skipped = speech.read_ljspeech(tmp_path)
+    assert [clip.id for clip in clips] == names and not skipped
+    assert [Path(clip.wav) for clip in clips] == [tmp_path.resolve() / f"wavs/{name}.wav" for name in names]
+    assert {clip.text for clip in clips} == {"It is five."}
+
+
+def test_recordings_may_lie_beside_the_table_or_in_folders_and_be_flac(tmp_path):
+    wave = 0.1 * torch.randn(20000).numpy()
+    for place in ("a.wav", "clips/b.flac", "wavs/f3/c.flac", "wavs/d.WAV", "wavs/e.wav", "e.wav"):
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, wave, MEL.sample_rate, format=path.suffix[1:].upper())
+    names = ["a", "clips/b.flac", "f3/c", "d", "e", "f"]
+    write_metadata(tmp_path, [f"{name}|Some words." for name in names])
+    clips, skipped = speech.read_ljspeech(tmp_path)
+    found = [Path(clip.wav).relative_to(tmp_path.resolve()).as_posix() for clip in clips]
+    assert found == ["a.wav", "clips/b.flac", "wavs/f3/c.flac", "wavs/d.WAV", "wavs/e.wav", "wavs/f.wav"]
+    assert not skipped
+
+
+def test_the_same_recording_under_two_names_is_taken_once(tmp_path):
+    write_recordings(tmp_path, 1)
+    write_metadata(tmp_path, ["c0000|One.", "wavs/c0000.wav|Two."])
+    clips, skipped = speech.read_ljspeech(tmp_path)
+    assert [clip.text for clip in clips] == ["One."] and "line 2 (c0000): duplicate id" in skipped[0]
+
+
+@pytest.mark.parametrize("last", ["anna", "en", "1.52"])
+def test_a_last_column_that_is_no_transcript_is_refused_and_not_spoken(tmp_path, last):
+    names = [line.split("|")[0] for line in write_recordings(tmp_path, 4)]
+    write_metadata(tmp_path, [f"{name}|A sentence of several words.|{last}" for name in names])
+    with pytest.raises(UserError, match=r"metadata.csv: its last column is too short .*id\|transcript"):
+        speech.read_ljspeech(tmp_path)
+    write_metadata(tmp_path, [f"{name}|{last}|A sentence of several words." for name in names])
+    assert {clip.text for clip in speech.read_ljspeech(tmp_path)[0]} == {"A sentence of several words."}
 
 
 def test_strict_refuses_and_a_mended_clip_is_tried_again(tmp_path):
@@ -516,6 +644,14 @@ def test_the_command_packs(raw, tmp_path):
     assert (
         done.returncode == 0 and "22 train, 1 val, 0 test clips; 0 skipped" in done.stdout and not done.stderr
     )
+
+
+def test_a_tilde_is_the_home_folder_where_a_corpus_is_packed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_metadata(tmp_path / "raw", write_recordings(tmp_path / "raw", 4))
+    done = run_cli("ljspeech", "--root=~/raw", "--out=~/packed", "--workers=1", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "packed/index.json").exists()
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize(

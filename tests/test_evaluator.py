@@ -11,11 +11,14 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT, call, finish, options, save_random_whisper, start
+from toy.system import Toy, ToyConfig
 
 import config as configs
 import evaluator
 import system
-from pretrained import asr
+from base import Prompt
+from config import UserError
+from pretrained import asr, whisper_weights
 from tracking import logger, reference_scores, report
 
 CPU = torch.device("cpu")
@@ -46,6 +49,17 @@ def trained(run, tmp_path):
         return config, system.open_corpus(config), network
 
     return open_run
+
+
+# Sampling
+
+
+def test_an_output_that_is_not_finite_is_an_error_that_names_its_prompt():
+    network = Toy(ToyConfig())
+    assert len(evaluator.sample(network, [Prompt("la")], network.config.sample)) == 1
+    network.pitch.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="'la la': the wave that was sampled is not finite"):
+        evaluator.sample(network, [Prompt("la la")], network.config.sample)
 
 
 # Ranks
@@ -135,6 +149,32 @@ def test_prompts_of_a_file_are_spoken_without_a_corpus(trained, tmp_path):
     )
 
 
+def test_texts_without_words_are_left_out_and_counted(run, tmp_path, capsys):
+    """Hm is none to Whisper's normaliser."""
+    for texts, found_wer in (("Hmm.\nTwo hats.\n", True), ("Hmm.\n", False)):
+        (tmp_path / "prompts.txt").write_text(texts)
+        call(evaluator, f"--ckpt={run}", f"--prompts={tmp_path / 'prompts.txt'}", f"--out_dir={tmp_path}")
+        out = capsys.readouterr().out
+        found = json.loads(out.splitlines()[-1])
+        first, *others = lines(tmp_path, 6)
+        assert (first["errors"], first["words"], found["eval/no_words"]) == (None, 0, 1)
+        assert ("eval/wer" in found) == found_wer and "left out of the word error rate: 1" in out
+        assert found_wer == any(found["eval/wer"] == row["errors"] / row["words"] for row in others)
+
+
+def test_words_that_the_recogniser_makes_up_count_as_nothing_heard(trained, tmp_path, monkeypatch, capsys):
+    hear = whisper_weights.transcribe
+    monkeypatch.setattr(whisper_weights, "transcribe", lambda model, waves: [None, *hear(model, waves[1:])])
+    config, corpus, network = trained(limit=3)
+    judge = evaluator.Evaluator(config, corpus, CPU)
+    for step in (1, 2):  # floors are counted in neither
+        found = judge.run(network, step)
+        (nothing,) = [row for row in lines(tmp_path, step) if not row["hypothesis"]]
+        assert found["eval/hallucinated"] == 1 and nothing["errors"] == nothing["words"]
+    evaluator.print_scores(found, network.scores)
+    assert "taken for nothing heard: 1" in capsys.readouterr().out
+
+
 def test_the_command_repeats_what_the_loop_measured(run, tmp_path):
     out = finish(start("evaluator.py", f"--ckpt={run}", f"--out_dir={tmp_path}"))
     found = json.loads(out.splitlines()[-1])
@@ -143,6 +183,37 @@ def test_the_command_repeats_what_the_loop_measured(run, tmp_path):
         and {key: value for key, value in metrics(run).items() if key in found} == found
     )
     assert lines(tmp_path, 6) == lines(run, 6)
+
+
+@pytest.mark.parametrize(
+    "here, named",
+    [
+        ("", "copy"),
+        ("copy", "."),
+        ("", "copy/checkpoints/step_0000006.pt"),
+        ("copy/checkpoints", "step_0000006.pt"),
+    ],
+)
+def test_a_copied_run_is_evaluated_in_its_own_folder(run, tmp_path, monkeypatch, here, named):
+    copy = shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("eval", "sample.*"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    monkeypatch.chdir(tmp_path / here)
+    call(evaluator, f"--ckpt={named}", "--limit=1", "--euler_steps=1")
+    assert len(lines(copy, 6)) == 1 and (copy / "sample.wav").exists()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_results_land_in_out_dir_where_that_is_given_and_beside_a_checkpoint_without_a_run(run, tmp_path):
+    found = shutil.copy(run / "checkpoints" / "step_0000006.pt", tmp_path / "x.pt")
+    for words, folder in (([], tmp_path), ([f"--out_dir={tmp_path / 'other'}"], tmp_path / "other")):
+        call(evaluator, f"--ckpt={found}", "--limit=1", "--euler_steps=1", *words)
+        assert len(lines(folder, 6)) == 1 and (folder / "sample.wav").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(run, tmp_path, refusal):
+    (tmp_path / "eval").write_text("a file")
+    line = refusal(evaluator, f"--ckpt={run}", "--limit=1", f"--out_dir={tmp_path}")
+    assert f"{tmp_path}/eval/step_0000006: cannot be made" in line
 
 
 @pytest.fixture
@@ -374,6 +445,18 @@ def test_a_corpus_that_moved_is_named_and_found_again(run, tiny, tmp_path, refus
     moved = shutil.copytree(tiny["data_dir"], tmp_path / "moved")
     config, _, _ = system.load(str(run), CPU, [f"--data_dir={moved}"])
     assert system.open_corpus(config).folder == moved
+
+
+def test_a_split_without_clips_is_one_line_before_any_network_is_loaded(
+    run, tiny, tmp_path, monkeypatch, refusal
+):
+    corpus = shutil.copytree(tiny["data_dir"], tmp_path / "corpus")
+    for path in corpus.glob("clips_*.jsonl"):
+        path.write_text(path.read_text().replace('"split": "test"', '"split": "train"'))
+    monkeypatch.delattr(system, "build")
+    monkeypatch.delattr(asr, "load")
+    line = refusal(evaluator, f"--ckpt={run}", "--split=test", f"--data_dir={corpus}")
+    assert f"{corpus}: has no test clip" in line and "choose another --split" in line
 
 
 def test_a_limit_of_nothing_is_an_error(run, refusal):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import flow
+from config import UserError
 
 
 def test_exact_velocity_integrates_back_to_the_data():
@@ -41,6 +42,12 @@ def test_guidance_extrapolates_and_only_inside_its_interval():
     made = flow.sample_euler(network, noise, flow.timesteps(10), cfg_scale=3.0, cfg_from=0.35, cfg_to=0.75)
     assert calls == [2, 2, 2, 4, 4, 4, 4, 2, 2, 2]
     assert torch.allclose(made, torch.full((2, 3), 0.6 + 0.4 * 3.0))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_was_sampled_and_is_not_finite_is_an_error(bad):
+    with pytest.raises(UserError, match="not finite"):
+        flow.sample_euler(lambda x_t, t: bad * x_t, torch.ones(2, 3), flow.timesteps(4))
 
 
 def test_scale_one_is_no_guidance():

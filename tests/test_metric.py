@@ -138,6 +138,15 @@ def test_corpus_word_error_rate_weighs_words_and_not_sentences():
     assert math.isnan(metric.word_error_rate([("", "a")]))
 
 
+def test_texts_without_words_are_left_out_of_the_rate_and_counted():
+    spoken = [{"errors": 1, "words": 4}, {"errors": 0, "words": 6}]
+    silent = {"errors": None, "words": 0}
+    found = metric.word_error_scores([spoken[0], silent, spoken[1], silent])
+    assert found == metric.word_error_scores(spoken) | {"no_words": 2} and found["wer"] == 0.1
+    assert metric.word_error_scores([silent]) == {"no_words": 1}
+    assert metric.word_error_rate([("a b", "a"), ("", "a b c")]) == 0.5
+
+
 def test_bootstrap_interval_covers_the_true_rate_about_95_times_in_100():
     rng, covered = np.random.default_rng(0), 0
     for trial in range(200):
@@ -426,6 +435,14 @@ def test_what_is_missing_leaves_its_section_out(tmp_path, rows):
     page = Page(report.write_report(tmp_path).read_text())
     assert page.count("svg") == sum(len(row) == 2 and None not in row.values() for row in rows)
     assert not page.count("article") and not page.count("details") and not page.count("audio")
+
+
+def test_an_evaluation_that_has_a_name_for_a_number_is_not_the_runs(tmp_path):
+    for name, text in (("step_0000002", "Ours."), ("step_best", "Theirs.")):
+        (tmp_path / "eval" / name).mkdir(parents=True)
+        (tmp_path / "eval" / name / "samples.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    page = report.write_report(tmp_path).read_text()
+    assert "Ours." in page and "Theirs." not in page
 
 
 def test_pictures_of_odd_sizes_and_letters_are_drawn(tmp_path):

@@ -1,20 +1,23 @@
 """Recognisers: real words are understood; what cannot be loaded is said in one line."""
 
+import inspect
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import whisper
 from conftest import save_random_whisper
 
 import audio
 import metric
 from config import UserError
 from corpora import demo, espeak
-from pretrained import asr
+from pretrained import asr, whisper_weights
 
 CPU = torch.device("cpu")
+RATE = asr.RATE
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,9 @@ def test_clear_words_are_understood_and_others_are_not_made_of_them(tiny_en):
         "He opened the window and looked at the sky.",
     ]
     waves = [espeak.speak(text, 22050) for text in texts]
+    before = tiny_en.invented
     assert wer(tiny_en, texts, waves, 22050) <= 0.05 and wer(tiny_en, texts, waves[::-1], 22050) > 0.8
+    assert tiny_en.invented == before
 
 
 def test_real_recordings_are_understood(tiny_en, recordings):
@@ -46,6 +51,69 @@ def test_real_recordings_are_understood(tiny_en, recordings):
     names, _, texts = zip(*(line.split("|") for line in lines))
     waves = [audio.load_wav(recordings / "wavs" / f"{name}.wav", 22050) for name in names]
     assert wer(tiny_en, texts, waves, 22050) <= 0.06
+
+
+def test_speech_of_more_than_30_s_is_understood_to_its_end(tiny_en, recordings):
+    lines = (recordings / "metadata.csv").read_text(encoding="utf-8").splitlines()[:12]
+    names, _, texts = zip(*(line.split("|") for line in lines))
+    waves = [audio.load_wav(recordings / "wavs" / f"{name}.wav", 22050) for name in names]
+    long = torch.cat(waves)
+    assert len(long) > 65 * 22050
+    assert wer(tiny_en, [" ".join(texts)], [long], 22050) <= 0.08
+
+
+def test_a_long_wave_is_heard_as_its_pieces_and_others_beside_it_as_ever(listener):
+    waves = [torch.randn(int(s * RATE), generator=torch.Generator().manual_seed(1)) / 9 for s in (2, 70, 3)]
+    parts = listener.transcribe(whisper_weights.cut_at_pauses(waves[1]), RATE)
+    assert len(parts) > 2
+    heard = listener.transcribe(waves, RATE, batch_size=2)
+    assert heard == [
+        *listener.transcribe(waves[:1], RATE),
+        " ".join(parts),
+        *listener.transcribe(waves[2:], RATE),
+    ]
+
+
+def test_pieces_are_the_whole_wave_of_at_most_30_s_and_end_where_it_is_quietest():
+    generator = torch.Generator().manual_seed(0)
+    for seconds in (1, 30, 30.001, 31, 50, 50.1, 60, 75.5, 200):
+        wave = torch.randn(int(seconds * RATE), generator=generator)
+        for pause in range(RATE, len(wave), 3 * RATE):
+            wave[pause : pause + RATE // 5] = 0
+        pieces = whisper_weights.cut_at_pauses(wave)
+        assert torch.equal(torch.cat(pieces), wave)
+        assert (len(pieces) == 1) == (seconds <= 30)
+        for piece in pieces:
+            assert len(piece) <= 30 * RATE and (len(pieces) == 1 or len(piece) >= 10 * RATE)
+        for piece in pieces[1:]:
+            assert not piece[: RATE // 20].any()
+
+
+def test_whisper_is_not_believed_where_nobody_speaks(tiny_en):
+    time = torch.arange(2 * RATE) / RATE
+    noise = torch.randn(len(time), generator=torch.Generator().manual_seed(0)) / 10
+    waves = [0 * time, noise, torch.sin(2 * torch.pi * 440 * time) / 4]
+    before = tiny_en.invented
+    assert tiny_en.transcribe(waves, RATE) == ["", "", ""] and tiny_en.invented == before + 3
+
+
+def test_what_is_not_believed_is_as_in_whispers_own_transcribe():
+    defaults = inspect.signature(whisper.transcribe).parameters
+    names = ("compression_ratio_threshold", "no_speech_threshold", "logprob_threshold")
+    compression, no_speech, log_probability = (defaults[name].default for name in names)
+
+    def is_invented(more_compression: float, more_no_speech: float, more_probability: float) -> bool:
+        result = whisper.DecodingResult(
+            audio_features=None,
+            language="en",
+            compression_ratio=compression + more_compression,
+            no_speech_prob=no_speech + more_no_speech,
+            avg_logprob=log_probability + more_probability,
+        )
+        return whisper_weights.is_invented(result)
+
+    assert is_invented(0.1, -0.1, 0.1) and is_invented(-0.1, 0.1, -0.1)
+    assert not is_invented(-0.1, -0.1, -0.1) and not is_invented(-0.1, 0.1, 0.1)
 
 
 def test_silence_and_a_click_are_survived(listener):

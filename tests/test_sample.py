@@ -5,10 +5,13 @@ import random
 
 import pytest
 import soundfile
+import torch
 from conftest import call, finish, options, start
 
+import evaluator
 import sample
 from text import normalize
+from tracking import checkpoint
 from tts import TextToSpeech
 
 LONG = (
@@ -62,6 +65,15 @@ def test_one_text_is_one_wav_and_its_pictures_where_asked(run, tmp_path):
     assert rate == 22050 and 1 < len(wave) / rate < 4 and wave.std() > 1e-3
     assert {path.name for path in wav.parent.iterdir()} == {"x.wav", "x.png", "x.attention.png"}
     assert wav.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_tilde_is_the_home_folder_in_every_path_that_is_typed(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").symlink_to(run)
+    (tmp_path / "prompts.txt").write_text("A hat.\n")
+    call(sample, "--ckpt=~/run", "--prompt_file=~/prompts.txt", "--out=~/new/x.wav")
+    assert (tmp_path / "new/x.wav").exists() and not (tmp_path / "~").exists()
 
 
 def test_several_texts_and_a_prompt_file_are_numbered_and_each_is_as_alone(speak, tmp_path):
@@ -214,6 +226,18 @@ def test_a_checkpoint_that_is_none_is_an_error(refusal, run, tmp_path):
     assert "nobody/no-such-vocoder" in refusal(
         sample, f"--ckpt={run}", "--text=Hello.", "--vocoder=nobody/no-such-vocoder"
     )
+
+
+@pytest.mark.parametrize("part", ["text.", "decoder."])
+def test_weights_that_are_no_numbers_are_an_error_and_nothing_is_written(run, refusal, tmp_path, part):
+    state = torch.load(checkpoint.newest_checkpoint(run), weights_only=True)
+    for name, weight in state["ema"].items():
+        if name.startswith(part):
+            weight.fill_(torch.nan)
+    torch.save(state, tmp_path / "x.pt")
+    said = refusal(sample, f"--ckpt={tmp_path / 'x.pt'}", "--text=Hello.", f"--out={tmp_path / 'x.wav'}")
+    assert "not finite" in said and not (tmp_path / "x.wav").exists()
+    assert "not finite" in refusal(evaluator, f"--ckpt={tmp_path / 'x.pt'}", f"--out_dir={tmp_path}")
 
 
 @pytest.mark.parametrize("out", ["x.txt", "x", "x.mp3", "taken/x.wav"])

@@ -2,8 +2,10 @@
 weights; and a small system of another kind, which loop, evaluator, sampler and report take as it is.
 """
 
+import errno
 import inspect
 import json
+import os
 import pickle
 import shutil
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from toy.system import Toy, Whistles, WordBatches
 
 import config as configs
 import device as device_module
+import entry
 import evaluator
 import optim
 import sample as sample_module
@@ -28,7 +31,7 @@ from base import Batches, Corpus, System
 from config import UserError
 from metric import Score
 from system import SYSTEMS, build, find, load, load_config, settle_precision
-from tracking import checkpoint, plot
+from tracking import checkpoint, logger, plot
 
 CPU = torch.device("cpu")
 SHAPE = {"model": {"text_encoder": "scratch", "width": 16, "layers": 1, "heads": 2, "frame_stack": 2}}
@@ -138,6 +141,8 @@ def test_a_run_is_not_resumed_with_another_shape(run):
     [
         ("tts", "mel.hop", "128"),
         ("tts", "flow.predict", "v"),
+        ("tts", "data.corpus", "librispeech"),
+        ("tts", "data.voice", "espeak:en-us"),
         pytest.param("spectrogram", "klein.alpha", "1.0", marks=needs("spectrogram")),
         pytest.param("music", "music.text_padding", "last", marks=needs("music")),
         pytest.param("speech_align", "align.temperature", "1.0", marks=needs("speech_align")),
@@ -172,12 +177,9 @@ def test_what_is_fixed_is_what_there_is_and_says_what_the_weights_mean(name):
     cls = find(name).config_class
     fixed = configs.fixed_keys(cls)
     assert all(any(key == wanted or key.startswith(f"{wanted}.") for key in fixed) for wanted in cls.fixed)
-    assert "model.width" in fixed and not {key.split(".")[0] for key in fixed} & {
-        "data",
-        "sample",
-        "train",
-        "eval",
-    }
+    assert {"model.width", "data.corpus"} <= set(fixed)
+    assert {key for key in fixed if key.startswith("data.")} <= {"data.corpus", "data.voice"}
+    assert not {key.split(".")[0] for key in fixed} & {"sample", "train", "eval"}
 
 
 def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):
@@ -246,6 +248,40 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_whole(tmp_path):
     assert checkpoint.load_checkpoint(folder / "step_0000001.pt")["step"] == 1
 
 
+def test_a_log_that_finds_no_room_names_the_last_good_checkpoint(tmp_path):
+    writer = logger.MetricsLogger(str(tmp_path), {}, "disabled", "", "", 0)
+    writer.file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(UserError, match="cannot be written .No space left on device.; .* none yet"):
+        writer.log(1, {"train/loss": 1.0})
+
+
+def test_a_source_that_is_read_only_is_copied_again_by_the_next_start(tmp_path, monkeypatch):
+    source = tmp_path / "tree" / "a.py"
+    source.parent.mkdir()
+    source.write_text("1")
+    source.chmod(0o444)
+    monkeypatch.setattr(checkpoint, "ROOT", source.parent)
+    copy = tmp_path / "source" / "a.py"
+    checkpoint.copy_source(copy.parent)
+    assert copy.read_text() == "1" and copy.stat().st_mode & 0o200
+    copy.chmod(0o444)  # as copies were once
+    source.unlink()
+    source.write_text("2")
+    checkpoint.copy_source(copy.parent)
+    assert copy.read_text() == "2"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_no_room_and_no_right_are_one_line_wherever_they_are_met(number, capsys):
+    def fail():
+        raise OSError(number, os.strerror(number), "x.png")
+
+    with pytest.raises(SystemExit) as end:
+        entry.run_main(fail)
+    told = f"error: x.png: cannot be read or written ({os.strerror(number)})\n"
+    assert end.value.code == 2 and capsys.readouterr().err == told
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for step in range(1, 6):
         checkpoint.save_checkpoint(tmp_path / "checkpoints" / f"step_{step:07d}.pt", {"step": step}, keep=2)
@@ -253,6 +289,20 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
         "step_0000004.pt",
         "step_0000005.pt",
     ]
+
+
+def test_only_what_a_run_wrote_is_pruned_and_resumed_from_and_that_by_number(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    others = {"step_best.pt", "step_4.pt", "step_00000099.pt", "step_0000099 (copy).pt", "step_²³.pt"}
+    for name in others:
+        (folder / name).touch()
+    assert checkpoint.newest_checkpoint(tmp_path) is None
+    for step in (9_999_998, 9_999_999, 10_000_000):
+        checkpoint.save_checkpoint(folder / checkpoint.file_name(step), {"step": step}, keep=2)
+    assert checkpoint.newest_checkpoint(tmp_path) == folder / "step_10000000.pt"
+    kept = {"step_9999999.pt", "step_10000000.pt"}
+    assert {path.name for path in folder.iterdir()} == others | kept
 
 
 def test_weights_are_drawn_from_the_seed():

@@ -2,9 +2,11 @@
 behind.
 """
 
+import contextlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -62,6 +64,22 @@ def assert_close(a: dict, b: dict, tolerance: float = 1e-5) -> None:
     a, b = ({path: leaf for path, leaf in flat(state).items() if torch.is_tensor(leaf)} for state in (a, b))
     assert a.keys() == b.keys() and len(a) > 100
     assert max((a[path] - b[path]).abs().max().item() for path in a) < tolerance
+
+
+@pytest.fixture
+def little_room():
+    """A block in which no file grows beyond 100 kB, as if the disk were full then."""
+
+    @contextlib.contextmanager
+    def limited():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited()
 
 
 # Ranks
@@ -150,6 +168,105 @@ def test_a_run_ends_by_the_clock_with_its_decay_inside_and_is_then_finished(tiny
     assert 1 < ended["step"] < 100 and 0.6 <= ended["seconds"] < 10 and rows(tmp_path, "train/lr")[-1] == 0
     call(train, *command)
     assert_identical(checkpoint(tmp_path), ended)
+
+
+def test_a_terminal_that_is_closed_ends_a_run_well_though_it_says_so_twice_and_cannot_be_printed_to(
+    tiny, tmp_path
+):
+    terminal, screen = os.openpty()
+    command = options(tiny | {"out_dir": tmp_path, "steps": 1000, "val_interval": 0})
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *command], stdout=screen, stderr=screen)
+    os.close(screen)
+    said = b""
+    while b"step 3/" not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=600) == 0 and 3 <= checkpoint(tmp_path)["step"] < 1000
+
+
+def test_a_reader_of_the_log_that_goes_away_changes_nothing(tiny, tmp_path):
+    process = start("train.py", *options(tiny | {"out_dir": tmp_path, "steps": 3, "val_interval": 0}))
+    process.stdout.close()
+    assert "Error" not in process.stderr.read() and process.wait(timeout=600) == 0
+    assert checkpoint(tmp_path)["step"] == 3
+
+
+def test_a_second_training_in_a_folder_is_refused_until_the_first_is_gone_however_it_ended(
+    tiny, tmp_path, refusal
+):
+    code = "import sys, train; f = train.checkpoint.lock(sys.argv[1]); print(f.name, flush=True); input()"
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert first.stdout.readline()
+    command = options(tiny | {"out_dir": tmp_path, "steps": 1, "val_interval": 0})
+    assert f"{tmp_path}: another training is at work there" in refusal(train, *command)
+    assert {path.name for path in tmp_path.rglob("*")} == {".lock", "checkpoints"}
+    first.kill()
+    first.communicate()
+    call(train, *command)
+    assert checkpoint(tmp_path)["step"] == 1
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_in_one_line_and_leaves_nothing(
+    tiny, tmp_path, refusal, little_room
+):
+    command = tiny | {"out_dir": tmp_path, "val_interval": 0}
+    call(train, *options(command | {"steps": 2}))
+    with little_room:
+        line = refusal(train, *options(command | {"steps": 3}))
+    good = f"{tmp_path}/checkpoints/step_0000002.pt"
+    assert "step_0000003.pt: cannot be written" in line
+    assert line.endswith(f"; the last good checkpoint is {good}")
+    assert list((tmp_path / "checkpoints").iterdir()) == [Path(good)] and not list(tmp_path.glob("*.part"))
+
+
+def test_what_killed_processes_left_half_written_goes_at_the_next_start(run, tiny, tmp_path):
+    again = shutil.copytree(run, tmp_path / "again")
+    leftovers = ("checkpoints/step_0000007.part", "checkpoints/step_0000007.pt.77.part", "run.json.77.part")
+    for name in (*leftovers, "song.part"):
+        (again / name).touch()
+    call(train, *options(tiny | {"out_dir": again, "steps": 6, "val_interval": 3, "eval_interval": 6}))
+    assert [path.name for path in again.rglob("*.part")] == ["song.part"]
+
+
+def test_a_run_goes_on_with_its_corpus_wherever_that_is_and_not_with_one_of_another_loudness(
+    run, tiny, tmp_path, refusal
+):
+    again = shutil.copytree(run, tmp_path / "again")
+    moved = shutil.copytree(tiny["data_dir"], tmp_path / "moved")
+    command = options(tiny | {"out_dir": again, "steps": 7, "val_interval": 0, "data_dir": moved})
+    index = json.loads((moved / "index.json").read_text())
+    quiet = index | {"mean": index["mean"] - 3.8}  # 33 dB
+    (moved / "index.json").write_text(json.dumps(quiet))
+    line = refusal(train, *command)
+    assert "step_0000006.pt: was trained on a corpus of mean" in line and f"that in {moved} has" in line
+    (moved / "index.json").write_text(json.dumps(index))
+    call(train, *command)
+    assert checkpoint(again)["step"] == 7
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can take a user id that nobody has")
+def test_a_user_id_without_a_name_and_a_home_trains(tiny, tmp_path):
+    nameless = "import os, runpy, sys; os.setresuid(54321, 0, 0); del sys.argv[0]; "
+    nameless += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    named = ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME", "TORCHINDUCTOR_CACHE_DIR")
+    knobs = tiny | {"out_dir": tmp_path, "steps": 1, "val_interval": 0, "wandb": "offline"}
+    done = subprocess.run(
+        [sys.executable, "-c", nameless, "train.py", *options(knobs)],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name not in named},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert checkpoint(tmp_path)["step"] == 1 and not (ROOT / "~").exists()
 
 
 # The course of training

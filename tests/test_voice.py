@@ -1,5 +1,6 @@
 """Voices: what each kind of name means, what is refused in one line, what stands in for the default."""
 
+import importlib.util
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from pathlib import Path
 import librosa
 import pytest
 import torch
-from conftest import start
+from conftest import ROOT, finish, start
 
 from config import UserError
 from corpora import espeak, voice
@@ -64,6 +65,39 @@ def test_a_variant_is_another_voice():
 def test_espeak_refuses_a_voice_that_it_does_not_have(name):
     """Of its own accord it speaks "en-us+zz9" as if "+zz9" were not there, and "m3" as silence."""
     assert "espeak-ng has no" in refusal_of(f"espeak:{name}")
+
+
+FAR_AWAY = """
+import sys
+sys.path.append({root!r})
+from corpora import espeak, voice
+espeak.check_voice("en-gb-x-gbcwmd+RicishayMax3")
+waves = [espeak.speak("No.", 22050), voice.synthesize("No.", 22050, {joe!r})]
+print(min(map(len, waves)), len(espeak.short_path(sys.modules["espeakng_loader"].get_data_path())))
+"""
+
+
+@pytest.mark.parametrize("length", [150, 250])
+def test_voices_that_are_installed_in_a_folder_with_a_long_path_speak(joe, tmp_path, monkeypatch, length):
+    """Of its own accord espeak-ng ends the process, from 160 characters on at once."""
+    rest = len(f"{tmp_path}//espeakng_loader/espeak-ng-data")
+    packages = tmp_path / ("x" * max(1, length - rest))
+    packages.mkdir()
+    for name in ("espeakng_loader", "piper"):
+        folder = Path(importlib.util.find_spec(name).origin).parent
+        (packages / name).symlink_to(folder)
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+    script = tmp_path / "speak.py"
+    script.write_text(FAR_AWAY.format(root=str(ROOT), joe=str(joe)))
+    samples, characters = finish(start(str(script))).split()
+    assert int(samples) > 5000 and int(characters) <= espeak.LONGEST_PATH
+
+
+def test_where_no_shorter_path_can_be_had_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)  # a system without /proc
+    folder = str(tmp_path / ("x" * 150))
+    with pytest.raises(espeak.VoiceError, match=f"{folder}: espeak-ng reads no path of more than 120"):
+        espeak.short_path(folder)
 
 
 # Piper

@@ -6,15 +6,18 @@ so it can run no code.
 """
 
 import datetime
+import filecmp
 import json
-import os
+import math
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 import torch
 import torch.nn as nn
@@ -22,29 +25,64 @@ import yaml
 
 import config as configs
 from config import Config, UserError
+from corpora.shards import atomic_write
 from device import hardware_name
 from optim import EMA
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "*.py */*.py */*.json */*.yaml */*.md assets/* pyproject.toml requirements.lock".split()
+LEFTOVER = re.compile(r"(step_\d+|.+\.\d+)\.part")  # what a process was writing when it was killed
 NOT_SOURCE = ("tests", "docs", "out", "data", ".venv")  # folders of the root
 
 
 def save_checkpoint(path: Path, state: dict, keep: int) -> None:
-    """Write atomically, then remove all but the newest `keep` checkpoints of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with open(part, "wb") as f:
+    """Write atomically, then remove all but the newest `keep` checkpoints of the folder.
+
+    raises UserError where there is no room or no right to write; then nothing has changed.
+    """
+    try:
+        with atomic_write(path) as part, open(part, "wb") as f:
+            write(state, f)
+        for old in find_checkpoints(path.parent)[:-keep]:
+            old.unlink()
+    except (UserError, OSError) as e:
+        raise UserError(f"{e}; {last_good(path.parents[1])}") from e
+
+
+def write(state: dict, f: BinaryIO) -> None:
+    try:
         torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-    for old in sorted(path.parent.glob("step_*.pt"))[:-keep]:
-        old.unlink()
+    except RuntimeError as e:  # of a write that failed torch says that it stands at a wrong place
+        raise e.__context__ or e from None
 
 
-def newest_checkpoint(out_dir: str) -> Path | None:
-    return max(Path(out_dir, "checkpoints").glob("step_*.pt"), default=None)
+def newest_checkpoint(out_dir: str | Path) -> Path | None:
+    found = find_checkpoints(Path(out_dir, "checkpoints"))
+    return found[-1] if found else None
+
+
+def last_good(out_dir: str | Path) -> str:
+    """The end of a message about a run that cannot go on."""
+    return f"the last good checkpoint is {newest_checkpoint(out_dir) or 'none yet'}"
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Those that a run wrote, by their steps; what others put beside them, as step_best.pt, is theirs."""
+    by_step = {}
+    for path in folder.glob("step_*.pt"):
+        step = path.stem.removeprefix("step_")
+        if step.isdecimal() and path.name == file_name(int(step)):
+            by_step[int(step)] = path
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def file_name(step: int) -> str:
+    return f"step_{step:07d}.pt"
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -73,8 +111,10 @@ def resume(
     if path is None:
         return 0, 0.0
     state = load_checkpoint(path)
+    corpus = statistics(network)
     load_weights(network, state["model"], str(path))
     check_unchanged(config, state["config"], str(path))
+    check_statistics(corpus, statistics(network), config.data.data_dir, str(path))
     for name, value in ema.shadow.items():
         value.copy_(state["ema"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -111,6 +151,19 @@ def check_unchanged(config: Config, saved: dict, where: str) -> None:
             raise UserError(f"{fault}, not {now!r}; choose another out_dir")
 
 
+def statistics(network: nn.Module) -> dict[str, float]:
+    """Of the corpus that a network was built for, where it has them; batches are normalised by its own."""
+    return {name: value.item() for name, value in network.named_buffers() if name in ("mean", "std")}
+
+
+def check_statistics(now: dict[str, float], then: dict[str, float], data_dir: str, where: str) -> None:
+    """raises UserError where what is trained on would not be on the scale of what is sampled."""
+    for name, value in then.items():
+        if not math.isclose(value, now[name], rel_tol=1e-4, abs_tol=1e-4):
+            fault = f"{where}: was trained on a corpus of {name} {value:.4f}"
+            raise UserError(f"{fault}, that in {data_dir} has {now[name]:.4f}; choose another out_dir")
+
+
 def load_weights(network: nn.Module, found: dict[str, torch.Tensor], where: str) -> None:
     """Load `weights`, with exact key and shape equality; raises UserError naming the first difference."""
     own = trained_weights(network)
@@ -128,6 +181,38 @@ def load_weights(network: nn.Module, found: dict[str, torch.Tensor], where: str)
     network.load_state_dict(found, strict=False)  # what is frozen stays as it was built
 
 
+# One training a folder
+
+
+def lock(out_dir: str) -> TextIO:
+    """Make the folder of a run, and keep other trainings out of it while the file that this returns is open.
+
+    The lock is the kernel's, which takes it away however this process ends; the file stays. What processes
+    that were killed left half written is removed.
+    raises UserError where another training is at work.
+    """
+    out = Path(out_dir)
+    checkpoints = out / "checkpoints"
+    make_folder(checkpoints)
+    path = out / ".lock"
+    try:
+        held = path.open("a")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); choose another out_dir") from e
+    try:
+        if fcntl:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        message = f"{out}: another training is at work there; let it end, or choose another out_dir"
+        raise UserError(message) from e
+    except OSError:
+        print(f"{out}: on a file system without locks; start no second training there", flush=True)
+    for path in [*out.glob("*.part"), *checkpoints.glob("*.part")]:
+        if LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    return held
+
+
 # The record of a run
 
 
@@ -136,7 +221,7 @@ def record_run(config: Config, dtype: str, network: nn.Module, device: torch.dev
     out = Path(config.out_dir)
     copy_source(out / "source")
     values = yaml.safe_dump(configs.to_dict(config), sort_keys=False)
-    (out / "config.yaml").write_text(values)
+    write_text(out / "config.yaml", values)
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
     run = {
@@ -154,7 +239,7 @@ def record_run(config: Config, dtype: str, network: nn.Module, device: torch.dev
     run["scores"] = {key: score._asdict() for key, score in network.scores.items()}
     for name in ("torch", "transformers", "openai-whisper", "numpy"):
         run["versions"][name] = version(name)
-    (out / "run.json").write_text(json.dumps(run, indent=1))
+    write_text(out / "run.json", json.dumps(run, indent=1))
     beside = f" beside {frozen / 1e6:.1f} M frozen ones" if frozen else ""
     print(
         f"{config.system}: {parameters / 1e6:.1f} M trained parameters{beside} "
@@ -169,8 +254,19 @@ def copy_source(folder: Path) -> None:
         for source in ROOT.glob(pattern):
             path = source.relative_to(ROOT)
             if path.parts[0] not in NOT_SOURCE:
-                make_folder(folder / path.parent)
-                shutil.copy(source, folder / path)
+                copy(source, folder / path)
+
+
+def copy(source: Path, target: Path) -> None:
+    """The content of a file, unless that is there; not that the file may be read-only."""
+    if not target.exists() or not filecmp.cmp(source, target, shallow=False):
+        with atomic_write(target) as part:
+            shutil.copyfile(source, part)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def make_folder(folder: Path) -> None:

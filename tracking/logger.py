@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from config import UserError
+from tracking import checkpoint
 
 
 class MetricsLogger:
@@ -21,16 +22,15 @@ class MetricsLogger:
         url: of a W&B server of one's own, or "".
         resume_step: later lines are dropped and the W&B run goes on; 0 begins both anew.
         """
-        out = Path(out_dir)
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / "metrics.jsonl"
+        self.out = Path(out_dir)
+        path = self.out / "metrics.jsonl"
         rows = read_lines(path) if resume_step > 0 else []
         lines = [json.dumps(row) + "\n" for row in rows if row.get("step", 0) <= resume_step]
-        atomic_write_text(path, "".join(lines))
+        checkpoint.write_text(path, "".join(lines))
         self.file = path.open("a", encoding="utf-8")  # noqa: SIM115  (open for as long as the run lasts)
         self.run = None
         if wandb_mode != "disabled":
-            self.run = start_wandb(out, config, wandb_mode, project, url, resume_step > 0)
+            self.run = start_wandb(self.out, config, wandb_mode, project, url, resume_step > 0)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """values: numbers, or strings such as a recogniser's name; NaN and infinity are null in the file."""
@@ -42,8 +42,12 @@ class MetricsLogger:
             logged[key] = value
             is_finite = not isinstance(value, float) or math.isfinite(value)
             row[key] = value if is_finite else None
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as e:
+            good = checkpoint.last_good(self.out)
+            raise UserError(f"{self.file.name}: cannot be written ({e.strerror}); {good}") from e
         if self.run:
             self.run.log(logged, step=step)
 
@@ -85,7 +89,7 @@ def start_wandb(out: Path, config: dict, mode: str, project: str, url: str, resu
     except (wandb.errors.Error, ValueError) as e:
         reason = " ".join(str(e).split())
         raise UserError(f"W&B did not start ({reason}): fix it, or --wandb offline") from e
-    atomic_write_text(out / "wandb_id", run.id + "\n")
+    checkpoint.write_text(out / "wandb_id", run.id + "\n")
     return run
 
 
@@ -100,12 +104,3 @@ def read_lines(path: Path) -> list[dict]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
-
-
-def atomic_write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)

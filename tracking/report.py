@@ -15,9 +15,9 @@ import jinja2
 import numpy as np
 
 import metric
-from config import UserError
+from config import UserError, expand_path
 from metric import Score
-from tracking import logger, plot
+from tracking import checkpoint, logger, plot
 from tracking.plot import BLUE, GREY, ORANGE, Chart, Line
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
@@ -56,7 +56,7 @@ def write_report(out_dir: str, shown: int = 8) -> Path:
     content |= {function.__name__: function for function in functions}
     template = TEMPLATE.read_text(encoding="utf-8")
     template = jinja2.Template(template, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    logger.atomic_write_text(out / "report.html", template.render(content))
+    checkpoint.write_text(out / "report.html", template.render(content))
     return out / "report.html"
 
 
@@ -77,7 +77,9 @@ def newest_evaluation(out: Path, shown: int, scores: dict[str, Score]) -> dict:
     """The newest evaluation of a run, as the template shows it: `shown` samples, and a table of all."""
     folders = {}
     for path in out.glob("eval/step_*/samples.jsonl"):
-        folders[int(path.parent.name.removeprefix("step_"))] = path.parent
+        number = path.parent.name.removeprefix("step_")
+        if number.isdecimal():  # others, as step_best, are not the run's
+            folders[int(number)] = path.parent
     if not folders:
         return {}
     step = max(folders)
@@ -299,4 +301,4 @@ def series(metrics: list[dict], key: str, scale: float = 1) -> np.ndarray:
 def main() -> None:
     if len(sys.argv) != 2:
         raise UserError("usage: python metric.py OUT_DIR")
-    print(write_report(sys.argv[1]))
+    print(write_report(expand_path(sys.argv[1])))

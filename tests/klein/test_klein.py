@@ -284,6 +284,103 @@ def test_every_layout_of_an_adapter_is_the_same_update(network, base, tmp_path, 
     assert torch.equal(by_folder(batch)["loss"], other(batch)["loss"])
 
 
+PUBLISHED = {  # Black Forest Labs' names of layers, and diffusers'; of a fused one the first of three
+    "double_blocks.0.img_attn.qkv": "transformer_blocks.0.attn.to_q",
+    "double_blocks.0.img_attn.proj": "transformer_blocks.0.attn.to_out.0",
+    "double_blocks.0.img_mlp.0": "transformer_blocks.0.ff.linear_in",
+    "double_blocks.0.txt_attn.qkv": "transformer_blocks.0.attn.add_q_proj",
+    "double_blocks.0.txt_attn.proj": "transformer_blocks.0.attn.to_add_out",
+    "double_blocks.0.txt_mlp.2": "transformer_blocks.0.ff_context.linear_out",
+    "single_blocks.0.linear1": "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+    "single_blocks.1.linear2": "single_transformer_blocks.1.attn.to_out",
+    "img_in": "x_embedder",
+    "final_layer.linear": "proj_out",
+}
+
+
+def publish(network, prefix, a=".lora_A.weight", b=".lora_B.weight", alpha=0.0, own_ranks=False):
+    """A file of random layers by the published names; own_ranks: Q, K and V have two of the six each."""
+    generator = torch.Generator().manual_seed(4)
+    tensors = {}
+    for name, path in PUBLISHED.items():
+        rows, columns = network.transformer.get_submodule(path).weight.shape
+        parts = [torch.randn(rows, 6, generator=generator) / 8 for _ in range(3 if "qkv" in name else 1)]
+        B = torch.cat(parts)
+        if own_ranks and "qkv" in name:
+            B = torch.block_diag(*(part[:, :2] for part in parts))
+        layer = prefix + (name.replace(".", "_") if prefix == "lora_unet_" else name)
+        tensors |= {layer + a: torch.randn(6, columns, generator=generator) / 8, layer + b: B}
+        if alpha:
+            tensors[f"{layer}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def updates(network):
+    return {path: lora.scale * lora.B @ lora.A for path, lora in lora_layers(network.transformer).items()}
+
+
+KOHYA = {"prefix": "lora_unet_", "a": ".lora_down.weight", "b": ".lora_up.weight"}
+LAYOUTS = {
+    "ai-toolkit": {"prefix": "diffusion_model."},
+    "peft": {"prefix": "base_model.model."},
+    "kohya": KOHYA,
+    "kohya, alpha": KOHYA | {"alpha": 2.0},
+    "kohya, Q, K and V of their own": KOHYA | {"alpha": 9.0, "own_ranks": True},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_names_and_fused_layers_are_read_and_paint_as_in_diffusers(base, pipe, tmp_path, layout):
+    from peft.tuners.lora import LoraLayer
+
+    network = make(base=base)
+    plain = paint(network)
+    save_file(publish(network, **LAYOUTS[layout]), tmp_path / "any name.safetensors")
+    network.load_adapter(str(tmp_path))
+    pipe.load_lora_weights(tmp_path, adapter_name="other")
+    wanted = {}
+    for path, module in pipe.transformer.named_modules():
+        if isinstance(module, LoraLayer):
+            wanted[path] = module.get_delta_weight("other")
+    assert len(wanted) == len(PUBLISHED) + 4
+    same(updates(network), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(paint_in_diffusers(pipe), paint(network), rtol=0, atol=1e-5)
+    assert (paint(network) - plain).abs().mean() > 0.02
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"prefix": ""},
+        {"prefix": "transformer."},
+        {"prefix": "diffusion_model.", "a": ".lora_A.default.weight", "b": ".lora_B.default.weight"},
+        {"prefix": "diffusion_model.", "a": ".lora_down.weight", "b": ".lora_up.weight", "alpha": 6.0},
+    ],
+    ids=["no prefix", "diffusers' prefix", "an adapter's name", "kohya's endings"],
+)
+def test_prefix_and_endings_of_published_names_do_not_matter(base, tmp_path, layout):
+    network, other = make(base=base), make(base=base)
+    save_file(publish(network, "diffusion_model."), tmp_path / "a.safetensors")
+    network.load_adapter(str(tmp_path / "a.safetensors"))
+    save_file(publish(other, **layout), tmp_path / "b.safetensors")
+    other.load_adapter(str(tmp_path / "b.safetensors"))
+    same(updates(other), updates(network), rtol=0, atol=0)
+
+
+def test_of_several_adapters_in_a_folder_the_usual_name_is_taken_or_the_choice_is_asked_for(
+    network, folder, base
+):
+    (folder / "optimizer.safetensors").write_bytes(b"")
+    other = make(base=base)
+    other.load_adapter(str(folder))
+    assert torch.equal(paint(other), paint(network))
+    (folder / adapter.LORA_WEIGHTS).rename(folder / "mine.safetensors")
+    unchanged_by_refusal(other, folder, "give one of its files: comfyui.safetensors, mine.safetensors")
+    (folder / "comfyui.safetensors").unlink()
+    other.load_adapter(str(folder))
+    assert torch.equal(paint(other), paint(network))
+
+
 def test_an_exported_adapter_loads_with_its_text_encoder_and_paints_bit_for_bit_the_same(
     network, folder, base
 ):
@@ -408,9 +505,30 @@ def renamed(tensors, old, new):
 
 FIRST = "transformer.transformer_blocks.0.attn.to_q"
 DAMAGES = {
-    "no prefix": (
-        lambda t: {key.removeprefix("transformer."): value for key, value in t.items()},
-        "no tensor of an adapter",
+    "no ending": (lambda t: t | {f"{FIRST}.weight": torch.zeros(32, 32)}, "no tensor of an adapter"),
+    "two adapters": (
+        lambda t: t | {f"{FIRST}.lora_A.two.weight": torch.zeros(4, 32)},
+        "under another name too",
+    ),
+    "kohya's name of nothing": (
+        lambda t: t | renamed(t, "transformer.transformer_blocks.0.attn.to_q", "lora_unet_to_q"),
+        "no linear layer lora_unet_to_q",
+    ),
+    "a block that nobody has": (
+        lambda t: t | renamed(t, "transformer_blocks.0.attn.to_q", "double_blocks.999999999.img_attn.qkv"),
+        "another network",
+    ),
+    "nan": (
+        lambda t: t | {f"{FIRST}.lora_B.weight": torch.full((32, 4), math.nan)},
+        rf"{adapter.LORA_WEIGHTS}: {FIRST}.lora_B.weight is not finite",
+    ),
+    "infinity in half precision": (
+        lambda t: t | {f"{FIRST}.lora_A.weight": torch.full((4, 32), 1e9).half()},
+        rf"{adapter.LORA_WEIGHTS}: {FIRST}.lora_A.weight is not finite",
+    ),
+    "an alpha of nan": (
+        lambda t: t | {f"{FIRST}.alpha": torch.tensor(math.nan)},
+        rf"{adapter.LORA_WEIGHTS}: {FIRST}.alpha is not finite",
     ),
     "B missing": (lambda t: without(t, f"{FIRST}.lora_B.weight"), "half an adapter"),
     "A missing": (lambda t: without(t, f"{FIRST}.lora_A.weight"), "half an adapter"),
@@ -449,6 +567,7 @@ def test_what_is_no_adapter_of_this_network_is_refused_and_changes_nothing(netwo
         ("truncated", "not a safetensors file"),
         ("text", "not a safetensors file"),
         ("settings", "settings"),
+        ("an alpha of nan", "alpha"),
         ("missing", "no such file"),
         ("text encoder of another size", "another size"),
         ("text encoder's settings", "settings"),
@@ -463,8 +582,11 @@ def test_a_damaged_file_is_refused_and_changes_nothing(network, folder, what, me
         weights.write_text("version https://git-lfs.github.com/spec/v1")
     elif what == "settings":
         save_file(load_file(weights), weights, {"lora_adapter_metadata": "[1]"})
+    elif what == "an alpha of nan":
+        save_file(load_file(weights), weights, {"lora_adapter_metadata": '{"transformer.lora_alpha": NaN}'})
     elif what == "missing":
         weights.unlink()
+        (folder / "comfyui.safetensors").unlink()
     elif what == "text encoder of another size":
         tensors = load_file(text / adapter.PEFT_WEIGHTS)
         key = next(key for key in tensors if "lora_B" in key)

@@ -279,6 +279,27 @@ def test_encode_and_decode_give_the_sound_back_at_its_loudness_and_length(tmp_pa
     assert "513 of 513 frequencies, on 768 x 768" in capsys.readouterr().out
 
 
+def test_a_tilde_is_the_home_folder_of_a_sound_and_of_its_picture(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    audio.save_wav("a.wav", 0.1 * torch.randn(8000), 16000)
+    call(picture_module, "encode", "~/a.wav", "~/b.png")
+    assert (tmp_path / "b.png").exists() and not (tmp_path / "~").exists()
+
+
+def test_without_a_target_nothing_that_exists_is_overwritten(tmp_path, clip, refusal):
+    audio.save_wav(tmp_path / "a.wav", clip, 16000)
+    call(picture_module, "encode", f"{tmp_path}/a.wav")
+    call(picture_module, "decode", f"{tmp_path}/a.png")
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert files.keys() == {"a.wav", "a.png", "a.decoded.wav"}
+    assert "a.png: there already" in refusal(picture_module, "encode", f"{tmp_path}/a.wav", "--seconds=1")
+    assert "a.decoded.wav: there already" in refusal(picture_module, "decode", f"{tmp_path}/a.png")
+    assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    call(picture_module, "encode", f"{tmp_path}/a.wav", f"{tmp_path}/a.png", "--seconds=1")  # it was named
+    assert (tmp_path / "a.png").read_bytes() != files["a.png"]
+
+
 # the last: 1001 hops, and as a float a little less
 @pytest.mark.parametrize("seconds", [0.1, 4.35, 16.016])
 def test_a_sound_of_any_length_gets_a_canvas_as_wide_as_it_needs(tmp_path, seconds):
@@ -306,13 +327,13 @@ def test_a_picture_without_parameters_is_decoded_by_the_cards_or_by_those_given(
     )
     bare.save(tmp_path / "bare.png")
     call(picture_module, "decode", f"{tmp_path}/bare.png")
-    wave = audio.load_wav(tmp_path / "bare.wav", 16000)
+    wave = audio.load_wav(tmp_path / "bare.decoded.wav", 16000)
     x, y = (
         picture_module.spectrogram_db(fit(clip, CARD), CARD)[:, :200],
         picture_module.spectrogram_db(wave, CARD)[:, :200],
     )
     assert len(wave) == 255 * 256 and wave.abs().max() > 0.8 and (x - y).abs().mean() < 2
-    call(picture_module, "decode", f"{tmp_path}/bare.png", "--seconds=1", "--hop=128")
+    call(picture_module, "decode", f"{tmp_path}/bare.png", f"{tmp_path}/bare.wav", "--seconds=1", "--hop=128")
     assert len(audio.load_wav(tmp_path / "bare.wav", 16000)) == 16000
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import device
+from config import UserError
 from speech2image import diffusion
 
 CASES = [(6, 12, 0.99999), (6, 12, 0.9), (3, 5, 0.5)]  # K, T, gamma_T
@@ -133,6 +134,12 @@ def test_sampling_with_the_true_p0_gives_the_true_distribution():
         u = torch.rand(steps + 1, 1, n, generator=torch.Generator().manual_seed(6))
         made = process.sample(network, u)
         assert torch.allclose(torch.bincount(made[0], minlength=4) / n, prior, atol=0.01)
+
+
+def test_codes_of_probabilities_that_are_no_numbers_are_an_error():
+    process = diffusion.MaskAndReplaceDiffusion(4, 10, 0.9)
+    with pytest.raises(UserError, match="not finite"):
+        process.sample(lambda x_t, t: torch.full((1, 8, 4), torch.nan), torch.rand(4, 1, 8))
 
 
 def test_on_metal_the_posterior_stands_float32():
