@@ -121,8 +121,9 @@ class TextToSpeech(System):
     ) -> Tensor:
         """Packed log-mels as the network sees them, (B, T, M) float32: with silence, then 0."""
         positions = torch.arange(log_mel.shape[1], device=log_mel.device)
-        in_clip = positions < frames[:, None]  # (B, T)
-        x = log_mel.float().where(in_clip[:, :, None], math.log(audio.LOG_FLOOR))
+        behind_clip = positions >= frames[:, None]  # (B, T)
+        silence = math.log(audio.LOG_FLOOR)
+        x = log_mel.float().masked_fill(behind_clip[:, :, None], silence)
         x = audio.normalise(x, self.mean, self.std)
         return x.masked_fill(~x_mask[:, :, None], 0)
 
