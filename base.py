@@ -82,7 +82,10 @@ class Corpus(Protocol):
 
 
 class Batches(Protocol):
-    """Dicts of CPU tensors, in which all that is random is drawn; t (B,) and frames (B,) are in each."""
+    """Dicts of CPU tensors, in which all that is random is drawn; t (B,) and frames (B,) are in each.
+
+    What is stored as float16 may come as that: half to copy, and `System.forward` makes float32 of it.
+    """
 
     def train(self, step: int, micro: int = 0) -> dict[str, Tensor]:
         """This rank's part of a micro-batch: a function of (config.seed, step, micro, rank)."""

@@ -124,7 +124,8 @@ class Data:
     # train, validate and sample on this many clips only; 0 = the corpus's own split
     overfit: Whole = 0
     max_seconds: Positive = 20.0  # longer clips are left out
-    workers: Whole = 2  # batches collated ahead, and processes that pack
+    # batches collated ahead, and processes that pack; 0 = as many as there are cores for
+    workers: Whole = 0
 
     download: ClassVar[bool] = False  # read by all systems, knobs of those only that make them fields
     align: ClassVar[str] = ""
@@ -267,8 +268,9 @@ class Config:
 class TTSData(SpeechData):
     silence_prob: Share = 0.0  # chance that silence is appended to a training clip
     max_silence_sec: NonNegative = 0.0
-    # frames: batches are padded to a multiple, so torch.compile meets few shapes
+    # frames: batches are padded to a multiple, so torch.compile and cuDNN meet few shapes
     pad_multiple: Count = 16
+    text_multiple: Count = 8  # as pad_multiple, of bytes
 
 
 @section

@@ -6,6 +6,7 @@ order is a function of the step. So resume is bitwise, and two ranks are one pro
 """
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +53,7 @@ class ShardedCorpus:
                     f"pack again, which makes it anew: {PREPARE_HINT}"
                 )
             _, shard_clips, frames = shard
-            self.shards.append(frames)
+            self.shards.append(np.asarray(frames))  # a slice of np.memmap takes longer than of an array
             clips += shard_clips
         self.splits = {split: [] for split in SPLITS}
         for number, clip in enumerate(clips):
@@ -67,10 +68,13 @@ class ShardedCorpus:
         """The clips of train | val | test in the corpus's order; data.overfit: the first of all clips."""
         return self.splits[split]
 
+    def packed_frames(self, clip: Clip) -> np.ndarray:
+        """(T, M) as packed, float16, or int16 of waves: mapped from disk, to be read only."""
+        return self.shards[clip.shard][clip.offset : clip.offset + clip.frames]
+
     def frames(self, clip: Clip) -> Tensor:
         """(T, M) float32."""
-        frames = self.shards[clip.shard][clip.offset : clip.offset + clip.frames]
-        return torch.from_numpy(frames.astype(np.float32))
+        return torch.from_numpy(self.packed_frames(clip).astype(np.float32))
 
     def wave(self, clip: Clip) -> Tensor:
         """(N,) float32 at `rate` Hz, where the frames are samples."""
@@ -103,7 +107,7 @@ class Corpus(ShardedCorpus):
 
 
 class Batches:
-    """The clips of a corpus as batches, dicts of CPU tensors.
+    """The clips of a corpus as batches, dicts of CPU tensors; what is stored as float16 stays that.
 
     A subclass has `row(clip, rng, t=None)`, a clip and all that is drawn for it, and `collate(rows)`.
     """
@@ -167,10 +171,12 @@ class Batches:
 class SpeechBatches(Batches):
     """Log-mels and the ids of their texts.
 
-    x, noise (B, T, M): 0 where x_mask (B, T) is False; T is a multiple of data.pad_multiple
+    x (B, T, M) float16: the log-mel as it is packed, not normalised; 0 behind the clip
+    noise (B, T, M): 0 where x_mask (B, T) is False, behind the clip and the silence appended to it
+    T is a multiple of data.pad_multiple
     t (B,)
-    ids (B, S) int64, text_mask (B, S): S is a multiple of 8
-    features (B, S, E): of the ids, only where the text encoder is frozen
+    ids (B, S) int64, text_mask (B, S): S is a multiple of data.text_multiple
+    features (B, S, E) float16: of the ids, only where the text encoder is frozen
     text_dropped (B,): rows that have the ids of "" instead of their text
     frames (B,): length of the clip, without the silence appended to it
     number (B,): of the clip
@@ -181,25 +187,29 @@ class SpeechBatches(Batches):
         self.features = None
         if config.model.text_encoder != "scratch":
             self.features = open_text_features(config, corpus)
-        # the first call sets the tokenizer's options: not thread-safe
-        text_encoder.tokenize(tokenizer, [""])
+        self.token_ids = functools.cache(self.tokenize)
+        self.tokenize("")  # the first call sets the tokenizer's options: not thread-safe
+
+    def tokenize(self, text: str) -> np.ndarray:
+        """(S,) int64."""
+        ids = text_encoder.tokenize(self.tokenizer, [text])[0]
+        return np.array(ids)
 
     def row(self, clip: Clip, rng: np.random.Generator, t: float | None = None) -> dict:
-        """A clip and all that is drawn for it.
+        """A clip and what is drawn for it, but for the noise: that is drawn from `rng`, last, in `collate`.
 
         t: for validation, where the text is kept and no silence appended; None = drawn.
         """
-        x = self.corpus.log_mel(clip)
         dropped = False
+        silence = 0  # frames
         if t is None:
             dropped = rng.random() < self.config.flow.text_condition_dropout
-            x = self.append_silence(x, rng)
+            silence = self.draw_silence(rng)
             t = self.sample_time(rng)
-        # drawn last, so that padding changes nothing
-        noise = rng.standard_normal(tuple(x.shape), dtype=np.float32)
         return {
-            "x": audio.normalise(x, self.corpus.mean, self.corpus.std),
-            "noise": torch.from_numpy(noise),
+            "clip": clip,
+            "rng": rng,
+            "length": clip.frames + silence,
             "t": t,
             "frames": clip.frames,
             "number": clip.number,
@@ -207,43 +217,48 @@ class SpeechBatches(Batches):
             "text": "" if dropped else clip.text,
         }
 
-    def append_silence(self, x: Tensor, rng: np.random.Generator) -> Tensor:
-        """With a chance of silence_prob, append up to max_silence_sec to the log-mel (T, M)."""
+    def draw_silence(self, rng: np.random.Generator) -> int:
+        """With a chance of silence_prob, up to max_silence_sec, in frames."""
         c = self.config.data
         mel = self.config.mel
         chosen = rng.random() < c.silence_prob
         seconds = chosen * rng.random() * c.max_silence_sec
-        frames = int(seconds * mel.sample_rate / mel.hop)
-        floor = math.log(audio.LOG_FLOOR)
-        silence = torch.full((frames, mel.n_mels), floor)
-        return torch.cat([x, silence])
+        return int(seconds * mel.sample_rate / mel.hop)
 
     def collate(self, rows: list[dict]) -> Batch:
+        """Fills arrays of the whole batch row by row: NumPy lets other threads go on while it does."""
         batch = {}
         for key in ("t", "frames", "number", "text_dropped"):
             values = [row[key] for row in rows]
             batch[key] = torch.tensor(values)
 
-        multiple = self.config.data.pad_multiple
-        x = [row["x"] for row in rows]
-        noise = [row["noise"] for row in rows]
-        batch["x"], batch["x_mask"] = pad(x, multiple)
-        batch["noise"], _ = pad(noise, multiple)
+        lengths = [row["length"] for row in rows]
+        batch["x_mask"] = length_mask(lengths, self.config.data.pad_multiple)
+        shape = (*batch["x_mask"].shape, self.config.mel.n_mels)
+        x = np.zeros(shape, np.float16)
+        noise = np.zeros(shape, np.float32)
+        for n, row in enumerate(rows):
+            clip = row["clip"]
+            x[n, : clip.frames] = self.corpus.packed_frames(clip)
+            # drawn last, so that padding changes nothing
+            row["rng"].standard_normal(dtype=np.float32, out=noise[n, : row["length"]])
+        batch["x"] = torch.from_numpy(x)
+        batch["noise"] = torch.from_numpy(noise)
 
+        multiple = self.config.data.text_multiple
         texts = [row["text"] for row in rows]
-        ids = text_encoder.tokenize(self.tokenizer, texts)
-        ids = [torch.tensor(row) for row in ids]
-        batch["ids"], batch["text_mask"] = pad(ids, 8)
+        ids = [self.token_ids(text) for text in texts]
+        batch["ids"], batch["text_mask"] = pad(ids, multiple)
         if self.features:
             features = [self.features(text) for text in texts]
-            batch["features"], _ = pad(features, 8)
+            batch["features"], _ = pad(features, multiple)
         return batch
 
 
-def open_text_features(config: Config, corpus: Corpus) -> Callable[[str], Tensor]:
-    """The frozen text encoder's cached features: a function from a text of the corpus, or "", to (S, E)."""
+def open_text_features(config: Config, corpus: Corpus) -> Callable[[str], np.ndarray]:
+    """The frozen text encoder's cached features: from a text of the corpus, or "", to (S, E) float16."""
     path, texts = text_features_file(config, corpus)
-    read = shards.open_features(path, PREPARE_HINT)
+    read = shards.map_features(path, PREPARE_HINT)
     numbers = {text: number for number, text in enumerate(texts)}
     return lambda text: read(numbers[text])
 
@@ -260,15 +275,23 @@ def text_features_file(config: Config, corpus: Corpus) -> tuple[Path, list[str]]
 
 
 def length_bucketed_batch(lengths: np.ndarray, step: int, batch_size: int, seed: int) -> np.ndarray:
-    """The clips of the global batch of a step: indices (batch_size,), shortest first; a pure function.
+    """The clips of the global batch of a step: indices (batch_size,), shortest first; a pure function."""
+    steps = math.ceil(len(lengths) / batch_size)  # per epoch
+    epoch, position = divmod(step, steps)
+    chosen = bucketed_epoch(lengths, epoch, batch_size, seed)[position]
+    by_length = np.argsort(lengths[chosen], kind="stable")
+    return chosen[by_length]
+
+
+def bucketed_epoch(lengths: np.ndarray, epoch: int, batch_size: int, seed: int) -> np.ndarray:
+    """The clips of all batches of an epoch: indices (steps, batch_size).
 
     An epoch shows every clip once: sorted by length, with 2 % of jitter, so that neighbours need little
     padding and still differ from epoch to epoch, cut into batches, and these shuffled. The last batch is
     filled up with clips that are shown again.
     """
     count = len(lengths)
-    steps = math.ceil(count / batch_size)  # per epoch
-    epoch, position = divmod(step, steps)
+    steps = math.ceil(count / batch_size)
     rng = np.random.default_rng((seed, ORDER, epoch))
     clips = rng.permutation(count)
     clips = np.resize(clips, steps * batch_size)
@@ -276,9 +299,7 @@ def length_bucketed_batch(lengths: np.ndarray, step: int, batch_size: int, seed:
     order = np.argsort(lengths[clips] * jitter)
     batches = clips[order].reshape(steps, batch_size)
     batch_order = rng.permutation(steps)
-    chosen = batches[batch_order[position]]
-    by_length = np.argsort(lengths[chosen], kind="stable")
-    return chosen[by_length]
+    return batches[batch_order]
 
 
 def low_discrepancy_time(number: int) -> float:
@@ -287,19 +308,20 @@ def low_discrepancy_time(number: int) -> float:
     return min(max(time, 0.001), 0.999)
 
 
-def pad(rows: list[Tensor], multiple: int) -> tuple[Tensor, Tensor]:
-    """Tensors (N, ...) -> (B, N', ...) filled up with 0, N' a multiple; and the mask (B, N')."""
-    count = len(rows)
-    longest = max(len(row) for row in rows)
-    size = math.ceil(longest / multiple) * multiple
-    width = rows[0].shape[1:]
-    padded = rows[0].new_zeros(count, size, *width)  # (B, N', ...)
-    mask = torch.zeros(count, size, dtype=torch.bool)  # (B, N')
-    for n, row in enumerate(rows):
-        length = len(row)
-        padded[n, :length] = row
-        mask[n, :length] = True
-    return padded, mask
+def pad(rows: list[Tensor] | list[np.ndarray], multiple: int) -> tuple[Tensor, Tensor]:
+    """Rows (N, ...) on the CPU -> (B, N', ...) filled up with 0, N' a multiple; and the mask (B, N')."""
+    arrays = [np.asarray(row) for row in rows]
+    mask = length_mask([len(array) for array in arrays], multiple)
+    padded = np.zeros((*mask.shape, *arrays[0].shape[1:]), arrays[0].dtype)  # (B, N', ...)
+    for row, array in zip(padded, arrays):
+        row[: len(array)] = array
+    return torch.from_numpy(padded), mask
+
+
+def length_mask(lengths: list[int], multiple: int) -> Tensor:
+    """(B, N'), True where a row of that length is; N' is the longest, rounded up to a multiple."""
+    size = math.ceil(max(lengths) / multiple) * multiple
+    return torch.arange(size) < torch.tensor(lengths)[:, None]
 
 
 def prefetch(make: Callable, steps: Iterable[int], workers: int) -> Iterator:

@@ -83,6 +83,19 @@ def time_matmul(dtype: torch.dtype) -> float:
     return min(times)
 
 
+def worker_count(wanted: int) -> int:
+    """data.workers, or, where that is 0, the cores that this process may use, shared with torchrun's others.
+
+    At most 8: a rank's network takes in no more, and each worker holds a batch.
+    """
+    if wanted:
+        return wanted
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it: cores given by taskset, SLURM, ...
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(max(1, cores // ranks), 8)
+
+
 def hardware_name(device: torch.device, world: int) -> str:
     """How runs name what they ran on."""
     if device.type == "cuda":

@@ -28,7 +28,7 @@ import metric
 import optim
 import system
 from config import Config, UserError
-from device import move, pick_device
+from device import move, pick_device, worker_count
 from entry import run_main
 from tracking import checkpoint, logger, report
 
@@ -65,7 +65,9 @@ def main() -> None:
 
     micro_steps = range(start * train.grad_accum, train.steps * train.grad_accum)
     stream = data.prefetch(
-        lambda i: batches.train(*divmod(i, train.grad_accum)), micro_steps, config.data.workers
+        lambda i: pinned(batches.train(*divmod(i, train.grad_accum)), device),
+        micro_steps,
+        worker_count(config.data.workers),
     )
     step = start
     last_step = step >= train.steps or 0 < train.max_minutes <= seconds / 60
@@ -203,6 +205,13 @@ def catch_signals() -> threading.Event:
     if signal.getsignal(hangup) != signal.SIG_IGN:
         signal.signal(hangup, handle)
     return stop
+
+
+def pinned(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """In memory that a GPU copies from by itself, while the network computes; on other devices as it is."""
+    if device.type != "cuda":
+        return batch
+    return {name: value.pin_memory() for name, value in batch.items()}
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

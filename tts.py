@@ -77,17 +77,18 @@ class TextToSpeech(System):
 
         returns: loss, flow_loss, duration_loss, scalars; flow_loss_per_clip (B,).
         """
-        x = batch["x"]  # (B, T, M)
         noise = batch["noise"]  # (B, T, M)
         t = batch["t"]  # (B,)
         frames = batch["frames"]  # (B,)
         x_mask = batch["x_mask"]  # (B, T)
+        x = self.normalise(batch["x"], frames, x_mask)  # (B, T, M)
         text_mask = batch["text_mask"]  # (B, S)
         flow_config = self.config.flow
 
         # text to one vector and one duration a byte; a frozen encoder's features come cached, in the batch
-        features = batch.get("features")  # (B, S, E)
-        if features is None:
+        if "features" in batch:
+            features = batch["features"].float()  # (B, S, E)
+        else:
             features = self.text_encoder(batch["ids"], text_mask)
         text, durations = self.text(features, text_mask)  # (B, S, D), (B, S)
 
@@ -111,6 +112,20 @@ class TextToSpeech(System):
             "duration_loss": duration_loss,
             "flow_loss_per_clip": flow_loss.detach(),
         }
+
+    def normalise(
+        self,
+        log_mel: Tensor,  # (B, T, M)
+        frames: Tensor,  # (B,): where the clip ends
+        x_mask: Tensor,  # (B, T): and where the silence after it does
+    ) -> Tensor:
+        """Packed log-mels as the network sees them, (B, T, M) float32: with silence, then 0."""
+        positions = torch.arange(log_mel.shape[1], device=log_mel.device)
+        behind_clip = positions >= frames[:, None]  # (B, T)
+        silence = math.log(audio.LOG_FLOOR)
+        x = log_mel.float().masked_fill(behind_clip[:, :, None], silence)
+        x = audio.normalise(x, self.mean, self.std)
+        return x.masked_fill(~x_mask[:, :, None], 0)
 
     def align(
         self,

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from config import Config, UserError
 from corpora.espeak import VoiceError
+from device import worker_count
 
 FORMAT_VERSION = 2  # of the packed folder's file format
 CLIPS_PER_SHARD = 512
@@ -76,6 +77,7 @@ def pack(
     skipped: lines about what could not become a clip.
     format: of the frames; who opens the folder must ask for the same.
     read: a clip's frames (T, M); None: it is too long, which is counted; an error: it is skipped, by name.
+    workers: processes; 0: see `device.worker_count`.
     strict: no index where anything was skipped.
     share: (i, n), every n-th shard from the i-th.
     """
@@ -102,7 +104,7 @@ def pack(
     with atomic_write(out / "plan") as part:  # fails before any work where the folder cannot be written to
         part.write_text(fingerprint)
     write = functools.partial(pack_shard, out, fingerprint, read)
-    processes = max(1, min(workers, len(missing)))
+    processes = max(1, min(worker_count(workers), len(missing)))
     with (
         ProcessPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         tqdm(total=missing_clips, unit="clip", disable=None) as bar,
@@ -308,14 +310,13 @@ def open_unfinished(path: Path, length: int, width: int | None) -> np.ndarray | 
 
 
 def create_unfinished(path: Path, shape: tuple[int, int], what: str) -> np.ndarray:
-    """A new cache to write to; raises UserError where the disk has no room for it."""
+    """A new cache to write to, its size told; raises UserError where the disk has no room for it."""
     needed = 2 * shape[0] * shape[1]  # bytes
     free = shutil.disk_usage(path.parent).free
+    sizes = f"{what} need {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left"
     if needed > free:
-        raise UserError(
-            f"{path.with_suffix('.npy')}: {what} need {needed / 1e9:.1f} GB, "
-            f"the disk has {free / 1e9:.1f} GB left"
-        )
+        raise UserError(f"{path.with_suffix('.npy')}: {sizes}; make room, or take another data.data_dir")
+    print(f"{path.parent}/: {sizes}", flush=True)
     return np.lib.format.open_memmap(path, "w+", "<f2", shape)
 
 
@@ -327,19 +328,25 @@ def check_features(rows: np.ndarray, length: int, width: int | None, what: str) 
 
 
 def open_features(path: Path, hint: str) -> Callable[[int], torch.Tensor]:
-    """Open a feature cache: a function from an item's number to its rows (S, D), float32.
+    """As `map_features`, of copies in memory."""
+    rows = map_features(path, hint)
+    return lambda number: torch.from_numpy(rows(number).copy())
+
+
+def map_features(path: Path, hint: str) -> Callable[[int], np.ndarray]:
+    """Open a feature cache: a function from an item's number to its rows (S, D), float16, to be read only.
 
     raises UserError, which ends with `hint`, where it is missing or damaged.
     """
     try:
         spans = np.load(path.with_suffix(".spans.npy"))
-        values = np.load(path, mmap_mode="r")
+        values = np.asarray(np.load(path, mmap_mode="r"))
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{path}: missing, or damaged and to be deleted; {hint}") from e
 
-    def rows(number: int) -> torch.Tensor:
+    def rows(number: int) -> np.ndarray:
         start, stop = spans[number]
-        return torch.from_numpy(values[start:stop].astype(np.float32))
+        return values[start:stop]
 
     return rows
 

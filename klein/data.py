@@ -44,9 +44,9 @@ def wave_format(picture: Picture) -> dict:
 class PictureBatches(Batches):
     """Batches of cached latents and text features.
 
-    x, noise (B, N, C); x_mask (B, N): tokens that show the spectrogram, not the rest of the canvas; t (B,);
-    frames (B,); number (B,) of the clip; text (B, S, D), the cached features, or, where the text encoder is
-    trained, ids, text_mask (B, S).
+    x (B, N, C) float16; noise (B, N, C); x_mask (B, N): tokens that show the spectrogram, not the rest of
+    the canvas; t (B,); frames (B,); number (B,) of the clip; text (B, S, D) float16, the cached features,
+    or, where the text encoder is trained, ids, text_mask (B, S).
     """
 
     def __init__(self, config: Config, corpus: WaveCorpus, tokenizer, rank: int = 0, world: int = 1):

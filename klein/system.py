@@ -94,11 +94,12 @@ class Spectrogram(System):
 
         returns: loss, flow_loss, scalars; flow_loss_per_clip (B,).
         """
-        x = batch["x"]  # (B, N, C)
+        x = batch["x"].float()  # (B, N, C)
         noise = batch["noise"]  # (B, N, C)
         t = batch["t"]  # (B,)
-        text = batch.get("text")  # (B, S, D)
-        if text is None:
+        if "text" in batch:
+            text = batch["text"].float()  # (B, S, D)
+        else:
             text = self.trained_text_encoder(batch["ids"], batch["text_mask"])
         x_t = flow.interpolate(x, noise, t)
         v = self.velocity(x_t, t, text)  # (B, N, C)

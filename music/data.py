@@ -58,7 +58,7 @@ class MusicBatches(Batches):
     """x, noise (B, N, C); t (B,); frames (B,): of a crop; number (B,): of the clip; text_mask (B, S).
 
     Beside them text (B, S, D), cached features, or ids (B, S) where the text encoder is trained; and vector
-    (B, V), unless it is pooled from the features. S is a multiple of 8.
+    (B, V), unless it is pooled from the features. S is a multiple of 8; what is cached is float16.
     """
 
     def __init__(self, config: Config, corpus: MusicCorpus, tokenizer, rank: int = 0, world: int = 1):
@@ -96,7 +96,7 @@ class MusicBatches(Batches):
         """Mean and standard deviation (N, C) of the tokens of a random crop; with a VAE, of a cached one."""
         if "latents" not in self.cached:
             return self.codec.encode_crop(self.corpus.wave(clip), rng)
-        latents = self.cached["latents"](clip)
+        latents = self.cached["latents"](clip).float()
         crops = latents.unflatten(0, (self.config.music.crops, -1))  # (crops, N, 2 C)
         chosen = rng.integers(len(crops))
         return crops[chosen].chunk(2, -1)
@@ -212,7 +212,7 @@ def fill_cache(path: Path, items: list, lengths: list[int], encode: Callable, na
 
 
 def open_cache(path: Path, items: list) -> Callable:
-    """What `fill_cache` wrote: a function from an item to its rows (S, D), float32."""
+    """What `fill_cache` wrote: a function from an item to its rows (S, D), float16."""
     rows = shards.open_features(path, shards.PREPARE_HINT)
     numbers = {item: n for n, item in enumerate(items)}
     return lambda item: rows(numbers[item])

@@ -109,8 +109,8 @@ class Music(System):
         The mask is left out where all of the text is attended to.
         """
         mask = batch["text_mask"]
-        text = batch["text"] if "text" in batch else self.trained_text_encoder(batch["ids"], mask)
-        vector = batch["vector"] if "vector" in batch else masked_mean(text, mask)
+        text = batch["text"].float() if "text" in batch else self.trained_text_encoder(batch["ids"], mask)
+        vector = batch["vector"].float() if "vector" in batch else masked_mean(text, mask)
         size = self.transformer.size
         text_width = text.shape[-1]
         vector_width = vector.shape[-1]

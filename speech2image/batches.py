@@ -125,7 +125,7 @@ class ImageBatches(AlignBatches):
             "t": t,
             "dropped": dropped,
             "frames": clip.frames,
-            "embedding": self.embeddings(clip.number)[0],
+            "embedding": self.embeddings(clip.number)[0].float(),
         }
 
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ def check_stage1(corpus: SpokenImageCorpus) -> None:
     labels = np.array(labels)
     gallery, first = np.unique(numbers, return_index=True)
     pictures = [corpus.image_embedding_by_number(n) for n in gallery]
-    similarity = torch.cat(speech) @ torch.cat(pictures).T
+    similarity = torch.cat(speech).float() @ torch.cat(pictures).T
     gallery_labels = labels[first]
     right = labels[:, None] == gallery_labels
     recall = metric.recall_at_k(similarity.numpy(), right, 1)

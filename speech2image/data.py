@@ -87,7 +87,8 @@ class SpokenImageCorpus(data.ShardedCorpus):
     def image_embedding_by_number(self) -> Callable[[int], Tensor]:
         """From the number of a picture to its image embedding (1, D)."""
         path = image_embeddings_file(self)
-        return shards.open_features(path, shards.PREPARE_HINT)
+        rows = shards.open_features(path, shards.PREPARE_HINT)
+        return lambda number: rows(number).float()
 
     @functools.cached_property
     def train_embeddings(self) -> Tensor:

@@ -34,6 +34,7 @@ ROOMS = [
     ["system"],
     ["evaluator"],
     ["train", "sample"],
+    ["bench"],
 ]
 LEVEL = {}
 for level, rooms in enumerate(ROOMS):
@@ -168,7 +169,7 @@ def copy_of_the_tree(folder: Path) -> Path:
     for path in ROOT.iterdir():
         if path.suffix in (".py", ".toml", ".sh", ".lock", ".md"):
             shutil.copy(path, folder)
-        elif path.name in ("assets", "configs", "tests", *SUPPORT, *SYSTEMS):
+        elif path.name in ("assets", "bench", "configs", "tests", *SUPPORT, *SYSTEMS):
             shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 

@@ -575,7 +575,7 @@ def test_cached_rows_are_what_was_encoded(items, tmp_path, width):
     cache(tmp_path / "x.npy", items, batches := [], width)
     rows = shards.open_features(tmp_path / "x.npy", "pack")
     for n, item in enumerate(items):
-        assert rows(n).dtype == torch.float32 and np.array_equal(rows(n).numpy(), item)
+        assert rows(n).dtype == torch.float16 and np.array_equal(rows(n).numpy(), item)
     lengths = [len(items[n]) for batch in batches for n in batch]
     assert lengths == sorted(lengths) and sorted(sum(batches, [])) == list(range(30))
     assert {path.name for path in tmp_path.iterdir()} == {"x.npy", "x.spans.npy"}
@@ -626,6 +626,15 @@ def test_rows_of_the_wrong_shape_or_beyond_float16_are_refused(items, tmp_path):
     nowhere = tmp_path / "nowhere" / "x.npy"
     with pytest.raises(UserError, match="cannot be written"):
         shards.cache_features(nowhere, [1], None, lambda _: [np.zeros((1, 2))], 4, "items")
+
+
+def test_a_cache_tells_its_size_and_is_refused_where_the_disk_has_no_room(items, tmp_path, capsys):
+    cache(tmp_path / "x.npy", items, [])
+    assert "items need 0.0 GB, the disk has " in capsys.readouterr().out
+    lengths = [1] * 4 + [10**13]
+    with pytest.raises(UserError, match=r"y.npy: items need 100000.0 GB, the disk has [\d.]+ GB left; make"):
+        shards.cache_features(tmp_path / "y.npy", lengths, 5, lambda _: [np.ones((1, 5))] * 4, 4, "items")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.npy", "x.spans.npy"}
 
 
 def test_times_of_validation_are_spread_evenly_wherever_one_begins():

@@ -2,6 +2,7 @@
 machine's.
 """
 
+import os
 import sys
 
 import pytest
@@ -140,3 +141,10 @@ def test_what_training_reads_is_prepared_on_a_gpu_unless_the_config_says_cpu(has
     assert device.preparing_device("cpu") == torch.device("cpu")
     for wanted in ("auto", "cuda"):
         assert device.preparing_device(wanted) == torch.device("cuda" if has_gpu else "cpu")
+
+
+@pytest.mark.parametrize("cores, ranks, count", [(2, "", 2), (12, "4", 3), (4, "8", 1), (192, "8", 8)])
+def test_workers_are_as_many_as_there_are_cores_for_a_rank(cores, ranks, count, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks or "1")
+    assert device.worker_count(0) == count and device.worker_count(5) == 5

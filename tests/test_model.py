@@ -3,6 +3,7 @@
 """
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def make_batch(frames=(24, 16), text_lengths=(9, 5), pad=0, text_pad=0):
         "text_mask": torch.arange(longest_text) < torch.tensor(text_lengths)[:, None],
     }
     for row, (n, s) in enumerate(zip(frames, text_lengths)):
-        batch["x"][row, :n] = torch.randn(n, 80, generator=generator)
+        batch["x"][row, :n] = -5 + 2 * torch.randn(n, 80, generator=generator)
         batch["noise"][row, :n] = torch.randn(n, 80, generator=generator)
         batch["ids"][row, :s] = torch.randint(3, 200, (s,), generator=generator)
     return batch
@@ -268,7 +269,7 @@ def test_a_batch_is_what_it_says(corpus_folder):
     batches = batches_for(corpus_folder, *VARIED, "--pad_multiple", "16")
     batch = batches.train(3)
     assert {k: v.dtype for k, v in batch.items()} == {
-        "x": torch.float32,
+        "x": torch.float16,
         "x_mask": torch.bool,
         "noise": torch.float32,
         "t": torch.float32,
@@ -286,17 +287,11 @@ def test_a_batch_is_what_it_says(corpus_folder):
     clips = {clip.number: clip for clip in batches.corpus.clips("train")}
     for i, number in enumerate(batch["number"].tolist()):
         frames, length = batch["frames"][i].item(), batch["x_mask"][i].sum().item()
-        x, tokens = (
-            batch["x"][i] * batches.corpus.std + batches.corpus.mean,
-            batch["ids"][i][batch["text_mask"][i]].tolist(),
-        )
+        x, tokens = batch["x"][i], batch["ids"][i][batch["text_mask"][i]].tolist()
         assert clips[number].frames == frames <= length
-        torch.testing.assert_close(x[:frames], batches.corpus.log_mel(clips[number]))
-        torch.testing.assert_close(
-            x[frames:length], torch.full((length - frames, 80), np.log(audio.LOG_FLOOR))
-        )
+        assert torch.equal(x[:frames].float(), batches.corpus.log_mel(clips[number]))
         assert (
-            not batch["x"][i, length:].any()
+            not x[frames:].any()
             and not batch["noise"][i, length:].any()
             and batch["noise"][i, :length].std() > 0.9
         )
@@ -304,6 +299,33 @@ def test_a_batch_is_what_it_says(corpus_folder):
             tokens
             == text_encoder.tokenize(TOKENIZER, ["" if batch["text_dropped"][i] else clips[number].text])[0]
         )
+
+
+def test_the_network_sees_log_mels_normalised_with_silence_behind_them_and_then_nothing(corpus_folder):
+    batches = batches_for(corpus_folder, *VARIED)
+    batch = batches.train(3)
+    network = tts.TextToSpeech(batches.config, *batches.corpus.statistics)
+    x = network.normalise(batch["x"], batch["frames"], batch["x_mask"])
+    clips = {clip.number: clip for clip in batches.corpus.clips("train")}
+    silent = 0
+    for i, number in enumerate(batch["number"].tolist()):
+        log_mel = batches.corpus.log_mel(clips[number])
+        silence = torch.full((batch["x_mask"][i].sum() - len(log_mel), 80), math.log(audio.LOG_FLOOR))
+        expected = audio.normalise(torch.cat([log_mel, silence]), *batches.corpus.statistics)
+        assert torch.equal(x[i, : len(expected)], expected) and not x[i, len(expected) :].any()
+        silent += len(silence)
+    assert silent and x.dtype == torch.float32
+
+
+def test_noise_is_drawn_from_seed_step_and_row_alone(corpus_folder):
+    batches = batches_for(corpus_folder, "--text_condition_dropout", "0")
+    batch = batches.train(5)
+    for n, length in enumerate(batch["x_mask"].sum(1).tolist()):
+        rng = np.random.default_rng((batches.config.seed, data.TRAIN, 5, n))
+        rng.random(3)  # text dropped, silence, its length
+        batches.sample_time(rng)
+        expected = rng.standard_normal((length, 80), dtype=np.float32)
+        assert np.array_equal(batch["noise"][n, :length], expected)
 
 
 def rows_of(batches: list[dict]) -> dict[tuple, list]:
@@ -392,13 +414,16 @@ def test_cached_features_are_what_the_frozen_encoder_makes_of_each_row(corpus_fo
     config = config_for(folder, *frozen)
     batch = data.SpeechBatches(config, data.Corpus(config), tokenizer).train(0)
     assert (
-        batch["features"].shape == (*batch["ids"].shape, width) and batch["features"].dtype == torch.float32
+        batch["features"].shape == (*batch["ids"].shape, width) and batch["features"].dtype == torch.float16
     )
     expected = encoder(batch["ids"], batch["text_mask"])
     torch.testing.assert_close(
-        batch["features"][batch["text_mask"]], expected[batch["text_mask"]], rtol=2e-3, atol=2e-3
+        batch["features"].float()[batch["text_mask"]], expected[batch["text_mask"]], rtol=2e-3, atol=2e-3
     )
     assert not batch["features"][~batch["text_mask"]].any()
+    network = tts.TextToSpeech(config, *data.Corpus(config).statistics)
+    with_encoder = {name: value for name, value in batch.items() if name != "features"}
+    torch.testing.assert_close(network(batch)["loss"], network(with_encoder)["loss"], rtol=1e-3, atol=0)
     times = {path: path.stat().st_mtime_ns for path in folder.glob("features*")}
     tts.TextToSpeech.prepare(config)
     assert len(times) == 2 and times == {path: path.stat().st_mtime_ns for path in folder.glob("features*")}
