@@ -167,7 +167,7 @@ def read_checkpoint(path: Path, device: torch.device, words: Sequence[str] = ())
     folder = path.absolute().parent
     values["out_dir"] = str(folder.parent if folder.name == "checkpoints" else folder)
     config = from_values(values, str(path), words)
-    return settle_precision(config, device, world=1), state
+    return settle_precision(settle_batch(config, world=1), device, world=1), state
 
 
 def restore(config: Config, state: dict, path: Path, device: torch.device) -> System:
@@ -175,6 +175,30 @@ def restore(config: Config, state: dict, path: Path, device: torch.device) -> Sy
     network = build(config)
     checkpoint.load_weights(network, {**state["model"], **state["ema"]}, str(path))
     return move(network, device).eval()
+
+
+def settle(config: Config, device: torch.device, world: int) -> Config:
+    """The config with all that it leaves to the machine, the same on all ranks; see the following."""
+    config = settle_batch(config, world)
+    return settle_precision(config, device, world)
+
+
+def settle_batch(config: Config, world: int) -> Config:
+    """The config with train.batch_size what a rank takes in a micro-step, train.global_batch what all take.
+
+    raises UserError where the clips of an update cannot be shared out equally.
+    """
+    train = config.train
+    shares = world * train.grad_accum
+    batch_size = train.batch_size or train.global_batch // shares
+    total = batch_size * shares
+    if not train.batch_size and total != train.global_batch:
+        nearest = max(1, round(train.global_batch / shares)) * shares
+        raise UserError(
+            f"train.global_batch {train.global_batch} cannot be shared out equally by {world} ranks x "
+            f"{train.grad_accum} micro-steps (--grad_accum); the nearest that can is --global_batch {nearest}"
+        )
+    return replace(config, train=replace(train, batch_size=batch_size, global_batch=total))
 
 
 def settle_precision(config: Config, device: torch.device, world: int) -> Config:
@@ -204,7 +228,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Before and after training.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     about_prepare = "--config FILE [--key value ...]: make all that it needs to train"
-    commands.add_parser("prepare", help=about_prepare, allow_abbrev=False)
+    prepare = commands.add_parser("prepare", help=about_prepare, allow_abbrev=False)
+    prepare.add_argument("--ranks", type=int, default=1, help="how many will train, on all machines")
     about_export = "write a trained system as other software loads it"
     export = commands.add_parser("export", help=about_export, allow_abbrev=False)
     export.add_argument("--ckpt", required=True, help="a checkpoint, or the folder of a run")
@@ -212,7 +237,9 @@ def main() -> None:
     o, rest = parser.parse_known_args()
     if o.command == "prepare":
         config = config_from_command_line(rest)
-        pick_device(config.device)  # what training will refuse is refused before anything is made
+        # what training will refuse is refused before anything is made
+        pick_device(config.device)
+        settle_batch(config, o.ranks)
         find(config.system).prepare(config)
     else:
         config, network, step = load(o.ckpt, torch.device("cpu"), rest)

@@ -41,7 +41,7 @@ def main() -> None:
         return
     requested = system.config_from_command_line(sys.argv[1:])
     rank, world, device = start_ranks(requested)
-    config = system.settle_precision(requested, device, world)
+    config = system.settle(requested, device, world)
     train = config.train
     out = Path(config.out_dir)
     corpus = system.open_corpus(config)
@@ -56,7 +56,7 @@ def main() -> None:
     lock = checkpoint.lock(requested.out_dir) if rank == 0 else None
     start, seconds = checkpoint.resume(config, network, ema, optimizers)
     if rank == 0:
-        checkpoint.record_run(requested, train.dtype, network, device, world)
+        checkpoint.record_run(requested, train, network, device, world)
         writer = logger.MetricsLogger(
             out, configs.to_dict(config), config.wandb, config.wandb_project, config.wandb_url, start
         )

@@ -61,6 +61,7 @@ def test_help_is_the_header_and_names_every_option():
         "--device",
         "--config",
         "--batch_size",
+        "--global_batch",
         "--wandb-url",
         "--nodes",
         "--node_rank",
@@ -109,9 +110,10 @@ def test_without_gpus_the_demo_is_prepared_and_trained_on_the_cpu():
 
 def test_gpus_train_ljspeech_by_torchrun_on_all_of_them(four_gpus):
     prepare, train = printed(**four_gpus)
-    assert prepare[1:] == ["system.py", "prepare", "--config", "configs/ljspeech.yaml", "--device", "cuda"]
+    words = ["--config", "configs/ljspeech.yaml", "--device", "cuda"]
+    assert prepare[1:] == ["system.py", "prepare", "--ranks", "4", *words]
     assert train[2:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-    assert train[7:] == ["train.py", "--config", "configs/ljspeech.yaml", "--device", "cuda"]
+    assert train[7:] == ["train.py", *words]
 
 
 def test_one_gpu_needs_no_torchrun_and_hidden_ones_do_not_count(four_gpus):
@@ -169,6 +171,8 @@ def test_several_machines_meet_at_the_master(four_gpus):
         "--nproc_per_node": "4",
     }
     assert arguments == ["--config", "configs/ljspeech.yaml", "--device", "cuda", "--lr", "1e-3"]
+    prepare = printed("--nodes", "2", "--node-rank", "1", "--master", "alpha", **four_gpus)[0]
+    assert prepare[3:5] == ["--ranks", "8"]
     assert "1234" in printed("--nodes=2", "--master=alpha:1234", **four_gpus)[-1]
 
 

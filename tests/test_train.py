@@ -85,7 +85,7 @@ def little_room():
 # Ranks
 
 
-def test_two_ranks_train_as_one_process_with_the_double_batch(two_ranks, double_batch):
+def test_the_same_command_on_two_ranks_trains_as_on_one_process(two_ranks, double_batch):
     assert_close(checkpoint(two_ranks), checkpoint(double_batch))
     assert rows(two_ranks, "train/grad_norm") == pytest.approx(
         rows(double_batch, "train/grad_norm"), rel=1e-5
@@ -102,6 +102,17 @@ def test_accumulated_micro_batches_train_as_the_double_batch(tiny, double_batch,
     )
     assert_close(checkpoint(tmp_path), checkpoint(double_batch))
     assert rows(tmp_path, "train/grad_norm") == pytest.approx(rows(double_batch, "train/grad_norm"), rel=1e-5)
+
+
+def test_a_start_says_how_many_clips_an_update_takes_and_a_checkpoint_keeps_what_was_asked_for(
+    tiny, tmp_path, capsys
+):
+    knobs = tiny | {"out_dir": tmp_path, "steps": 1, "val_interval": 0, "global_batch": 6, "grad_accum": 3}
+    call(train, *options(knobs | {"batch_size": 0}))
+    assert "6 clips an update: 3 micro-steps x 2, into " in capsys.readouterr().out
+    asked = checkpoint(tmp_path)["config"]["train"]
+    assert (asked["global_batch"], asked["batch_size"]) == (6, 0)
+    assert system.load_config(str(tmp_path / "config.yaml")).train.batch_size == 0
 
 
 # Interruption
