@@ -366,13 +366,35 @@ def test_sigterm_reaches_train(project):
     assert process.wait(timeout=600) == 7
 
 
-def test_test_runs_pytest_with_its_arguments(project):
-    """With this interpreter's packages in the place of an environment that an earlier start finished."""
-    venv = project / "finished"
+def installed_here(venv: Path) -> Path:
+    """This interpreter's packages in the place of an environment that an earlier start finished."""
     (venv / "bin").mkdir(parents=True)
-    (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (venv / "bin" / "python").chmod(0o755)
+    write_script(venv / "bin" / "python", f'exec "{sys.executable}" "$@"')
     files = [(ROOT / name).read_text().rstrip("\n") for name in ("pyproject.toml", "requirements.lock")]
-    (venv / "installed-test").write_text("\n".join(files))
+    for stamp in ("installed", "installed-test"):
+        (venv / stamp).write_text("\n".join(files))
+    return venv
+
+
+def test_gpus_2_under_a_driver_too_old_for_torch_is_an_error_before_anything_is_prepared(tmp_path):
+    import torch
+
+    if torch.cuda.is_available() or not (torch.version.cuda or "").startswith("13"):
+        pytest.skip("torch can use a GPU here, or is not built for CUDA 13")
+    report = 'echo "Driver Version: 535.129.03  CUDA Version: 12.2"'
+    gpus = 'for i in 0 1; do echo "GPU $i: H100 (UUID: GPU-$i)"; done'
+    write_script(tmp_path / "nvidia-smi", f'if [ "$1" = -L ]; then {gpus}; else {report}; fi')
+    venv = installed_here(tmp_path / "venv")
+    environment = {"PATH": f"{tmp_path}:{CLEAN['PATH']}", "CUDA_VISIBLE_DEVICES": "0,1", "VENV": str(venv)}
+    made = tmp_path / "made"
+    done = start("--gpus", "2", "--data_dir", str(made), "--out_dir", str(made), **environment)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "driver 535.129.03 supports CUDA up to 12.2" in done.stderr
+    assert f"torch {torch.__version__} is built for CUDA 13" in done.stderr and "whl/cu126`" in done.stderr
+    assert not made.exists()
+
+
+def test_test_runs_pytest_with_its_arguments(project):
+    venv = installed_here(project / "finished")
     done = start("test", "tests/test_config.py", "-k", "unknown_key", VENV=str(venv))
     assert done.returncode == 0 and "1 passed" in done.stdout and "==>" not in done.stdout
