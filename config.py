@@ -197,8 +197,12 @@ class FlowSample(Sample):
 @section
 class Train:
     steps: Count = 200_000  # updates
-    batch_size: Count = 16  # clips a rank and micro-step
-    grad_accum: Count = 1  # micro-steps an update
+    # clips an update, over all ranks and micro-steps: the same on any number of GPUs
+    global_batch: Count = 16
+    # clips a rank and micro-step, whatever that makes of global_batch; 0 = its share of it
+    batch_size: Whole = 0
+    # micro-steps an update: more of them take less memory
+    grad_accum: Count = 1
     # end, with the schedule's decay inside, after this much training; 0 = no limit
     max_minutes: NonNegative = 0.0
     muon_lr: NonNegative = 0.02  # hidden matrices

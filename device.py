@@ -8,10 +8,14 @@ A CUDA build of torch needs a driver that supports its major version of CUDA or 
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -94,6 +98,37 @@ def worker_count(wanted: int) -> int:
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(max(1, cores // ranks), 8)
+
+
+def compiler_fault(device: torch.device) -> str:
+    """What torch.compile lacks for a device, and what helps, in one line; "" where it lacks nothing.
+
+    For a GPU Triton builds C against Python.h, for the CPU Inductor builds C++: so does this.
+    """
+    compiler = find_compiler(device)
+    language = "c" if device.type == "cuda" else "c++"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's, as Triton does
+    headers = sysconfig.get_path("include", scheme)
+    words = [compiler, "-x", language, "-", "-shared", "-fPIC", f"-I{headers}"]
+    with tempfile.TemporaryDirectory() as folder:
+        words += ["-o", f"{folder}/empty.so"]
+        try:
+            done = subprocess.run(words, input="#include <Python.h>\n", capture_output=True, text=True)
+        except OSError as e:
+            reason = e.strerror
+        else:
+            if done.returncode == 0:
+                return ""
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), "without a reason")
+    packages = f"{Path(compiler).name} python3.{sys.version_info.minor}-dev"
+    return f"{compiler} cannot build what needs Python.h ({reason}); `apt install {packages}` helps"
+
+
+def find_compiler(device: torch.device) -> str:
+    """The compiler that torch.compile takes."""
+    if device.type == "cuda":
+        return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "gcc"
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
 def hardware_name(device: torch.device, world: int) -> str:

@@ -6,7 +6,8 @@
 #   ./run.sh --gpus N                  on N GPUs, a rank on each, or not at all; 0 = the CPU
 #   ./run.sh --device mps              on the GPU of a Mac
 #   ./run.sh --config configs/x.yaml   another recipe
-#   ./run.sh --batch_size 32 ...       --key value for any knob: train.py --help lists them
+#   ./run.sh --global_batch 128 ...    --key value for any knob: train.py --help lists them
+#   ./run.sh --batch_size 32 ...       clips a GPU takes at once, instead of its share of the recipe's global_batch
 #   ./run.sh --wandb-url URL           log to a W&B server of your own
 #   ./run.sh --nodes N --node_rank R --master HOST[:PORT]     the same on each of N machines, R from 0; HOST is machine 0
 #   ./run.sh --print ...               print the commands instead of running them
@@ -45,11 +46,11 @@ main() {
     [[ $print ]] || set_up
     ((gpus)) || run export OMP_WAIT_POLICY=PASSIVE
     [[ $device != mps ]] || run export PYTORCH_ENABLE_MPS_FALLBACK=1       # what Metal has not is computed on the CPU
-    run "$VENV/bin/python" system.py prepare "${arguments[@]}"
+    run "$VENV/bin/python" system.py prepare ${ranks:+--ranks "$ranks"} "${arguments[@]}"
     run exec "$VENV/bin/python" ${launcher[@]+"${launcher[@]}"} train.py "${arguments[@]}"     # exec: train.py gets the signals
 }
 
-read_options() {        # sets gpus, device, print, launcher, arguments; macOS's bash 3.2 takes empty arrays for unset, hence the ${a[@]+...}
+read_options() {        # sets gpus, ranks, device, print, launcher, arguments; macOS's bash 3.2 takes empty arrays for unset, hence the ${a[@]+...}
     local config=${CONFIG:-} nodes=1 node_rank=0 master= overrides=() available key value
     available=$(count_gpus) gpus= device= print= launcher=()
     [[ -z ${BATCH_SIZE:-} ]] || overrides+=(--batch_size "$BATCH_SIZE")
@@ -81,6 +82,8 @@ read_options() {        # sets gpus, device, print, launcher, arguments; macOS's
     done
     case $device in cpu | mps) ((gpus == 0)) || die "--gpus $gpus and --device $device: only one of them" ;; esac
     ((gpus <= available)) || die "--gpus $gpus: there are $available here (nvidia-smi -L, CUDA_VISIBLE_DEVICES)"
+    ranks=$((nodes * (gpus ? gpus : 1)))
+    ((ranks > 1)) || ranks=
     ((node_rank < nodes)) || die "--node_rank $node_rank must be below --nodes $nodes"
     if ((nodes > 1)); then
         [[ $master ]] || die "--nodes $nodes: --master HOST[:PORT] is missing"

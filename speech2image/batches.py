@@ -35,9 +35,12 @@ class AlignBatches(Batches):
         self.lengths = np.ones_like(self.lengths)
 
     def validation(self) -> list[dict[str, Tensor]]:
-        """Ranks share out whole batches, so a clip has the same negatives for any number of ranks."""
+        """Ranks share out whole batches, as large as training's of all ranks.
+
+        So a clip has the same negatives for any number of ranks.
+        """
         clips = self.corpus.clips(self.config.eval.split)
-        size = self.config.train.batch_size
+        size = self.config.train.batch_size * self.world
         starts = range(0, len(clips), size)
         batches = []
         for start in starts[self.rank :: self.world]:

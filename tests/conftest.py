@@ -50,6 +50,7 @@ TINY = {
 }
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 THREE_STEPS = {"steps": 3, "eval_interval": 3, "limit": 3}
+EIGHT_CLIPS = {"global_batch": 8, "batch_size": 0}  # an update, however many ranks share them
 
 
 def options(knobs: dict) -> list[str]:
@@ -221,18 +222,18 @@ def two_ranks(tiny, tmp_path_factory) -> Path:
     shares are not equal.
     """
     folder = tmp_path_factory.mktemp("two_ranks")
-    finish(start("train.py", *options(tiny | THREE_STEPS | {"out_dir": folder}), ranks=2))
+    finish(start("train.py", *options(tiny | THREE_STEPS | EIGHT_CLIPS | {"out_dir": folder}), ranks=2))
     return folder
 
 
 @pytest.fixture(scope="session")
 def double_batch(tiny, tmp_path_factory) -> Path:
-    """As `two_ranks`, by one process with the double batch, on a copy of the corpus without its floors."""
+    """The same command as `two_ranks`, by one process, on a copy of the corpus without its floors."""
     import train
 
     folder, corpus = tmp_path_factory.mktemp("double_batch"), tmp_path_factory.mktemp("copy") / "corpus"
     shutil.copytree(tiny["data_dir"], corpus, ignore=shutil.ignore_patterns("floors_*"))
-    call(train, *options(tiny | THREE_STEPS | {"out_dir": folder, "data_dir": corpus, "batch_size": 8}))
+    call(train, *options(tiny | THREE_STEPS | EIGHT_CLIPS | {"out_dir": folder, "data_dir": corpus}))
     return folder
 
 

@@ -3,6 +3,7 @@ machine's.
 """
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -123,6 +124,23 @@ def test_nothing_is_prepared_for_gpus_that_cannot_be_used(machine, refusal, tmp_
     words = ["--config=configs/demo.yaml", f"--data_dir={tmp_path / 'data'}"]
     assert "driver 535.129.03" in refusal(system, "prepare", *words)
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name, variable", [("cpu", "CXX"), ("cuda", "CC")])
+def test_a_compiler_that_is_missing_or_finds_no_python_h_is_told_with_what_helps(
+    name, variable, tmp_path, monkeypatch
+):
+    where = torch.device(name)
+    compiler = shutil.which(os.environ.get(variable) or device.find_compiler(where))
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    if compiler:
+        assert "Python.h" in device.compiler_fault(where)
+        (tmp_path / "Python.h").touch()
+        assert device.compiler_fault(where) == ""
+    monkeypatch.setenv(variable, str(tmp_path / "g++-99"))
+    fault = device.compiler_fault(where)
+    assert fault.startswith(f"{tmp_path / 'g++-99'} cannot build") and "No such file" in fault
+    assert f"apt install g++-99 python3.{sys.version_info.minor}-dev" in fault and "\n" not in fault
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this is a Mac")

@@ -61,6 +61,7 @@ def test_help_is_the_header_and_names_every_option():
         "--device",
         "--config",
         "--batch_size",
+        "--global_batch",
         "--wandb-url",
         "--nodes",
         "--node_rank",
@@ -109,9 +110,10 @@ def test_without_gpus_the_demo_is_prepared_and_trained_on_the_cpu():
 
 def test_gpus_train_ljspeech_by_torchrun_on_all_of_them(four_gpus):
     prepare, train = printed(**four_gpus)
-    assert prepare[1:] == ["system.py", "prepare", "--config", "configs/ljspeech.yaml", "--device", "cuda"]
+    words = ["--config", "configs/ljspeech.yaml", "--device", "cuda"]
+    assert prepare[1:] == ["system.py", "prepare", "--ranks", "4", *words]
     assert train[2:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-    assert train[7:] == ["train.py", "--config", "configs/ljspeech.yaml", "--device", "cuda"]
+    assert train[7:] == ["train.py", *words]
 
 
 def test_one_gpu_needs_no_torchrun_and_hidden_ones_do_not_count(four_gpus):
@@ -169,6 +171,8 @@ def test_several_machines_meet_at_the_master(four_gpus):
         "--nproc_per_node": "4",
     }
     assert arguments == ["--config", "configs/ljspeech.yaml", "--device", "cuda", "--lr", "1e-3"]
+    prepare = printed("--nodes", "2", "--node-rank", "1", "--master", "alpha", **four_gpus)[0]
+    assert prepare[3:5] == ["--ranks", "8"]
     assert "1234" in printed("--nodes=2", "--master=alpha:1234", **four_gpus)[-1]
 
 
@@ -362,13 +366,35 @@ def test_sigterm_reaches_train(project):
     assert process.wait(timeout=600) == 7
 
 
-def test_test_runs_pytest_with_its_arguments(project):
-    """With this interpreter's packages in the place of an environment that an earlier start finished."""
-    venv = project / "finished"
+def installed_here(venv: Path) -> Path:
+    """This interpreter's packages in the place of an environment that an earlier start finished."""
     (venv / "bin").mkdir(parents=True)
-    (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (venv / "bin" / "python").chmod(0o755)
+    write_script(venv / "bin" / "python", f'exec "{sys.executable}" "$@"')
     files = [(ROOT / name).read_text().rstrip("\n") for name in ("pyproject.toml", "requirements.lock")]
-    (venv / "installed-test").write_text("\n".join(files))
+    for stamp in ("installed", "installed-test"):
+        (venv / stamp).write_text("\n".join(files))
+    return venv
+
+
+def test_gpus_2_under_a_driver_too_old_for_torch_is_an_error_before_anything_is_prepared(tmp_path):
+    import torch
+
+    if torch.cuda.is_available() or not (torch.version.cuda or "").startswith("13"):
+        pytest.skip("torch can use a GPU here, or is not built for CUDA 13")
+    report = 'echo "Driver Version: 535.129.03  CUDA Version: 12.2"'
+    gpus = 'for i in 0 1; do echo "GPU $i: H100 (UUID: GPU-$i)"; done'
+    write_script(tmp_path / "nvidia-smi", f'if [ "$1" = -L ]; then {gpus}; else {report}; fi')
+    venv = installed_here(tmp_path / "venv")
+    environment = {"PATH": f"{tmp_path}:{CLEAN['PATH']}", "CUDA_VISIBLE_DEVICES": "0,1", "VENV": str(venv)}
+    made = tmp_path / "made"
+    done = start("--gpus", "2", "--data_dir", str(made), "--out_dir", str(made), **environment)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "driver 535.129.03 supports CUDA up to 12.2" in done.stderr
+    assert f"torch {torch.__version__} is built for CUDA 13" in done.stderr and "whl/cu126`" in done.stderr
+    assert not made.exists()
+
+
+def test_test_runs_pytest_with_its_arguments(project):
+    venv = installed_here(project / "finished")
     done = start("test", "tests/test_config.py", "-k", "unknown_key", VENV=str(venv))
     assert done.returncode == 0 and "1 passed" in done.stdout and "==>" not in done.stdout

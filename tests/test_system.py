@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,6 +191,99 @@ def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):
     assert checkpoint.resume(config, network, optim.EMA(network, 0.9), optimizers)[0] == 6
     assert [group["peak_lr"] for o in optimizers for group in o.param_groups] == [0.5, 0.25]
     assert all(o.state for o in optimizers)
+
+
+# What the machine decides
+
+
+@pytest.mark.parametrize("world, accum, share", [(1, 1, 64), (2, 1, 32), (4, 2, 8), (8, 1, 8)])
+def test_the_clips_of_an_update_are_shared_out_by_ranks_and_micro_steps(world, accum, share):
+    asked = load_config("", ["--global_batch=64", f"--grad_accum={accum}"])
+    train = system_module.settle_batch(asked, world).train
+    assert (train.batch_size, train.global_batch) == (share, 64)
+    assert "64 clips an update" in checkpoint.describe_batch(asked.train, train, world)
+
+
+def test_a_batch_of_a_process_that_is_asked_for_stays_and_the_start_says_what_all_take():
+    asked = load_config("", ["--global_batch=64", "--batch_size=16", "--grad_accum=2"])
+    train = system_module.settle_batch(asked, 8).train
+    assert (train.batch_size, train.global_batch) == (16, 256)
+    said = checkpoint.describe_batch(asked.train, train, 8)
+    assert said.startswith("256 clips an update: 8 ranks x 2 micro-steps x 16 (") and said.endswith(" 64)")
+
+
+@pytest.mark.parametrize(
+    "world, accum, nearest", [(6, 1, 66), (5, 1, 65), (8, 3, 72), (3, 1, 63), (200, 1, 200)]
+)
+def test_a_world_that_cannot_share_a_batch_equally_is_told_the_nearest_that_it_can(
+    world, accum, nearest, tmp_path, refusal
+):
+    """Before anything is prepared."""
+    words = [f"--data_dir={tmp_path / 'data'}", "--global_batch=64", f"--grad_accum={accum}"]
+    said = refusal(system_module, "prepare", f"--ranks={world}", "--config=configs/demo.yaml", *words)
+    assert f"global_batch 64 cannot be shared out equally by {world} ranks x {accum} micro-steps" in said
+    assert said.endswith(f"--global_batch {nearest}") and not (tmp_path / "data").exists()
+    assert system_module.settle_batch(load_config("", [f"--global_batch={nearest}", words[2]]), world)
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains_on_the_gpus_that_its_head_names(path):
+    gpus = re.search(r"--gpus (\d)", path.read_text(encoding="utf-8"))
+    config = load_config(str(path))
+    for world in {1, int(gpus[1]) or 1}:
+        assert system_module.settle_batch(config, world).train.global_batch == config.train.global_batch
+    assert config.train.batch_size == 0, "of a process: another recipe on other machines"
+
+
+# What is published
+
+
+@pytest.mark.parametrize(
+    "name, knob, words",
+    [
+        ("tts", "vocoder", ["--text_encoder=scratch"]),
+        ("tts", "text_encoder", []),
+        pytest.param("spectrogram", "base", [], marks=needs("spectrogram")),
+        pytest.param("music", "text_encoder", [], marks=needs("music")),
+        pytest.param("music", "vector_encoder", ["--text_encoder=scratch"], marks=needs("music")),
+        pytest.param(
+            "music",
+            "autoencoder",
+            ["--text_encoder=scratch", "--vector_encoder=pooled", "--size=own"],
+            marks=needs("music"),
+        ),
+        pytest.param("speech_align", "speech", [], marks=needs("speech_align")),
+        pytest.param("speech_align", "image", ["--speech=scratch"], marks=needs("speech_align")),
+        pytest.param("speech_image", "stage1", [], marks=needs("speech_image")),
+    ],
+)
+def test_what_cannot_be_had_is_named_before_anything_is_made(name, knob, words, tmp_path, refusal):
+    """Not by all ranks at once, at the first evaluation."""
+    data = tmp_path / "data"
+    said = refusal(
+        system_module,
+        "prepare",
+        f"--system={name}",
+        f"--data_dir={data}",
+        "--device=cpu",
+        *words,
+        f"--{knob}={tmp_path / 'nowhere'}",
+    )
+    assert f"{tmp_path / 'nowhere'}" in said and not data.exists()
+
+
+def test_who_listens_instead_of_a_recogniser_that_cannot_be_had_is_said_when_a_run_is_prepared(
+    tiny, tmp_path, capsys, no_hub, no_package
+):
+    knobs = tiny | {"out_dir": tmp_path, "recogniser": "base.en"}
+    call(system_module, "prepare", *options(knobs | {"eval_interval": 1}))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("recogniser: ")]
+    assert len(said) == 1 and "Whisper base.en cannot be downloaded" in said[0]
+    call(system_module, "prepare", *options(knobs))  # without evaluations nobody listens
+    assert "recogniser" not in capsys.readouterr().out
 
 
 # Precision

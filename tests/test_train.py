@@ -3,6 +3,7 @@ behind.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, THREE_STEPS, call, finish, options, start
+import torch.distributed as dist
+from conftest import EIGHT_CLIPS, ROOT, THREE_STEPS, call, finish, options, start
 
 import config as configs
 import sample
@@ -85,7 +87,7 @@ def little_room():
 # Ranks
 
 
-def test_two_ranks_train_as_one_process_with_the_double_batch(two_ranks, double_batch):
+def test_the_same_command_on_two_ranks_trains_as_on_one_process(two_ranks, double_batch):
     assert_close(checkpoint(two_ranks), checkpoint(double_batch))
     assert rows(two_ranks, "train/grad_norm") == pytest.approx(
         rows(double_batch, "train/grad_norm"), rel=1e-5
@@ -102,6 +104,17 @@ def test_accumulated_micro_batches_train_as_the_double_batch(tiny, double_batch,
     )
     assert_close(checkpoint(tmp_path), checkpoint(double_batch))
     assert rows(tmp_path, "train/grad_norm") == pytest.approx(rows(double_batch, "train/grad_norm"), rel=1e-5)
+
+
+def test_a_start_says_how_many_clips_an_update_takes_and_a_checkpoint_keeps_what_was_asked_for(
+    tiny, tmp_path, capsys
+):
+    knobs = tiny | {"out_dir": tmp_path, "steps": 1, "val_interval": 0, "global_batch": 6, "grad_accum": 3}
+    call(train, *options(knobs | {"batch_size": 0}))
+    assert "6 clips an update: 3 micro-steps x 2, into " in capsys.readouterr().out
+    asked = checkpoint(tmp_path)["config"]["train"]
+    assert (asked["global_batch"], asked["batch_size"]) == (6, 0)
+    assert system.load_config(str(tmp_path / "config.yaml")).train.batch_size == 0
 
 
 # Interruption
@@ -357,6 +370,77 @@ def test_what_was_not_measured_is_neither_met_nor_missed(run, tiny, tmp_path, ca
         end.value.code == 0
         and capsys.readouterr().out.splitlines()[-1] == "expected eval/wer/en at least 90.0 %: not measured"
     )
+
+
+# Compiled
+
+
+def test_a_recipe_goes_on_uncompiled_where_there_is_no_compiler_and_says_so_before_it_prepares(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("CXX", str(tmp_path / "g++-99"))
+    torch._dynamo.utils.counters.clear()
+    knobs = tiny | {"out_dir": tmp_path / "run", "steps": 1, "val_interval": 0, "compile": "true"}
+    for module, words in ((system, ["prepare"]), (train, [])):
+        call(module, *words, *options(knobs))
+        lines = capsys.readouterr().out.splitlines()
+        said = [line for line in lines if line.startswith("train.compile: ")]
+        assert len(said) == 1 and said[0] == lines[0] and said[0].endswith("; going on uncompiled")
+    assert not torch._dynamo.utils.counters["stats"]
+    assert checkpoint(tmp_path / "run")["config"]["train"]["compile"] is True
+
+
+def rank_that_compiles(rank: int, port: int, knobs: dict, path: Path) -> None:
+    """Writes, of each of five updates, its shapes and how many graphs were compiled so far."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    cpu = torch.device("cpu")
+    config = system.settle(system.load_config("", options(knobs)), cpu, 2)
+    corpus = system.open_corpus(config)
+    network = system.build(config, *corpus.statistics)
+    batches = system.open_batches(config, corpus, network, rank, 2)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = train.wrap(network, True, cpu, 2, backend)
+    seen = []
+    for step in range(5):
+        batch = batches.train(step)
+        train.mark_lengths(batch, network.varying)
+        model(batch)["loss"].backward()
+        network.zero_grad(set_to_none=True)
+        seen.append([batch["x"].shape[1], batch["ids"].shape[1], len(graphs)])
+    if rank == 1:  # it alone has no compiler
+        os.environ["CXX"] = str(path / "g++-99")
+    asked = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=True))
+    compiled = system.settle_compile(asked, cpu, 2).train.compile
+    (path / f"{rank}.json").write_text(json.dumps([seen, compiled]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks_compile_at_their_first_update_alone_whatever_lengths_follow_and_all_of_them_or_none(
+    tiny, tmp_path, unused_port
+):
+    knobs = tiny | EIGHT_CLIPS | {"out_dir": tmp_path, "layers": 1, "pad_multiple": 4}
+    torch.multiprocessing.spawn(rank_that_compiles, (unused_port, knobs, tmp_path), nprocs=2)
+    first, compiled = json.loads((tmp_path / "0.json").read_text())
+    second, compiled_too = json.loads((tmp_path / "1.json").read_text())
+    for seen in (first, second):
+        assert [count for *_, count in seen] == [1] * 5
+        assert len({frames for frames, *_ in seen}) > 2 and len({letters for _, letters, _ in seen}) > 2
+    assert [shape[:2] for shape in first] != [shape[:2] for shape in second]
+    assert (compiled, compiled_too) == (False, False)
+
+
+@pytest.mark.parametrize("size_mb", [1, 150, 644, 8400])  # 644: configs/ljspeech.yaml, 8400: music_giant.yaml
+def test_gradients_are_reduced_in_few_buckets_each_of_which_is_a_graph(size_mb):
+    """The first of them is closed at 1 MB."""
+    assert train.bucket_mb(size_mb * 2**20) >= 200
+    assert 1 + math.ceil(size_mb / train.bucket_mb(size_mb * 2**20)) <= 4
 
 
 # What is left behind

@@ -24,7 +24,7 @@ import torch.nn as nn
 import yaml
 
 import config as configs
-from config import Config, UserError
+from config import Config, Train, UserError
 from corpora.shards import atomic_write
 from device import hardware_name
 from optim import EMA
@@ -216,8 +216,11 @@ def lock(out_dir: str) -> TextIO:
 # The record of a run
 
 
-def record_run(config: Config, dtype: str, network: nn.Module, device: torch.device, world: int) -> None:
-    """Print what is about to run, and keep what repeating it takes: config.yaml, run.json and the source."""
+def record_run(config: Config, train: Train, network: nn.Module, device: torch.device, world: int) -> None:
+    """Print what is about to run, and keep what repeating it takes: config.yaml, run.json and the source.
+
+    config: as it was asked for. train: what that came to on this machine.
+    """
     out = Path(config.out_dir)
     copy_source(out / "source")
     values = yaml.safe_dump(configs.to_dict(config), sort_keys=False)
@@ -228,7 +231,7 @@ def record_run(config: Config, dtype: str, network: nn.Module, device: torch.dev
         "command": " ".join(sys.argv),
         "commit": commit(),
         "hardware": hardware_name(device, world),
-        "dtype": dtype,
+        "dtype": train.dtype,
         "parameters": parameters,
         "started": datetime.datetime.now().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()},
@@ -243,9 +246,25 @@ def record_run(config: Config, dtype: str, network: nn.Module, device: torch.dev
     beside = f" beside {frozen / 1e6:.1f} M frozen ones" if frozen else ""
     print(
         f"{config.system}: {parameters / 1e6:.1f} M trained parameters{beside} "
-        f"in {dtype} on {hardware_name(device, world)}, into {out}/",
+        f"in {train.dtype} on {hardware_name(device, world)}, {describe_batch(config.train, train, world)}, "
+        f"into {out}/",
         flush=True,
     )
+
+
+def describe_batch(asked: Train, train: Train, world: int) -> str:
+    """64 clips an update: 8 ranks x 8. asked, train: before and after each rank's share was settled."""
+    shares = []
+    if world > 1:
+        shares.append(f"{world} ranks x ")
+    if train.grad_accum > 1:
+        shares.append(f"{train.grad_accum} micro-steps x ")
+    said = f"{train.global_batch} clips an update"
+    if shares:
+        said += f": {''.join(shares)}{train.batch_size}"
+    if train.global_batch != asked.global_batch:
+        said += f" (train.batch_size, not train.global_batch {asked.global_batch})"
+    return said
 
 
 def copy_source(folder: Path) -> None:

@@ -375,9 +375,10 @@ def test_a_batch_holds_no_text_and_is_a_function_of_its_step(corpus, shapes):
 
 
 def test_validation_is_whole_and_the_same_for_any_number_of_ranks(corpus, shapes):
-    c = system.load_config("", options(shapes | {"batch_size": 50}))
-    whole = AlignBatches(c, corpus, None).validation()
-    shared = [AlignBatches(c, corpus, None, rank, 2).validation() for rank in range(2)]
+    c = system.load_config("", options(shapes | {"global_batch": 50, "batch_size": 0}))
+    whole = AlignBatches(system.settle_batch(c, 1), corpus, None).validation()
+    half = system.settle_batch(c, 2)
+    shared = [AlignBatches(half, corpus, None, rank, 2).validation() for rank in range(2)]
     assert sum(len(batch["t"]) for batch in whole) == 240 and not any(
         batch["hidden"].any() for batch in whole
     )
