@@ -374,6 +374,8 @@ def test_a_run_leaves_all_that_tells_of_it(run):
         "val/flow_loss",
         "perf/frames_per_sec",
         "perf/step_ms",
+        "perf/save_ms",
+        "perf/save_write_sec",
         "eval/wer",
         "eval/wer_low",
         "eval/wer_high",
