@@ -376,6 +376,7 @@ def test_a_run_leaves_all_that_tells_of_it(run):
         "perf/step_ms",
         "perf/save_ms",
         "perf/save_write_sec",
+        *(f"perf/eval_{part}_sec" for part in ("reference", "sample", "vocode", "transcribe", "score")),
         "eval/wer",
         "eval/wer_low",
         "eval/wer_high",
