@@ -51,7 +51,7 @@ def main() -> None:
     if world > 1:
         device_ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=device_ids)
-    optimizers = optim.make_optimizers(network, train.muon_lr, train.lr, train.weight_decay)
+    optimizers = optim.make_optimizers(network, train.muon_lr, train.lr, train.weight_decay, train.compile)
     ema = optim.EMA(network, train.ema)
     lock = checkpoint.lock(requested.out_dir) if rank == 0 else None
     start, seconds = checkpoint.resume(config, network, ema, optimizers)
