@@ -152,41 +152,87 @@ def denormalise(x: torch.Tensor, mean: float, std: float) -> torch.Tensor:
 
 def griffin_lim(x: torch.Tensor, mel: Mel, iterations: int = 32, momentum: float = 0.99) -> torch.Tensor:
     """log-mel (T, M) -> wave (T * hop,)."""
-    magnitudes = invert_mel(x.float().cpu(), mel)  # (n_fft / 2 + 1, T)
-    length = magnitudes.shape[1]
-    if length < 2:
-        return torch.zeros(length * mel.hop)
-    wave = reconstruct_phase(magnitudes, mel.n_fft, mel.hop, iterations, momentum)
-    if mel.centred:
-        return F.pad(wave, (0, mel.hop))
-    start = mel.hop // 2  # frame m of the log-mel is centred on (m + 1/2) hop, here it is on m hop
-    return F.pad(wave, (start, mel.hop - start))
+    return griffin_lim_batch([x], mel, iterations, momentum)[0]
+
+
+def griffin_lim_batch(
+    log_mels: list[torch.Tensor], mel: Mel, iterations: int = 32, momentum: float = 0.99
+) -> list[torch.Tensor]:
+    """log-mels (T, M), on CUDA or else taken to the CPU -> waves (T * hop,), on the CPU."""
+    lengths = [len(x) for x in log_mels]
+    together = torch.cat(log_mels).float()
+    if not together.is_cuda:
+        together = together.cpu()
+    magnitudes = invert_mel(together, mel).split(lengths, 1)  # (n_fft / 2 + 1, T) each
+    long = [n for n, length in enumerate(lengths) if length > 1]
+    found = [torch.zeros(length * mel.hop) for length in lengths]
+    waves = []
+    if long:
+        waves = reconstruct_phases([magnitudes[n] for n in long], mel.n_fft, mel.hop, iterations, momentum)
+    # frame m of a log-mel is centred on (m + 1/2) hop, unless centred, here it is on m hop
+    start = 0 if mel.centred else mel.hop // 2
+    for n, wave in zip(long, waves):
+        found[n] = F.pad(wave.cpu(), (start, mel.hop - start))
+    return found
 
 
 def reconstruct_phase(
     magnitudes: torch.Tensor, n_fft: int, hop: int, iterations: int, momentum: float = 0.99
 ) -> torch.Tensor:
-    """magnitudes (n_fft / 2 + 1, T) -> wave ((T - 1) * hop,), frame m centred on sample m hop, T at least 2.
+    """magnitudes (n_fft / 2 + 1, T), T > 1 -> wave ((T - 1) * hop,), frame m centred on sample m hop."""
+    return reconstruct_phases([magnitudes], n_fft, hop, iterations, momentum)[0]
+
+
+def reconstruct_phases(
+    magnitudes: list[torch.Tensor], n_fft: int, hop: int, iterations: int, momentum: float = 0.99
+) -> list[torch.Tensor]:
+    """As `reconstruct_phase` of each, as one batch: what they are padded with is heard in none.
 
     Phase by fast Griffin-Lim (Perraudin, Balazs, Sondergaard 2013), from a fixed random start.
     """
-    device = magnitudes.device
+    device = magnitudes[0].device
     hann = hann_window(n_fft).to(device)
-    length = (magnitudes.shape[1] - 1) * hop
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(magnitudes.shape, generator=generator).to(device)
+    frames = [clip.shape[1] for clip in magnitudes]
+    length = (max(frames) - 1) * hop
+    noise = []
+    padded = []
+    for clip in magnitudes:
+        pad = (0, max(frames) - clip.shape[1])
+        generator = torch.Generator().manual_seed(0)
+        noise.append(F.pad(torch.rand(clip.shape, generator=generator), pad))
+        padded.append(F.pad(clip, pad))
+    noise = torch.stack(noise).to(device)  # (B, n_fft / 2 + 1, T)
+    padded = torch.stack(padded)
+    ends = end_factors(frames, n_fft, hop).to(device)  # (B, N)
     ones = torch.ones_like(noise)
     phase = torch.polar(ones, 2 * math.pi * noise)
     previous = torch.zeros((), device=device)
     for _ in range(iterations):
-        wave = torch.istft(magnitudes * phase, n_fft, hop, window=hann, length=length)
-        rebuilt = torch.stft(wave, n_fft, hop, window=hann, pad_mode="constant", return_complex=True)
+        waves = ends * torch.istft(padded * phase, n_fft, hop, window=hann, length=length)
+        rebuilt = torch.stft(waves, n_fft, hop, window=hann, pad_mode="constant", return_complex=True)
         change = rebuilt - previous
         accelerated = rebuilt + momentum * change
         norm = accelerated.abs().clamp_min(1e-9)
         phase = accelerated / norm
         previous = rebuilt
-    return torch.istft(magnitudes * phase, n_fft, hop, window=hann, length=length)
+    waves = ends * torch.istft(padded * phase, n_fft, hop, window=hann, length=length)
+    return [wave[: (n - 1) * hop] for wave, n in zip(waves, frames)]
+
+
+def end_factors(frames: list[int], n_fft: int, hop: int) -> torch.Tensor:
+    """(B, N): what makes of the waves of a padded batch, by torch.istft, those of each clip alone.
+
+    It divides by the windows of all frames, those of the padding included, and goes on after a clip's end.
+    """
+    longest = max(frames)
+    lengths = torch.tensor(frames)[:, None]
+    is_frame = torch.arange(longest) < lengths  # (B, T)
+    window = hann_window(n_fft).square()
+    own = F.conv_transpose1d(is_frame[:, None].float(), window[None, None], stride=hop)[:, 0]
+    own = own[:, n_fft // 2 :][:, : (longest - 1) * hop]  # (B, N)
+    of_all = own[frames.index(longest)]
+    is_sound = torch.arange(own.shape[1]) < (lengths - 1) * hop
+    return torch.where(is_sound, of_all / own, 0)
 
 
 def invert_mel(x: torch.Tensor, mel: Mel, iterations: int = 30) -> torch.Tensor:
@@ -195,7 +241,10 @@ def invert_mel(x: torch.Tensor, mel: Mel, iterations: int = 30) -> torch.Tensor:
     Multiplicative updates (Lee, Seung 2001) sound and measure better than the pseudo-inverse, which rings
     into negative bins.
     """
-    filters = mel_filters(mel)  # (M, n_fft / 2 + 1)
+    dtype = x.dtype
+    if x.is_cuda:
+        x = x.double()  # training lets float32 products be of TF32's 11 bits there
+    filters = mel_filters(mel).to(x)  # (M, n_fft / 2 + 1)
     target = x.exp().T  # (M, T)
     areas = filters.sum(1, keepdim=True)
     magnitudes = filters.T @ (target / areas)
@@ -203,7 +252,7 @@ def invert_mel(x: torch.Tensor, mel: Mel, iterations: int = 30) -> torch.Tensor:
     for _ in range(iterations):
         reached = filters.T @ (filters @ magnitudes)
         magnitudes = magnitudes * wanted / reached.clamp_min(1e-12)
-    return magnitudes
+    return magnitudes.to(dtype)
 
 
 @functools.cache

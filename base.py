@@ -114,6 +114,7 @@ class System(nn.Module):
 
     config: Config
     tokenizer = None  # handed on to its batches
+    vocode_sec = 0.0  # of what `sample` has taken so far, where it counts the making of waves apart
     frame_rate: float  # Hz: frames of a clip or a batch in a second
 
     @staticmethod

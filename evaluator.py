@@ -8,12 +8,15 @@ Reference scores, the floors, are of recordings through all but the network.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -115,13 +118,19 @@ class Evaluator:
                 raise UserError(f"{corpus.folder}: has no {wanted}; choose another --split")
             self.texts = [clip.text for clip in self.clips]
         self.recogniser = self.load_recogniser() if network_class.speaks else None
+        self.seconds = Counter()  # of the parts of an evaluation
         self.reference_scores = {}
         self.reference_outputs = {}  # of the clips that are shown, by their numbers
 
     def run(self, network: System, step: int) -> dict[str, float | str]:
-        """Sample every prompt, transcribe and score; returns metrics on rank 0, {} on the others."""
+        """Sample every prompt, transcribe and score; returns metrics on rank 0, {} on the others.
+
+        perf/eval_*_sec are of rank 0's share: what generating, vocoding, transcribing, scoring took.
+        """
+        self.seconds.clear()
         if not self.reference_scores:
-            self.reference_scores = self.find_reference_scores(network)
+            with self.timed("reference"):
+                self.reference_scores = self.find_reference_scores(network)
         folder = Path(self.config.out_dir, "eval", f"step_{step:07d}")
         checkpoint.make_folder(folder)
         invented = self.recogniser.invented if self.recogniser else 0
@@ -145,7 +154,8 @@ class Evaluator:
         if features:
             found |= network.summarize(stack_features(features), folder)
         found |= metric.match_rates_by_group(rows, self.scores)
-        return {f"eval/{key}": value for key, value in found.items()} | self.reference_scores
+        found = {f"eval/{key}": value for key, value in found.items()}
+        return found | self.reference_scores | self.seconds
 
     def sample_share(self, network: System, folder: Path) -> tuple[list[dict], list[dict]]:
         """Sample, transcribe and write this rank's prompts, longest first in batches of sample_batch.
@@ -159,20 +169,34 @@ class Evaluator:
         silent = None if self.rank == 0 else True  # None: where there is no terminal
         bar = tqdm(total=len(share), desc="sampling", unit="prompt", disable=silent, leave=False)
         size = self.config.eval.sample_batch
+        vocoded = network.vocode_sec
         for start in range(0, len(share), size):
             numbers = share[start : start + size]
             prompts = [self.prompt(network, number) for number in numbers]
-            outputs = sample(network, prompts, self.config.sample)
+            with self.timed("sample"):
+                outputs = sample(network, prompts, self.config.sample)
             transcripts = [None] * len(outputs)
             if self.recogniser:
                 waves = [output.wave for output in outputs]
-                transcripts = self.recogniser.transcribe(waves, outputs[0].sample_rate)
-            for number, output, transcript in zip(numbers, outputs, transcripts):
-                rows.append(self.row(network, number, output, transcript, folder))
-                features += self.features(network, number, output)
+                with self.timed("transcribe"):
+                    transcripts = self.recogniser.transcribe(waves, outputs[0].sample_rate)
+            with self.timed("score"):
+                for number, output, transcript in zip(numbers, outputs, transcripts):
+                    rows.append(self.row(network, number, output, transcript, folder))
+                    features += self.features(network, number, output)
             bar.update(len(numbers))
         bar.close()
+        vocoding = network.vocode_sec - vocoded
+        self.seconds["perf/eval_vocode_sec"] = vocoding
+        self.seconds["perf/eval_sample_sec"] -= vocoding
         return rows, features
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add what the block takes to perf/eval_<part>_sec."""
+        start = time.perf_counter()
+        yield
+        self.seconds[f"perf/eval_{part}_sec"] += time.perf_counter() - start
 
     def prompt(self, network: System, number: int) -> Prompt:
         prompt = Prompt(self.texts[number], seed=number)

@@ -3,10 +3,12 @@
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum U S V^T by about
 U V^T, computed by five Newton-Schulz iterations. Matrices of one shape are one batch here: bf16 on CUDA,
 float32 on a CPU, where bf16 products are 30 times slower if the instructions are missing. Each rank
-orthogonalises its share of every batch, and one all-gather spreads the results.
+orthogonalises its share of every batch, and one all-gather spreads the results. On CUDA the iterations can be
+compiled, and AdamW is fused.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,13 +25,22 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised: torch.optim.Muon's update, without what that loses in bf16."""
 
     def __init__(
-        self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        compile: bool = False,
     ):
-        """params: matrices, all on one device. raises ValueError for any other shape."""
+        """params: matrices, all on one device; raises ValueError for any other shape.
+
+        compile: the iterations, once a shape; what they compute is the same to rounding.
+        """
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         for p in self.param_groups[0]["params"]:
             if p.dim() != 2:
                 raise ValueError(f"Muon trains matrices, not a parameter of shape {tuple(p.shape)}")
+        self.iterate = torch.compile(newton_schulz, dynamic=False) if compile else newton_schulz
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -43,7 +54,7 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.momentum_buffer(p) for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, buffers, momentum)
-        updates = orthogonalize_all(ahead)
+        updates = orthogonalize_all(ahead, self.iterate)
         scales = [tall_scale(*p.shape) for p in params]
         torch._foreach_mul_(updates, scales)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
@@ -62,8 +73,11 @@ def tall_scale(rows: int, columns: int) -> float:
     return math.sqrt(ratio)
 
 
-def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
-    """Each of `matrices` (R, C) orthogonalised; all ranks hold the same ones, and each does its share."""
+def orthogonalize_all(matrices: list[Tensor], iterate: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Each of `matrices` (R, C) orthogonalised; all ranks hold the same ones, and each does its share.
+
+    iterate: `newton_schulz`, perhaps compiled.
+    """
     rank, world = rank_and_world()
     groups = group_by_shape(matrices)
 
@@ -75,7 +89,7 @@ def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
         missing = size - len(share)
         share += [matrices[0].new_zeros(shape)] * missing
         batch = torch.stack(share)
-        shares.append(newton_schulz(batch))
+        shares.append(iterate(batch))
     if world > 1:
         shares = gather_shares(shares, world)
 
@@ -139,10 +153,11 @@ def wide(matrix: Tensor) -> Tensor:
 
 
 def make_optimizers(
-    network: nn.Module, muon_lr: float, lr: float, weight_decay: float
+    network: nn.Module, muon_lr: float, lr: float, weight_decay: float, compile: bool = False
 ) -> list[torch.optim.Optimizer]:
     """Muon for network.hidden_matrices(), AdamW for the other trained parameters; each only where it has any.
 
+    compile: where launches are what a step costs: on CUDA.
     A group's `peak_lr` is the rate that its schedule scales.
     """
     hidden = network.hidden_matrices()
@@ -151,9 +166,12 @@ def make_optimizers(
     rest = [p for p in trained if id(p) not in hidden_ids]
     optimizers = []
     if hidden:
-        optimizers.append(Muon(hidden, muon_lr, weight_decay))
+        compile = compile and hidden[0].is_cuda
+        optimizers.append(Muon(hidden, muon_lr, weight_decay, compile=compile))
     if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
+        fused = rest[0].is_cuda or None  # None: as torch does it
+        adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+        optimizers.append(adamw)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

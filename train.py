@@ -50,7 +50,7 @@ def main() -> None:
     network = move(system.build(config, *corpus.statistics), device)
     batches = system.open_batches(config, corpus, network, rank, world)
     model = wrap(network, train.compile, device, world)
-    optimizers = optim.make_optimizers(network, train.muon_lr, train.lr, train.weight_decay)
+    optimizers = optim.make_optimizers(network, train.muon_lr, train.lr, train.weight_decay, train.compile)
     ema = optim.EMA(network, train.ema)
     lock = checkpoint.lock(requested.out_dir) if rank == 0 else None
     start, seconds = checkpoint.resume(config, network, ema, optimizers)
@@ -59,6 +59,7 @@ def main() -> None:
         writer = logger.MetricsLogger(
             out, configs.to_dict(config), config.wandb, config.wandb_project, config.wandb_url, start
         )
+    saver = checkpoint.Saver()
     evaluation = evaluator.Evaluator(config, corpus, device, rank, world) if train.eval_interval else None
     stop = catch_signals()
 
@@ -115,6 +116,7 @@ def main() -> None:
         stopping = any_rank(stop.is_set() or (out / "STOP").exists(), device, world)
         values = reduce_metrics(sums | {"grad_norm": grad_norm}, frames, device, world)
         if not all(map(math.isfinite, values.values())):
+            saver.finish()  # it may be the last good one
             raise UserError(
                 f"step {step}: the loss or its gradient is not finite; "
                 f"{checkpoint.last_good(out)}; try a lower --muon_lr and --lr"
@@ -128,7 +130,7 @@ def main() -> None:
         logged_step = step
         frames = 0
         if rank == 0:
-            writer.log(step, values)
+            writer.log(step, values | saver.finished())
             print(progress_line(config, step, done, seconds, values), flush=True)
             if first_updates_end:
                 print(forecast(config, step, values["perf/step_ms"] / 1000), flush=True)
@@ -142,7 +144,7 @@ def main() -> None:
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
             path = out / "checkpoints" / checkpoint.file_name(step)
-            checkpoint.save_checkpoint(path, state, train.keep)
+            writer.log(step, saver.save(path, state, train.keep))
         if stopping:
             last_step = True
         elif val_due or eval_due:
@@ -160,6 +162,7 @@ def main() -> None:
         clock = time.perf_counter()  # saving and evaluating do not count as training
     stream.close()
     if rank == 0:
+        writer.log(step, saver.finish())
         (out / "STOP").unlink(missing_ok=True)
         writer.close()
         print("made:", *sorted(out.glob("sample.*")), report.write_report(out), flush=True)

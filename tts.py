@@ -9,6 +9,7 @@ Non-Attentive Tacotron). The sum of the durations predicts the length of the spe
 
 import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -150,9 +151,12 @@ class TextToSpeech(System):
     def sample(self, prompts: Sequence[Prompt], settings: Sample) -> list[MelOutput]:
         """Speak the prompts as one batch; a prompt's noise depends on its own seed alone."""
         log_mels, attention = self.sample_log_mels(prompts, settings)
+        start = time.perf_counter()
+        waves = self.vocoder(log_mels)
+        self.vocode_sec += time.perf_counter() - start
         outputs = []
-        for prompt, log_mel, weights in zip(prompts, log_mels, attention):
-            outputs.append(self.to_output(prompt.text, log_mel, weights))
+        for prompt, wave, log_mel, weights in zip(prompts, waves, log_mels, attention):
+            outputs.append(self.to_output(prompt.text, wave, log_mel, weights))
         return outputs
 
     def sample_log_mels(
@@ -262,17 +266,20 @@ class TextToSpeech(System):
         given = first_rows(condition, len(x))
         return self.decoder.attention(x_t, t, **given)
 
-    def to_output(self, text: str, log_mel: Tensor, attention: Tensor | None = None) -> MelOutput:
+    def to_output(
+        self, text: str, wave: Tensor, log_mel: Tensor, attention: Tensor | None = None
+    ) -> MelOutput:
         symbols = text
         if self.config.model.text == "phonemes":
             symbols = voice.phonemes(text)
         mel = self.config.mel
-        wave = self.vocoder(log_mel)
         return MelOutput(symbols, wave, mel.sample_rate, log_mel, mel, attention)
 
     def reference(self, corpus: Corpus, clip: shards.Clip) -> MelOutput:
         """The recorded clip's log-mel, and what the vocoder makes of it."""
-        return self.to_output(clip.text, corpus.log_mel(clip))
+        log_mel = corpus.log_mel(clip)
+        wave = self.vocoder([log_mel])[0]
+        return self.to_output(clip.text, wave, log_mel)
 
     def score(self, output: MelOutput, corpus: Corpus, clip: shards.Clip) -> dict[str, float]:
         """output: generated from the clip's text."""
@@ -281,8 +288,8 @@ class TextToSpeech(System):
         return {"mcd": metric.mel_cepstral_distortion(generated, recorded)}
 
     @functools.cached_property
-    def vocoder(self) -> Callable[[Tensor], Tensor]:
-        """log-mel (T, M), natural log -> wave (T * hop,). Cached, not a registered submodule: not saved."""
+    def vocoder(self) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """log-mels (T, M), natural log -> waves (T * hop,). Cached, not a registered submodule: not saved."""
         name = self.config.sample.vocoder
         device = self.mean.device
         return bigvgan.load_vocoder(name, self.config.mel, device)

@@ -7,36 +7,47 @@ Log-mels are (T, M), natural log; waves are (T * hop,).
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import audio
 from config import Mel, UserError
 from pretrained import frozen
 from pretrained.frozen import Frozen
 
+ACTIVATION_REACH = 6  # samples to either side: 12 taps up and 12 down, at twice the rate
 
-def load_vocoder(name: str, mel: Mel, device: torch.device | str) -> Callable[[Tensor], Tensor]:
-    """A vocoder: log-mel (T, M), natural log -> wave (T * hop,) in [-1, 1], float32 on the CPU.
 
+def load_vocoder(
+    name: str, mel: Mel, device: torch.device | str
+) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """A vocoder: log-mels (T, M), natural log -> waves (T * hop,) in [-1, 1], float32 on the CPU.
+
+    On a GPU they are one batch; on a CPU, whose caches do not hold one, each is made alone.
     name: griffinlim | hub id or folder of a BigVGAN, which must have been trained on `mel`.
     """
     if name == "griffinlim":
-        network = functools.partial(audio.griffin_lim, mel=mel)
+        network = functools.partial(audio.griffin_lim_batch, mel=mel)
     else:
-        network = Frozen(load_bigvgan(name, mel)).to(device)
+        generator = Frozen(load_bigvgan(name, mel)).to(device)
+        network = generator.module.batch
     device_type = torch.device(device).type
 
-    def vocode(log_mel: Tensor) -> Tensor:
+    def vocode(log_mels: Sequence[Tensor]) -> list[Tensor]:
+        log_mels = [log_mel.to(device, torch.float32) for log_mel in log_mels]
+        batches = [log_mels] if device_type == "cuda" else [[log_mel] for log_mel in log_mels]
+        waves = []
         # no autocast: in bf16 the phase of Snake's sine is noise
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            log_mel = log_mel.to(device, torch.float32)
-            return network(log_mel).cpu().clamp(-1, 1)
+            for batch in batches:
+                waves += [wave.cpu().clamp(-1, 1) for wave in network(batch)]
+        return waves
 
     return vocode
 
@@ -137,6 +148,8 @@ class BigVGAN(nn.Module):
         bias = config.get("use_bias_at_final", True)
         self.conv_post = same_conv1d(width, 1, 7, bias=bias)
         self.tanh = config.get("use_tanh_at_final", True)
+        self.hop = math.prod(rates)
+        self.reach = find_reach(config)
 
     def forward(self, log_mel: Tensor) -> Tensor:
         x = log_mel.transpose(-1, -2)  # (..., M, T)
@@ -151,6 +164,47 @@ class BigVGAN(nn.Module):
         x = self.conv_post(x)  # (..., 1, T * hop)
         x = x.squeeze(-2)
         return x.tanh() if self.tanh else x.clamp(-1, 1)
+
+    def batch(self, log_mels: list[Tensor]) -> list[Tensor]:
+        """Log-mels (T, M) -> waves (T * hop,), each as `forward` makes it alone.
+
+        What a batch is padded with is heard in the last `reach` frames of a clip: these are made again, from
+        its last frames, which end where the clip does.
+        """
+        lengths = [len(log_mel) for log_mel in log_mels]
+        if len(set(lengths)) == 1:
+            return list(self(torch.stack(log_mels)))
+        if min(lengths) < 2 * self.reach:
+            return [self(log_mel) for log_mel in log_mels]
+        heads = self(pad_sequence(log_mels, batch_first=True))
+        tails = self(torch.stack([log_mel[-2 * self.reach :] for log_mel in log_mels]))
+        after = self.reach * self.hop
+        waves = []
+        for head, tail, length in zip(heads, tails, lengths):
+            before = (length - self.reach) * self.hop
+            waves.append(torch.cat([head[:before], tail[after:]]))
+        return waves
+
+
+def find_reach(config: dict) -> int:
+    """How many frames before and after its own a sample of BigVGAN depends on, at most."""
+    reach = 3.0  # conv_pre
+    rate = 1  # samples a frame
+    pairs = str(config["resblock"]) != "2"
+    settings = zip(config["upsample_rates"], config["upsample_kernel_sizes"])
+    for up, up_kernel in settings:
+        reach += (up_kernel / 2 / up + 1) / rate
+        rate *= up
+        farthest = 0
+        for kernel, dilations in zip(config["resblock_kernel_sizes"], config["resblock_dilation_sizes"]):
+            half = kernel // 2
+            steps = half * sum(dilations) + ACTIVATION_REACH * len(dilations)
+            if pairs:  # a plain convolution after each dilated one, an activation before it
+                steps += (half + ACTIVATION_REACH) * len(dilations)
+            farthest = max(farthest, steps)
+        reach += farthest / rate
+    reach += (ACTIVATION_REACH + 3) / rate  # activation_post, conv_post
+    return math.ceil(reach)
 
 
 class AMPBlock1(nn.Module):

@@ -86,6 +86,18 @@ def test_griffin_lim_loops_over_its_iterations_and_not_over_frames(spoken):
     assert 0 < long.count < 1.01 * short.count
 
 
+def test_griffin_lim_makes_clips_of_any_lengths_in_a_batch_as_alone(spoken):
+    x = audio.log_mel(spoken, MEL)
+    clips = [x[: len(x) - cut] for cut in (0, 1, 3, 60, len(x) - 1, len(x) - 2, len(x))]
+    for mel in (MEL, MUSIC_MEL):
+        clips = [clip[:, : mel.n_mels] for clip in clips]
+        for found, clip in zip(audio.griffin_lim_batch(clips, mel), clips, strict=True):
+            alone = audio.griffin_lim(clip, mel)
+            assert found.shape == alone.shape == (len(clip) * mel.hop,)
+            if len(clip) > 1:
+                assert (found - alone).abs().max() < 1e-4 * alone.abs().max()
+
+
 def test_one_frame_and_no_frame_can_be_vocoded():
     assert len(audio.griffin_lim(torch.zeros(1, 80), MEL)) == 256
     assert len(audio.griffin_lim(torch.zeros(0, 80), MEL)) == 0

@@ -3,12 +3,16 @@ step is.
 """
 
 import multiprocessing
+import os
+import shutil
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import optim
 
@@ -34,6 +38,10 @@ def matrices(scale: float = 1.0) -> list[torch.Tensor]:
     return [scale * torch.randn(*shape, generator=generator) for shape in SHAPES]
 
 
+def orthogonalized(some: list[torch.Tensor]) -> list[torch.Tensor]:
+    return optim.orthogonalize_all(some, optim.newton_schulz)
+
+
 def trained(kind: type, steps: int, **options) -> list[torch.Tensor]:
     """Weights of all SHAPES after some steps on random gradients, the same for any optimizer."""
     params = [nn.Parameter(m) for m in matrices(scale=0.02)]
@@ -48,7 +56,7 @@ def trained(kind: type, steps: int, **options) -> list[torch.Tensor]:
 
 def test_singular_vectors_stay_and_each_singular_value_goes_through_the_polynomial():
     a, b, c = optim.NEWTON_SCHULZ_COEFFICIENTS
-    for matrix, found in zip(matrices(scale=3.0), optim.orthogonalize_all(matrices(scale=3.0)), strict=True):
+    for matrix, found in zip(matrices(scale=3.0), orthogonalized(matrices(scale=3.0)), strict=True):
         u, values, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
         values = values / values.norm()
         for _ in range(optim.NEWTON_SCHULZ_STEPS):
@@ -58,11 +66,9 @@ def test_singular_vectors_stay_and_each_singular_value_goes_through_the_polynomi
 
 
 def test_it_does_not_depend_on_the_scale_and_zeros_stay_zeros():
-    for small, large in zip(
-        optim.orthogonalize_all(matrices(1e-4)), optim.orthogonalize_all(matrices(1e4)), strict=True
-    ):
+    for small, large in zip(orthogonalized(matrices(1e-4)), orthogonalized(matrices(1e4)), strict=True):
         assert (small - large).abs().max() < 1e-5
-    assert not optim.orthogonalize_all([torch.zeros(4, 8)])[0].any()
+    assert not orthogonalized([torch.zeros(4, 8)])[0].any()
 
 
 def test_a_step_is_torch_muons_to_what_its_bf16_allows():
@@ -110,9 +116,12 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+MAIN_RECIPE = [(8, 8)] * 64 + [(32, 8)] * 10 + [(8, 32)] * 10  # its 84 matrices, a 128th as wide
+
+
 def operations(kind: type) -> int:
-    """Of one step on the 84 matrices of the main recipe's network, made small."""
-    params = [nn.Parameter(torch.randn(*shape)) for shape in [(8, 8)] * 64 + [(32, 8)] * 10 + [(8, 32)] * 10]
+    """Of one step on the matrices of the main recipe's network, made small."""
+    params = [nn.Parameter(torch.randn(*shape)) for shape in MAIN_RECIPE]
     optimizer = kind(params, lr=0.02)
     with Operations() as counted:
         for _ in range(2):
@@ -126,6 +135,49 @@ def operations(kind: type) -> int:
 
 def test_a_step_takes_a_twentieth_of_torchs_operations():
     assert operations(optim.Muon) * 20 <= operations(torch.optim.Muon)
+
+
+@pytest.fixture
+def one_of_eight_ranks():
+    """This process as one of eight, which hear nothing of each other."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+def multiplications() -> int:
+    """Floating-point operations in the matrix products of one step of the main recipe, made small."""
+    with FlopCounterMode(display=False) as counter:
+        orthogonalized([torch.ones(shape) for shape in MAIN_RECIPE])
+    return counter.get_total_flops()
+
+
+def of_all_matrices() -> int:
+    """The same on paper: five times R x R, twice, and R x C, from R x C."""
+    total = 0
+    for shape in MAIN_RECIPE:
+        r, c = sorted(shape)
+        total += optim.NEWTON_SCHULZ_STEPS * (2 * r * r * c + 2 * r**3 + 2 * r * r * c)
+    return total
+
+
+def test_one_process_multiplies_each_matrix_once():
+    assert multiplications() == of_all_matrices()
+
+
+def test_of_eight_ranks_each_multiplies_an_eighth_and_at_most_an_eighth_of_that_beside(one_of_eight_ranks):
+    assert of_all_matrices() / 8 <= multiplications() < 1.125 * of_all_matrices() / 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_a_compiled_step_is_the_step_to_rounding():
+    options = {"lr": 0.02, "weight_decay": 0.01}
+    pairs = zip(
+        trained(optim.Muon, 2, compile=True, **options), trained(optim.Muon, 2, **options), strict=True
+    )
+    for compiled, expected in pairs:
+        torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5)
 
 
 def share_of_a_rank(rank: int, world: int, port: int, results) -> None:

@@ -303,7 +303,7 @@ def test_bigvgan_equals_nvidias(tmp_path, shape):
         expected = reference(log_mel.T[None])[0, 0]
     # neither silent nor all at the clamp
     assert expected.std() > 0.1 and (expected.abs() < 0.99).float().mean() > 0.5
-    torch.testing.assert_close(vocode(log_mel), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(vocode([log_mel])[0], expected, rtol=0, atol=1e-5)
 
 
 def test_the_published_22khz_shape_has_the_published_number_of_weights():
@@ -323,16 +323,16 @@ def test_the_published_22khz_shape_has_the_published_number_of_weights():
 def test_a_vocoder_gives_hop_samples_a_frame_within_one(name, bigvgan_folder):
     vocode = bigvgan.load_vocoder(str(bigvgan_folder) if name == "bigvgan" else name, MEL, "cpu")
     log_mel = torch.randn(37, 10, dtype=torch.bfloat16, requires_grad=True)
-    wave = vocode(log_mel)
+    wave = vocode([log_mel])[0]
     assert (
         wave.shape == (37 * 16,)
         and wave.dtype == torch.float32
         and not wave.requires_grad
         and wave.abs().max() <= 1
     )
-    assert wave.std() > 0 and torch.equal(wave, vocode(log_mel))
+    assert wave.std() > 0 and torch.equal(wave, vocode([log_mel])[0])
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(wave, vocode(log_mel))
+        assert torch.equal(wave, vocode([log_mel])[0])
 
 
 def test_bigvgan_vocodes_a_batch_as_its_clips():
@@ -344,6 +344,32 @@ def test_bigvgan_vocodes_a_batch_as_its_clips():
         )
 
 
+@pytest.mark.parametrize("shape", [SNAKEBETA, SNAKE], ids=["AMPBlock1, snakebeta", "AMPBlock2, snake"])
+def test_bigvgan_makes_clips_of_any_lengths_in_a_batch_as_alone(shape):
+    torch.manual_seed(3)
+    generator = shake(bigvgan.BigVGAN(shape)).eval().double()
+    for shortest in (2 * generator.reach, generator.reach):  # those that are too short are made alone
+        clips = [torch.randn(shortest + more, 10, dtype=torch.float64) for more in (0, 70, 3, 41)]
+        with torch.no_grad():
+            pairs = zip(generator.batch(clips), map(generator, clips), strict=True)
+            for found, alone in pairs:
+                torch.testing.assert_close(found, alone, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [SNAKEBETA, SNAKE], ids=["AMPBlock1, snakebeta", "AMPBlock2, snake"])
+def test_bigvgan_hears_as_far_as_it_says_and_not_farther(shape):
+    torch.manual_seed(4)
+    generator = shake(bigvgan.BigVGAN(shape)).eval().double()
+    reach = generator.reach
+    clip = torch.randn(3 * reach, 10, dtype=torch.float64)
+    other = clip.clone()
+    other[2 * reach :] += 1
+    with torch.no_grad():
+        changed = (generator(clip) - generator(other)).abs()
+    first = changed.nonzero()[0].item() / generator.hop
+    assert reach <= first < 1.6 * reach
+
+
 def test_weights_load_with_and_without_weight_norm_alike(tmp_path_factory, bigvgan_folder):
     state = bigvgan.fold_weight_norm(torch.load(bigvgan_folder / "bigvgan_generator.pt")["generator"])
     folded = save_bigvgan(tmp_path_factory.mktemp("folded"), SNAKEBETA, state)
@@ -352,7 +378,7 @@ def test_weights_load_with_and_without_weight_norm_alike(tmp_path_factory, bigvg
     )
     log_mel = torch.randn(5, 10)
     assert not any(key.endswith(("_g", "_v")) for key in state)
-    assert torch.equal(vocode_folded(log_mel), vocode(log_mel))
+    assert torch.equal(vocode_folded([log_mel])[0], vocode([log_mel])[0])
 
 
 def test_the_low_pass_keeps_what_lies_below_a_quarter_of_the_rate_and_stops_what_lies_above():

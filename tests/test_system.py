@@ -2,6 +2,7 @@
 weights; and a small system of another kind, which loop, evaluator, sampler and report take as it is.
 """
 
+import concurrent.futures
 import errno
 import inspect
 import json
@@ -9,6 +10,9 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -340,6 +344,81 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_whole(tmp_path):
         )
     assert checkpoint.newest_checkpoint(tmp_path) == folder / "step_0000001.pt"
     assert checkpoint.load_checkpoint(folder / "step_0000001.pt")["step"] == 1
+
+
+def whole(value: float) -> dict:
+    """What can be saved and loaded, with a tensor in each place that a state has them."""
+    tensors = {"weight": torch.full((1000,), value)}
+    optimizers = [{"state": {0: {"momentum": tensors["weight"].clone()}}, "betas": (0.9, 0.95)}]
+    return {"config": {}, "step": 1, "model": tensors, "ema": tensors, "optimizers": optimizers}
+
+
+@pytest.fixture
+def held_up(monkeypatch):
+    """An event without which no checkpoint is written: a disk that takes its time."""
+    may_write = threading.Event()
+    save = checkpoint.save_checkpoint
+
+    def late(*arguments):
+        assert may_write.wait(60)
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", late)
+    yield may_write
+    may_write.set()
+
+
+def test_what_is_saved_is_as_it_was_when_save_returned_whatever_training_does_to_it_then(tmp_path, held_up):
+    saver = checkpoint.Saver()
+    state = whole(1.0)
+    saver.save(tmp_path / checkpoint.file_name(1), state, 1)
+    assert not saver.finished() and not any(tmp_path.iterdir())  # training goes on before it is written
+    for tensor in (state["model"]["weight"], state["optimizers"][0]["state"][0]["momentum"]):
+        tensor.zero_()
+    held_up.set()
+    measured = saver.finish()
+    assert measured.keys() == {"perf/save_ms", "perf/save_write_sec"} and min(measured.values()) > 0
+    found = checkpoint.load_checkpoint(tmp_path / checkpoint.file_name(1))
+    assert torch.equal(found["model"]["weight"], torch.ones(1000))
+    assert torch.equal(found["optimizers"][0]["state"][0]["momentum"], torch.ones(1000))
+    assert found["optimizers"][0]["betas"] == (0.9, 0.95) and saver.finish() == {}
+
+
+def test_one_checkpoint_is_written_at_a_time(tmp_path, held_up):
+    saver = checkpoint.Saver()
+    saver.save(tmp_path / checkpoint.file_name(1), whole(1.0), 9)
+    threading.Timer(0.2, held_up.set).start()
+    saver.save(tmp_path / checkpoint.file_name(2), whole(2.0), 9)
+    assert checkpoint.load_checkpoint(tmp_path / checkpoint.file_name(1))
+    saver.finish()
+    assert len(checkpoint.find_checkpoints(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("call", ["save", "finished", "finish"])
+def test_a_write_that_failed_is_raised_by_whatever_is_called_next_and_once(tmp_path, call):
+    (tmp_path / "checkpoints").touch()  # a file where the folder should be
+    saver = checkpoint.Saver()
+    words = (tmp_path / "checkpoints" / checkpoint.file_name(1), whole(1.0), 1)
+    saver.save(*words)
+    concurrent.futures.wait([saver.write])
+    with pytest.raises(UserError, match="step_0000001.pt: cannot be written .*; the last good .* none yet"):
+        getattr(saver, call)(*words if call == "save" else ())
+    assert saver.finish() == {}
+
+
+def test_what_something_else_ended_still_writes_its_checkpoint_or_says_why_not(tmp_path):
+    code = (
+        "import sys, torch; from pathlib import Path; from tracking import checkpoint\n"
+        "state = {'config': {}, 'model': {'w': torch.ones(3_000_000)}, 'ema': {}, 'step': 1}\n"
+        "for folder in sys.argv[1:]: checkpoint.Saver().save(Path(folder, 'step_0000001.pt'), state, 1)\n"
+        "sys.exit('out of memory')"
+    )
+    (tmp_path / "file").touch()
+    words = [sys.executable, "-c", code, str(tmp_path / "folder"), str(tmp_path / "file" / "folder")]
+    ended = subprocess.run(words, cwd=checkpoint.ROOT, capture_output=True, text=True)
+    told = r"out of memory\nerror: .*step_0000001.pt: cannot be written .*\n"
+    assert ended.returncode == 1 and re.fullmatch(told, ended.stderr), ended.stderr
+    assert checkpoint.load_checkpoint(tmp_path / "folder" / "step_0000001.pt")["model"]["w"].all()
 
 
 def test_a_log_that_finds_no_room_names_the_last_good_checkpoint(tmp_path):

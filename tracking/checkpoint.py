@@ -1,10 +1,11 @@
 """Checkpoints: save, load, resume; and the record of a run.
 
 A checkpoint holds plain tensors and values: model (what is frozen left out), EMA, optimizers, step, config.
-It is written to a temporary file and renamed, so there is never half of one, and read with `weights_only`,
-so it can run no code.
+It is written to a temporary file and renamed, so there is never half of one, by a thread, from a copy, while
+training goes on; and read with `weights_only`, so it can run no code.
 """
 
+import atexit
 import datetime
 import filecmp
 import json
@@ -14,7 +15,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -38,6 +41,75 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "*.py */*.py */*.json */*.yaml */*.md assets/* pyproject.toml requirements.lock".split()
 LEFTOVER = re.compile(r"(step_\d+|.+\.\d+)\.part")  # what a process was writing when it was killed
 NOT_SOURCE = ("tests", "docs", "out", "data", ".venv")  # folders of the root
+
+
+class Saver:
+    """Writes checkpoints one at a time in a thread: training waits for a copy of the state, not for the disk.
+
+    A write that failed is raised by the next call of any method; where none comes any more, because something
+    else ended the run, it is printed at the exit, which waits for the thread.
+    """
+
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.write: Future | None = None  # the newest, until its end was seen
+        self.memory: dict[tuple, torch.Tensor] = {}  # of the copy
+        self.waited_ms = 0.0  # by training, for the newest
+        atexit.register(self.print_error)
+
+    def save(self, path: Path, state: dict, keep: int) -> dict[str, float]:
+        """Begin to write a copy of `state`; what is trained may change when this returns.
+
+        returns: perf/* of the write before this one, if its end had not been seen.
+        """
+        start = time.perf_counter()
+        finished = self.finish()
+        state = copy_to_host(state, self.memory)
+        self.waited_ms = 1000 * (time.perf_counter() - start)
+        self.write = self.thread.submit(timed_save, path, state, keep)
+        return finished
+
+    def finished(self) -> dict[str, float]:
+        """perf/* of a write that has ended, once: what training waited, what it took; else {}."""
+        if self.write is None or not self.write.done():
+            return {}
+        write = self.write
+        self.write = None
+        return {"perf/save_ms": self.waited_ms, "perf/save_write_sec": write.result()}
+
+    def finish(self) -> dict[str, float]:
+        """As `finished`, once nothing is being written any more."""
+        wait([self.write] if self.write else [])
+        return self.finished()
+
+    def print_error(self) -> None:
+        error = self.write and self.write.exception()
+        if error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def copy_to_host(state, memory: dict[tuple, torch.Tensor], place: tuple = ()):
+    """A copy of nested dicts and lists, their tensors on the CPU.
+
+    memory: the tensors that are copied to, by their places in the state; those that lack are made, pinned
+    where they come from a GPU. New memory costs a CPU more than the copy, hence it is kept.
+    """
+    if isinstance(state, dict):
+        return {key: copy_to_host(value, memory, (*place, key)) for key, value in state.items()}
+    if isinstance(state, list):
+        return [copy_to_host(value, memory, (*place, n)) for n, value in enumerate(state)]
+    if not torch.is_tensor(state):
+        return state
+    if place not in memory:
+        memory[place] = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
+    return memory[place].copy_(state)
+
+
+def timed_save(path: Path, state: dict, keep: int) -> float:
+    """returns: the seconds that it took."""
+    start = time.perf_counter()
+    save_checkpoint(path, state, keep)
+    return time.perf_counter() - start
 
 
 def save_checkpoint(path: Path, state: dict, keep: int) -> None:

@@ -33,7 +33,12 @@ class MetricsLogger:
             self.run = start_wandb(self.out, config, wandb_mode, project, url, resume_step > 0)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """values: numbers, or strings such as a recogniser's name; NaN and infinity are null in the file."""
+        """values: numbers, or strings such as a recogniser's name; NaN and infinity are null in the file.
+
+        Without any there is no line.
+        """
+        if not values:
+            return
         logged = {}
         row = {"step": step}
         for key, value in values.items():
