@@ -120,7 +120,7 @@ def is_swap(node: ast.Assign) -> bool:
 def modules(root: Path = ROOT) -> list[Module]:
     """All modules but the tests, the root's first."""
     paths = sorted(root.glob("*.py"))
-    for folder in (*SUPPORT, "assets", *SYSTEMS):
+    for folder in (*SUPPORT, "assets", *SYSTEMS, "bench"):
         paths += sorted((root / folder).glob("*.py"))
     return [Module(".".join(path.relative_to(root).with_suffix("").parts), path) for path in paths]
 
