@@ -107,7 +107,7 @@ TINY = {
     "ljspeech": {"width": 32, "layers": 1, "heads": 2, "text_layers": 1, "batch_size": 4, "euler_steps": 2},
     "spectrogram": {"width": 64, "layers": 2, "heads": 2, "double_layers": 1, "rank": 4, "text_tokens": 8}
     | {"canvas_height": 32, "canvas_width": 64, "n_fft": 64, "hop": 32, "seconds": 0.1, "batch_size": 2},
-    "music": {"music.size": "own", "width": 64, "layers": 2, "heads": 2, "double_blocks": 1}
+    "music": {"size": "own", "width": 64, "layers": 2, "heads": 2, "double_blocks": 1}
     | {"autoencoder": "patches", "vocoder": "griffinlim", "crop_seconds": 1.28, "batch_size": 2},
 }
 
@@ -151,7 +151,7 @@ class Bench:
         self.write(describe_machine(self.device, self.options))
         cases = [case for case in CASES if self.wanted(case.name)]
         sides = [case for case in SIDES if self.wanted(case.name)]
-        parts = len(cases) + len(sides) + self.wanted("evaluation")
+        parts = len(cases) + bool(sides) + self.wanted("evaluation")
         self.write_head(COLUMNS)
         for case in cases:
             found = self.guarded(case.name, functools.partial(self.measure, [case], parts))
@@ -201,6 +201,8 @@ class Bench:
         for _ in range(rounds):
             for training in trainings:
                 training.run(window)
+                if self.device.type == "cpu" and self.options.full:  # a step takes minutes
+                    print(f"{training.case.name}: {training.times[-1]:.0f} ms", file=sys.stderr, flush=True)
             if time.perf_counter() > end:
                 break
         return [training.row() for training in trainings]
@@ -495,8 +497,8 @@ def wait(device: torch.device) -> None:
 
 
 def clean_up(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.backends.cuda.enable_cudnn_sdp(True)
 
