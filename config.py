@@ -129,6 +129,7 @@ class Data:
 
     download: ClassVar[bool] = False  # read by all systems, knobs of those only that make them fields
     align: ClassVar[str] = ""
+    bucketed: ClassVar[bool] = True
 
 
 @section
@@ -272,6 +273,8 @@ class Config:
 class TTSData(SpeechData):
     silence_prob: Share = 0.0  # chance that silence is appended to a training clip
     max_silence_sec: NonNegative = 0.0
+    bucketed: bool = True  # clips of a batch are about as long as each other; false: any clips
+    cache_text: bool = True  # the frozen text encoder's features are made once; false: in every step
     # frames: batches are padded to a multiple, so torch.compile and cuDNN meet few shapes
     pad_multiple: Count = 16
     text_multiple: Count = 8  # as pad_multiple, of bytes

@@ -124,7 +124,7 @@ class Batches:
                 limit = f"data.max_seconds {config.data.max_seconds}"
                 raise UserError(f"{corpus.folder}: has no {split} clip of at most {limit}")
         lengths = [clip.frames for clip in corpus.clips("train")]
-        self.lengths = np.array(lengths)
+        self.lengths = np.array(lengths) if config.data.bucketed else np.ones(len(lengths))
 
     def train(self, step: int, micro: int = 0) -> Batch:
         """This rank's part of a micro-batch; those of all ranks and micro-batches are the global batch."""
@@ -185,7 +185,7 @@ class SpeechBatches(Batches):
     def __init__(self, config: Config, corpus: Corpus, tokenizer, rank: int = 0, world: int = 1):
         super().__init__(config, corpus, tokenizer, rank, world)
         self.features = None
-        if config.model.text_encoder != "scratch":
+        if config.model.text_encoder != "scratch" and config.data.cache_text:
             self.features = open_text_features(config, corpus)
         self.token_ids = functools.cache(self.tokenize)
         self.tokenize("")  # the first call sets the tokenizer's options: not thread-safe

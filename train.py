@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -75,32 +75,11 @@ def main() -> None:
     frames = 0  # since `logged_step`
     logged_step = start
     while not last_step:
-        # One update: the gradient of grad_accum micro-batches, synchronised once
-        sums = {}
-        for micro in range(train.grad_accum):
-            batch = to_device(next(stream), device)
-            if train.compile:
-                mark_lengths(batch, network.varying)
-            last_micro = micro == train.grad_accum - 1
-            with nullcontext() if world == 1 or last_micro else model.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=train.dtype == "bf16"):
-                    losses = model(batch)
-                loss = losses["loss"] / train.grad_accum
-                loss.backward()
-            for name, value in losses.items():
-                if value.dim() == 0:
-                    sums[name] = sums.get(name, 0) + value.detach() / train.grad_accum
-            frames += batch["frames"].sum()
-        max_norm = train.grad_clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+        sums, clip_frames = accumulate_gradient(model, network, stream, config, device, world)
+        frames += clip_frames
         now = seconds + time.perf_counter() - clock
         done = fraction_done(config, step, now, device, world)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_scale(config, step, done)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        ema.update(step)
+        grad_norm = apply_gradient(network, optimizers, ema, config, step, lr_scale(config, step, done))
         step += 1
         last_step = step >= train.steps or done >= 1
 
@@ -247,6 +226,60 @@ def pinned(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: value.pin_memory() for name, value in batch.items()}
 
 
+# An update, in two halves; neither waits for the device
+
+
+def accumulate_gradient(
+    model: nn.Module, network: System, stream: Iterator, config: Config, device: torch.device, world: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradient of the next grad_accum micro-batches of `stream`, synchronised once.
+
+    model: `network` as DDP and torch.compile have wrapped it.
+    returns: the means of the losses, by name; the frames of the clips, their sum.
+    """
+    train = config.train
+    sums = {}
+    frames = 0
+    for micro in range(train.grad_accum):
+        batch = to_device(next(stream), device)
+        if train.compile:
+            mark_lengths(batch, network.varying)
+        last_micro = micro == train.grad_accum - 1
+        with nullcontext() if world == 1 or last_micro else model.no_sync():
+            with torch.autocast(device.type, torch.bfloat16, enabled=train.dtype == "bf16"):
+                losses = model(batch)
+            loss = losses["loss"] / train.grad_accum
+            loss.backward()
+        for name, value in losses.items():
+            if value.dim() == 0:
+                sums[name] = sums.get(name, 0) + value.detach() / train.grad_accum
+        frames += batch["frames"].sum()
+    return sums, frames
+
+
+def apply_gradient(
+    network: System,
+    optimizers: Sequence[torch.optim.Optimizer],
+    ema: optim.EMA,
+    config: Config,
+    step: int,
+    scale: float,
+) -> Tensor:
+    """Clip the gradient, change the weights by it, and their average; returns its norm before that.
+
+    scale: of the learning rates, as `lr_scale`.
+    """
+    max_norm = config.train.grad_clip or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    ema.update(step)
+    return grad_norm
+
+
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     moved = {}
     for name, value in batch.items():
@@ -265,11 +298,12 @@ def fraction_done(config: Config, step: int, seconds: float, device: torch.devic
     done = (step + 1) / train.steps
     if train.max_minutes == 0:
         return done
-    by_clock = seconds / 60 / train.max_minutes
-    done = torch.tensor(max(done, by_clock), device=device)
-    if world > 1:
-        dist.all_reduce(done, dist.ReduceOp.MAX)  # the ranks' clocks differ, their learning rates must not
-    return min(1.0, done.item())
+    done = max(done, seconds / 60 / train.max_minutes)
+    if world > 1:  # the ranks' clocks differ, their learning rates must not
+        latest = torch.tensor(done, device=device)
+        dist.all_reduce(latest, dist.ReduceOp.MAX)
+        done = latest.item()
+    return min(1.0, done)
 
 
 def lr_scale(config: Config, step: int, done: float) -> float:

@@ -319,7 +319,7 @@ class TextToSpeech(System):
         corpus = Corpus(config)
         path, texts = data.text_features_file(config, corpus)
         name = config.model.text_encoder
-        if name == "scratch" or path.exists():
+        if name == "scratch" or not config.data.cache_text or path.exists():
             return
         on_gpu = torch.cuda.is_available() and config.device != "cpu"
         device = "cuda" if on_gpu else "cpu"

@@ -85,5 +85,8 @@ class T5TextEncoder(nn.Module):
         self.stack = t5.encoder  # t5 itself holds the embedding under two names
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        output = self.stack(input_ids=ids, attention_mask=mask)
+        # added to the scores: into a mask (B, S) transformers looks, for which the host waits
+        scores_mask = torch.zeros(mask.shape, device=mask.device)
+        scores_mask = scores_mask.masked_fill(~mask, torch.finfo(torch.bfloat16).min)
+        output = self.stack(input_ids=ids, attention_mask=scores_mask[:, None, None])
         return output.last_hidden_state.float()  # (B, S, D)
