@@ -13,19 +13,18 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 import config as configs
 import data
 import evaluator
 import metric
 import optim
+import parallel
 import system
 from config import Config, UserError
 from device import move, pick_device
@@ -47,10 +46,7 @@ def main() -> None:
     corpus = system.open_corpus(config)
     network = move(system.build(config, *corpus.statistics), device)
     batches = system.open_batches(config, corpus, network, rank, world)
-    model = torch.compile(network) if train.compile else network
-    if world > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=device_ids)
+    model = parallel.wrap(network, train, device, world)
     optimizers = optim.make_optimizers(network, train.muon_lr, train.lr, train.weight_decay)
     ema = optim.EMA(network, train.ema)
     lock = checkpoint.lock(requested.out_dir) if rank == 0 else None
@@ -78,7 +74,7 @@ def main() -> None:
         for micro in range(train.grad_accum):
             batch = to_device(next(stream), device)
             last_micro = micro == train.grad_accum - 1
-            with nullcontext() if world == 1 or last_micro else model.no_sync():
+            with parallel.accumulate(model, last_micro):
                 with torch.autocast(device.type, torch.bfloat16, enabled=train.dtype == "bf16"):
                     losses = model(batch)
                 loss = losses["loss"] / train.grad_accum
@@ -88,7 +84,7 @@ def main() -> None:
                     sums[name] = sums.get(name, 0) + value.detach() / train.grad_accum
             frames += batch["frames"].sum()
         max_norm = train.grad_clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+        grad_norm = parallel.clip_grad_norm(network, max_norm)
         now = seconds + time.perf_counter() - clock
         done = fraction_done(config, step, now, device, world)
         for optimizer in optimizers:
@@ -129,7 +125,7 @@ def main() -> None:
             print(progress_line(config, step, done, seconds, values), flush=True)
             if first_updates_end:
                 print(forecast(config, step, values["perf/step_ms"] / 1000), flush=True)
-        if rank == 0 and (save_due or stopping):
+        if save_due or stopping:
             state = {
                 "config": configs.to_dict(requested),
                 "step": step,
@@ -138,13 +134,15 @@ def main() -> None:
                 "ema": ema.shadow,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
+            state = parallel.gather(state)
             path = out / "checkpoints" / checkpoint.file_name(step)
-            checkpoint.save_checkpoint(path, state, train.keep)
+            if rank == 0:
+                checkpoint.save_checkpoint(path, state, train.keep)
         if stopping:
             last_step = True
         elif val_due or eval_due:
             values = {}
-            with ema:
+            with ema, parallel.whole(network):
                 if val_due:
                     values |= evaluator.validate(network, batches, config, device, world)
                 if eval_due:

@@ -104,6 +104,37 @@ def test_accumulated_micro_batches_train_as_the_double_batch(tiny, double_batch,
     assert rows(tmp_path, "train/grad_norm") == pytest.approx(rows(double_batch, "train/grad_norm"), rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def gone_on(tiny, double_batch, tmp_path_factory) -> tuple[Path, Path]:
+    """The run of `double_batch`, three steps on: by one process, and by two ranks that share its weights."""
+    knobs = tiny | THREE_STEPS | {"steps": 6, "eval_interval": 6, "ema": 0.99}
+    alone = shutil.copytree(double_batch, tmp_path_factory.mktemp("alone") / "run")
+    shared = shutil.copytree(double_batch, tmp_path_factory.mktemp("shared") / "run")
+    call(train, *options(knobs | {"out_dir": alone, "batch_size": 8}))
+    finish(start("train.py", *options(knobs | {"out_dir": shared, "shard": "true"}), ranks=2))
+    return alone, shared
+
+
+def test_two_ranks_that_share_the_weights_train_and_evaluate_as_one_process(gone_on):
+    alone, shared = gone_on
+    assert_close(checkpoint(shared), checkpoint(alone))
+    for key in ("train/loss", "train/grad_norm", "val/flow_loss", "eval/wer"):
+        assert rows(shared, key)[3:] == pytest.approx(rows(alone, key)[3:], rel=1e-5)
+    assert len(rows(shared, "train/loss")) == 6 and len(rows(shared, "eval/wer")) == 2
+
+
+def test_what_ranks_that_share_the_weights_saved_goes_on_without_them(gone_on, tiny):
+    ends = []
+    for folder in gone_on:
+        state = flat(checkpoint(folder))
+        assert {type(value) for value in state.values()} <= {torch.Tensor, int, float, str, bool, type(None)}
+        knobs = tiny | {"out_dir": folder, "batch_size": 8, "steps": 7, "val_interval": 0}
+        call(train, *options(knobs))
+        ends.append(checkpoint(folder))
+    assert ends[1]["step"] == 7 and not ends[1]["config"]["train"]["shard"]
+    assert_close(*ends)
+
+
 # Interruption
 
 
