@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parallel import is_sharded, own_rows, reshard
+from parallel import foreach, is_sharded, own_rows, reshard
 
 # of the quintic: steep at 0, singular values end in about [0.7, 1.2]
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -183,11 +183,8 @@ def make_optimizers(
     if hidden:
         optimizers.append(Muon(hidden, muon_lr, weight_decay))
     if rest:
-        # of sharded parameters torch would update one after the other
-        foreach = True if is_sharded(rest[0]) else None
-        optimizers.append(
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=foreach)
-        )
+        options = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "foreach": foreach(rest)}
+        optimizers.append(torch.optim.AdamW(rest, **options))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

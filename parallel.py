@@ -71,7 +71,8 @@ def accumulate(model: nn.Module, last_micro: bool) -> AbstractContextManager:
 
 def clip_grad_norm(network: nn.Module, max_norm: float) -> Tensor:
     """torch's clip_grad_norm_; returns the norm over all ranks."""
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+    params = list(network.parameters())
+    norm = torch.nn.utils.clip_grad_norm_(params, max_norm, foreach=foreach(params))
     return norm.full_tensor() if is_sharded(norm) else norm
 
 
@@ -79,11 +80,15 @@ def clip_grad_norm(network: nn.Module, max_norm: float) -> Tensor:
 def whole(network: nn.Module) -> Iterator[None]:
     """A block in which every rank has all weights, and calls what it likes of the network; not to train."""
     parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    if not parts:
+        yield
+        return
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # not to compile for every shape that is sampled
+            yield
     finally:
         for part in parts:
             part.reshard()
@@ -95,6 +100,11 @@ def whole(network: nn.Module) -> Iterator[None]:
 
 def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
+
+
+def foreach(params: list[Tensor]) -> bool | None:
+    """torch's option of that name: by default it would take sharded parameters one after the other."""
+    return True if is_sharded(params[0]) else None
 
 
 def own_rows(tensors: list[Tensor]) -> list[Tensor]:
