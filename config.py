@@ -217,6 +217,8 @@ class Train:
     # auto: bf16 (autocast) where the hardware is faster with it
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False  # by torch.compile, which takes minutes at the start
+    # weights, gradients and optimizer states over the ranks (FSDP2), for what does not fit; false: DDP
+    shard: bool = False
     log_interval: Count = 10  # steps, as the others; the last step is always one of them
     val_interval: Whole = 1000  # validation loss; 0 = never
     eval_interval: Whole = 5000  # sampling and word error rate; 0 = never

@@ -3,8 +3,8 @@
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum U S V^T by about
 U V^T, computed by five Newton-Schulz iterations. Matrices of one shape are one batch here: bf16 on CUDA,
 float32 on a CPU, where bf16 products are 30 times slower if the instructions are missing. Each rank
-orthogonalises its share of every batch, and one all-gather spreads the results. On CUDA the iterations can be
-compiled, and AdamW is fused.
+orthogonalises its share of every batch, and one all-gather spreads the results; of sharded matrices the rows
+are gathered before, and the results' rows spread. On CUDA the iterations can be compiled, and AdamW is fused.
 """
 
 import math
@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from parallel import foreach, is_sharded, own_rows, reshard
 
 # of the quintic: steep at 0, singular values end in about [0.7, 1.2]
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -50,15 +53,19 @@ class Muon(torch.optim.Optimizer):
                 self.update(params, group["lr"], group["weight_decay"], group["momentum"])
 
     def update(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float) -> None:
-        grads = [p.grad for p in params]
-        buffers = [self.momentum_buffer(p) for p in params]
+        grads = own_rows([p.grad for p in params])
+        buffers = own_rows([self.momentum_buffer(p) for p in params])
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, buffers, momentum)
-        updates = orthogonalize_all(ahead, self.iterate)
+        if is_sharded(params[0]):
+            updates = orthogonalize_sharded(ahead, params, self.iterate)
+        else:
+            updates = orthogonalize_all(ahead, self.iterate)
         scales = [tall_scale(*p.shape) for p in params]
+        weights = own_rows(params)
         torch._foreach_mul_(updates, scales)
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, updates, alpha=-lr)
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_add_(weights, updates, alpha=-lr)
 
     def momentum_buffer(self, p: nn.Parameter) -> Tensor:
         state = self.state[p]
@@ -99,6 +106,30 @@ def orthogonalize_all(matrices: list[Tensor], iterate: Callable[[Tensor], Tensor
         for number, orthogonal in zip(numbers, batch):
             tall = not is_wide(matrices[number])
             found[number] = orthogonal.mT if tall else orthogonal
+    return found
+
+
+def orthogonalize_sharded(
+    rows: list[Tensor], params: list[DTensor], iterate: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """As `orthogonalize_all`, where every rank holds some rows of each matrix; returns those of the results.
+
+    One all-to-all brings each rank whole matrices, its share of a shape; another brings rows back.
+    """
+    groups = {}
+    for number, p in enumerate(params):
+        groups.setdefault(p.shape, []).append(number)
+    mesh = params[0].device_mesh
+    found = list(rows)
+    for shape, numbers in groups.items():
+        whole = torch.Size([len(numbers), *shape])
+        batch = torch.stack([rows[number] for number in numbers])  # (n, some of R, C)
+        batch = reshard(batch, 1, 0, whole, mesh)  # (some of n, R, C)
+        tall = shape[0] > shape[1]
+        orthogonal = iterate(batch.mT).mT if tall else iterate(batch)
+        orthogonal = reshard(orthogonal.contiguous(), 0, 1, whole, mesh)
+        for number, part in zip(numbers, orthogonal.to(batch.dtype)):
+            found[number] = part
     return found
 
 
@@ -169,8 +200,8 @@ def make_optimizers(
         compile = compile and hidden[0].is_cuda
         optimizers.append(Muon(hidden, muon_lr, weight_decay, compile=compile))
     if rest:
-        fused = rest[0].is_cuda or None  # None: as torch does it
-        adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+        how = {"fused": True} if rest[0].is_cuda else {"foreach": foreach(rest)}
+        adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, **how)
         optimizers.append(adamw)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

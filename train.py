@@ -13,20 +13,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import config as configs
 import data
 import evaluator
 import metric
 import optim
+import parallel
 import system
 from base import System
 from config import Config, UserError
@@ -49,7 +48,7 @@ def main() -> None:
     corpus = system.open_corpus(config)
     network = move(system.build(config, *corpus.statistics), device)
     batches = system.open_batches(config, corpus, network, rank, world)
-    model = wrap(network, train.compile, device, world)
+    model = parallel.wrap(network, train, device, world)
     optimizers = optim.make_optimizers(network, train.muon_lr, train.lr, train.weight_decay, train.compile)
     ema = optim.EMA(network, train.ema)
     lock = checkpoint.lock(requested.out_dir) if rank == 0 else None
@@ -75,7 +74,7 @@ def main() -> None:
     frames = 0  # since `logged_step`
     logged_step = start
     while not last_step:
-        sums, clip_frames = accumulate_gradient(model, network, stream, config, device, world)
+        sums, clip_frames = accumulate_gradient(model, network, stream, config, device)
         frames += clip_frames
         now = seconds + time.perf_counter() - clock
         done = fraction_done(config, step, now, device, world)
@@ -113,7 +112,7 @@ def main() -> None:
             print(progress_line(config, step, done, seconds, values), flush=True)
             if first_updates_end:
                 print(forecast(config, step, values["perf/step_ms"] / 1000), flush=True)
-        if rank == 0 and (save_due or stopping):
+        if save_due or stopping:
             state = {
                 "config": configs.to_dict(requested),
                 "step": step,
@@ -122,13 +121,15 @@ def main() -> None:
                 "ema": ema.shadow,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
+            state = parallel.gather(state)
             path = out / "checkpoints" / checkpoint.file_name(step)
-            writer.log(step, saver.save(path, state, train.keep))
+            if rank == 0:
+                writer.log(step, saver.save(path, state, train.keep))
         if stopping:
             last_step = True
         elif val_due or eval_due:
             values = {}
-            with ema:
+            with ema, parallel.whole(network):
                 if val_due:
                     values |= evaluator.validate(network, batches, config, device, world)
                 if eval_due:
@@ -170,35 +171,6 @@ def start_ranks(config: Config) -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
-def wrap(
-    network: System, compile: bool, device: torch.device, world: int, backend: str | Callable = "inductor"
-) -> nn.Module:
-    """The network as the loop calls it: compiled, and of several ranks with the mean of their gradients."""
-    model = torch.compile(network, backend=backend) if compile else network
-    if world == 1:
-        return model
-    device_ids = [device.index] if device.type == "cuda" else None
-    size = sum(p.nbytes for p in network.parameters() if p.requires_grad)
-    return DistributedDataParallel(
-        model, device_ids=device_ids, bucket_cap_mb=bucket_mb(size), gradient_as_bucket_view=True
-    )
-
-
-def bucket_mb(size: int) -> float:
-    """How much of `size` bytes of gradients the ranks reduce at once: a third, and no less than 200 MB.
-
-    A compiled network is cut where a bucket ends: few are left; while one is reduced, the next is computed.
-    """
-    return max(200, size / 3 / 2**20)
-
-
-def mark_lengths(batch: dict[str, Tensor], varying: Sequence[str]) -> None:
-    """Tell torch.compile whose axis 1 will be another in the next batch, so that it compiles only once."""
-    for name in varying:
-        if name in batch:
-            torch._dynamo.maybe_mark_dynamic(batch[name], 1)
-
-
 def catch_signals() -> threading.Event:
     """An event that SIGTERM, SIGINT and SIGHUP set; a second SIGINT ends at once.
 
@@ -230,7 +202,7 @@ def pinned(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
 
 
 def accumulate_gradient(
-    model: nn.Module, network: System, stream: Iterator, config: Config, device: torch.device, world: int
+    model: nn.Module, network: System, stream: Iterator, config: Config, device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The gradient of the next grad_accum micro-batches of `stream`, synchronised once.
 
@@ -243,9 +215,9 @@ def accumulate_gradient(
     for micro in range(train.grad_accum):
         batch = to_device(next(stream), device)
         if train.compile:
-            mark_lengths(batch, network.varying)
+            parallel.mark_lengths(batch, network.varying)
         last_micro = micro == train.grad_accum - 1
-        with nullcontext() if world == 1 or last_micro else model.no_sync():
+        with parallel.accumulate(model, last_micro):
             with torch.autocast(device.type, torch.bfloat16, enabled=train.dtype == "bf16"):
                 losses = model(batch)
             loss = losses["loss"] / train.grad_accum
@@ -270,7 +242,7 @@ def apply_gradient(
     scale: of the learning rates, as `lr_scale`.
     """
     max_norm = config.train.grad_clip or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+    grad_norm = parallel.clip_grad_norm(network, max_norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale

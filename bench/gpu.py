@@ -299,7 +299,7 @@ class Training:
     def count_operations(self) -> float:
         """Of forward and backward, what is computed again included, in 10^12 a token, padding counted too."""
         with FlopCounterMode(display=False) as counter:
-            train.accumulate_gradient(self.network, self.network, self.feed, self.config, self.device, 1)
+            train.accumulate_gradient(self.network, self.network, self.feed, self.config, self.device)
         self.network.zero_grad(set_to_none=True)
         return counter.get_total_flops() / 1e12 / self.feed.tokens
 
@@ -321,7 +321,7 @@ class Training:
         wait(self.device)
         start = clock()
         for _ in range(updates):
-            train.accumulate_gradient(self.model, self.network, self.feed, self.config, self.device, 1)
+            train.accumulate_gradient(self.model, self.network, self.feed, self.config, self.device)
             if self.update_weights:
                 train.apply_gradient(self.network, self.optimizers, self.ema, self.config, self.step, 1.0)
             else:

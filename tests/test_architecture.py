@@ -21,7 +21,7 @@ import system
 # Lowest first: a room imports only what stands before it. Within a folder there are no circles.
 ROOMS = [
     ["config", "text"],
-    ["entry"],
+    ["entry", "parallel"],
     ["device", "audio", "metric", "optim"],
     ["corpora"],
     ["pretrained"],

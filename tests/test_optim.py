@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,14 +44,14 @@ def orthogonalized(some: list[torch.Tensor]) -> list[torch.Tensor]:
     return optim.orthogonalize_all(some, optim.newton_schulz)
 
 
-def trained(kind: type, steps: int, **options) -> list[torch.Tensor]:
+def trained(kind: type, steps: int, laid_out=lambda whole: whole, **options) -> list[torch.Tensor]:
     """Weights of all SHAPES after some steps on random gradients, the same for any optimizer."""
-    params = [nn.Parameter(m) for m in matrices(scale=0.02)]
+    params = [nn.Parameter(laid_out(m)) for m in matrices(scale=0.02)]
     optimizer = kind(params, **options)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         for p in params:
-            p.grad = torch.randn(*p.shape, generator=generator)
+            p.grad = laid_out(torch.randn(*p.shape, generator=generator))
         optimizer.step()
     return [p.detach() for p in params]
 
@@ -191,8 +193,13 @@ def share_of_a_rank(rank: int, world: int, port: int, results) -> None:
         return own(batch)
 
     optim.newton_schulz = counting
-    weights = trained(optim.Muon, 3, lr=0.02, weight_decay=0.01)
+    options = {"lr": 0.02, "weight_decay": 0.01}
+    weights = trained(optim.Muon, 3, **options)
     results.put((rank, sum(counts), [w.numpy() for w in weights]))
+    counts.clear()
+    mesh = init_device_mesh("cpu", (world,))
+    weights = trained(optim.Muon, 3, lambda whole: distribute_tensor(whole, mesh, [Shard(0)]), **options)
+    results.put((rank, sum(counts), [w.full_tensor().numpy() for w in weights]))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -207,7 +214,7 @@ def test_ranks_share_the_work_and_end_with_the_weights_of_one_process(world, unu
     ]
     for process in ranks:
         process.start()
-    found = [results.get(timeout=120) for _ in ranks]
+    found = [results.get(timeout=120) for _ in range(2 * world)]  # every rank's, not sharded and sharded
     for process in ranks:
         process.join()
     expected = trained(optim.Muon, 3, lr=0.02, weight_decay=0.01)

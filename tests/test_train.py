@@ -21,6 +21,7 @@ import torch.distributed as dist
 from conftest import EIGHT_CLIPS, ROOT, THREE_STEPS, call, finish, options, start
 
 import config as configs
+import parallel
 import sample
 import system
 import train
@@ -115,6 +116,37 @@ def test_a_start_says_how_many_clips_an_update_takes_and_a_checkpoint_keeps_what
     asked = checkpoint(tmp_path)["config"]["train"]
     assert (asked["global_batch"], asked["batch_size"]) == (6, 0)
     assert system.load_config(str(tmp_path / "config.yaml")).train.batch_size == 0
+
+
+@pytest.fixture(scope="module")
+def gone_on(tiny, double_batch, tmp_path_factory) -> tuple[Path, Path]:
+    """The run of `double_batch`, three steps on: by one process, and by two ranks that share its weights."""
+    knobs = tiny | THREE_STEPS | {"steps": 6, "eval_interval": 6, "ema": 0.99}
+    alone = shutil.copytree(double_batch, tmp_path_factory.mktemp("alone") / "run")
+    shared = shutil.copytree(double_batch, tmp_path_factory.mktemp("shared") / "run")
+    call(train, *options(knobs | {"out_dir": alone, "batch_size": 8}))
+    finish(start("train.py", *options(knobs | {"out_dir": shared, "shard": "true"}), ranks=2))
+    return alone, shared
+
+
+def test_two_ranks_that_share_the_weights_train_and_evaluate_as_one_process(gone_on):
+    alone, shared = gone_on
+    assert_close(checkpoint(shared), checkpoint(alone))
+    for key in ("train/loss", "train/grad_norm", "val/flow_loss", "eval/wer"):
+        assert rows(shared, key)[3:] == pytest.approx(rows(alone, key)[3:], rel=1e-5)
+    assert len(rows(shared, "train/loss")) == 6 and len(rows(shared, "eval/wer")) == 2
+
+
+def test_what_ranks_that_share_the_weights_saved_goes_on_without_them(gone_on, tiny):
+    ends = []
+    for folder in gone_on:
+        state = flat(checkpoint(folder))
+        assert {type(value) for value in state.values()} <= {torch.Tensor, int, float, str, bool, type(None)}
+        knobs = tiny | {"out_dir": folder, "batch_size": 8, "steps": 7, "val_interval": 0}
+        call(train, *options(knobs))
+        ends.append(checkpoint(folder))
+    assert ends[1]["step"] == 7 and not ends[1]["config"]["train"]["shard"]
+    assert_close(*ends)
 
 
 # Interruption
@@ -405,17 +437,18 @@ def rank_that_compiles(rank: int, port: int, knobs: dict, path: Path) -> None:
         graphs.append(graph)
         return graph
 
-    model = train.wrap(network, True, cpu, 2, backend)
+    compiled_too = dataclasses.replace(config.train, compile=True)
+    model = parallel.wrap(network, compiled_too, cpu, 2, backend)
     seen = []
     for step in range(5):
         batch = batches.train(step)
-        train.mark_lengths(batch, network.varying)
+        parallel.mark_lengths(batch, network.varying)
         model(batch)["loss"].backward()
         network.zero_grad(set_to_none=True)
         seen.append([batch["x"].shape[1], batch["ids"].shape[1], len(graphs)])
     if rank == 1:  # it alone has no compiler
         os.environ["CXX"] = str(path / "g++-99")
-    asked = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=True))
+    asked = dataclasses.replace(config, train=compiled_too)
     compiled = system.settle_compile(asked, cpu, 2).train.compile
     (path / f"{rank}.json").write_text(json.dumps([seen, compiled]))
     dist.barrier()
@@ -439,8 +472,8 @@ def test_ranks_compile_at_their_first_update_alone_whatever_lengths_follow_and_a
 @pytest.mark.parametrize("size_mb", [1, 150, 644, 8400])  # 644: configs/ljspeech.yaml, 8400: music_giant.yaml
 def test_gradients_are_reduced_in_few_buckets_each_of_which_is_a_graph(size_mb):
     """The first of them is closed at 1 MB."""
-    assert train.bucket_mb(size_mb * 2**20) >= 200
-    assert 1 + math.ceil(size_mb / train.bucket_mb(size_mb * 2**20)) <= 4
+    assert parallel.bucket_mb(size_mb * 2**20) >= 200
+    assert 1 + math.ceil(size_mb / parallel.bucket_mb(size_mb * 2**20)) <= 4
 
 
 # What is left behind

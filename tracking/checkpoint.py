@@ -31,6 +31,7 @@ from config import Config, Train, UserError
 from corpora.shards import atomic_write
 from device import hardware_name
 from optim import EMA
+from parallel import like, optimizer_state
 
 try:
     import fcntl
@@ -188,12 +189,9 @@ def resume(
     check_unchanged(config, state["config"], str(path))
     check_statistics(corpus, statistics(network), config.data.data_dir, str(path))
     for name, value in ema.shadow.items():
-        value.copy_(state["ema"][name])
+        value.copy_(like(state["ema"][name], value))
     for optimizer, saved in zip(optimizers, state["optimizers"]):
-        peaks = [group["peak_lr"] for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved)
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["peak_lr"] = peak  # a rate changed on the command line holds
+        optimizer.load_state_dict(optimizer_state(saved, optimizer))
     print(f"resumed from {path}", flush=True)
     return state["step"], state["seconds"]
 
@@ -250,6 +248,7 @@ def load_weights(network: nn.Module, found: dict[str, torch.Tensor], where: str)
         message = f"{where}: {name} has shape {shape}, this model has {expected}"
         if shape != expected:
             raise UserError(message)
+    found = {name: like(value, own[name]) for name, value in found.items()}
     network.load_state_dict(found, strict=False)  # what is frozen stays as it was built
 
 

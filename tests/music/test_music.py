@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import config as configs
 import flow
+import parallel
 from config import UserError
 from music.bench import call_diffusers, diffusers_flux, example_inputs, randomize
 from music.config import SIZES, MusicConfig, Size
@@ -54,6 +58,22 @@ def test_a_size_has_as_many_parameters_as_published(name):
         and len(network.state_dict()) == TENSORS[name]
     )
     assert sum(SIZES[name].axes_dim) == SIZES[name].width // SIZES[name].heads
+
+
+@pytest.fixture
+def first_of_eight():
+    """This process as the first of eight ranks, of which it never hears."""
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def test_of_giant_each_of_eight_ranks_holds_an_eighth_block_by_block(first_of_eight):
+    network = parallel.shard(on_meta("giant"), False, torch.device("cpu"), 8)
+    held = sum(p.to_local().numel() for p in network.parameters())
+    assert PARAMETERS["giant"] / 8 <= held < 1.001 * PARAMETERS["giant"] / 8
+    parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    assert len(parts) == 1 + SIZES["giant"].depth + SIZES["giant"].depth_single_blocks
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -468,6 +468,28 @@ def test_two_ranks_are_one_process_with_the_double_batch(knobs, tmp_path):
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
+def test_two_ranks_that_share_the_weights_are_one_process_with_all_their_micro_batches(knobs, tmp_path):
+    shared = knobs | {"steps": 3, "val_interval": 3, "eval_interval": 3}
+    ranks = shared | {"out_dir": tmp_path / "two", "shard": "true", "batch_size": 2, "grad_accum": 2}
+    finish(start("train.py", *options(ranks), ranks=2))
+    call(train, *options(shared | {"out_dir": tmp_path / "one", "batch_size": 8}))
+    two = newest_state(tmp_path / "two")
+    one = newest_state(tmp_path / "one")
+    for part in ("model", "ema"):
+        for key, value in one[part].items():
+            torch.testing.assert_close(two[part][key], value, rtol=0, atol=1e-5, msg=f"{part} {key}")
+    for ours, theirs in zip(two["optimizers"], one["optimizers"], strict=True):
+        for number, values in theirs["state"].items():
+            for key, value in values.items():
+                torch.testing.assert_close(ours["state"][number][key], value, rtol=0, atol=1e-5)
+    for key in ("val/flow_loss", "train/grad_norm", "eval/chance"):
+        found, expected = (
+            [row[key] for row in logger.read_lines(tmp_path / name / "metrics.jsonl") if key in row]
+            for name in ("two", "one")
+        )
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_pieces_are_sampled_by_command(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("A slow melody in C major on a flute.\nNobody's tune\n")
     words = (
