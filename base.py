@@ -106,6 +106,7 @@ class System(nn.Module):
     speaks = False  # its outputs are speech, whose words a recogniser counts
     listens = False  # its prompts are speech, not texts
     max_characters = 5000  # characters that it takes in one go
+    varying: tuple[str, ...] = ()  # tensors of a batch whose axis 1 is as long as its longest clip or text
     scores: dict[str, Score] = {}  # what `score` and `summarize` may return, in the order of the report
 
     config: Config
@@ -115,6 +116,13 @@ class System(nn.Module):
     @staticmethod
     def commands() -> None:
         """Its own command line, where it has one."""
+
+    @staticmethod
+    def fetch(config: Config) -> None:
+        """Load each published network that training or an evaluation will load, and let it go.
+
+        So what cannot be had is known before anything is made, and no hub is asked by all ranks at once.
+        """
 
     @staticmethod
     def prepare(config: Config) -> None:

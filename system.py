@@ -18,8 +18,9 @@ import torch.distributed as dist
 import config as configs
 from base import Batches, Corpus, System
 from config import Config, UnknownKey, UserError, expand_path
-from device import hardware_name, move, pick_device, pick_dtype
+from device import compiler_fault, hardware_name, move, pick_device, pick_dtype
 from entry import run_main
+from pretrained import asr
 from tracking import checkpoint
 
 # A line a system: its name in a recipe, and its class. Looked up when it is asked for, so that text-to-speech
@@ -133,6 +134,17 @@ def open_batches(config: Config, corpus: Corpus, network: System, rank: int, wor
     return network.batches_class(config, corpus, network.tokenizer, rank, world)
 
 
+def fetch(config: Config) -> None:
+    """Load once what is published and will be needed; raises UserError where it cannot be had.
+
+    Of a recogniser that cannot be had a line says what listens instead.
+    """
+    system = find(config.system)
+    system.fetch(config)
+    if system.speaks and config.train.eval_interval:
+        asr.load(config.eval.recogniser, torch.device("cpu"))
+
+
 def load(path: str, device: torch.device, words: Sequence[str] = ()) -> tuple[Config, System, int]:
     """A trained system, ready to sample, with its averaged weights.
 
@@ -180,6 +192,7 @@ def restore(config: Config, state: dict, path: Path, device: torch.device) -> Sy
 def settle(config: Config, device: torch.device, world: int) -> Config:
     """The config with all that it leaves to the machine, the same on all ranks; see the following."""
     config = settle_batch(config, world)
+    config = settle_compile(config, device, world)
     return settle_precision(config, device, world)
 
 
@@ -199,6 +212,22 @@ def settle_batch(config: Config, world: int) -> Config:
             f"{train.grad_accum} micro-steps (--grad_accum); the nearest that can is --global_batch {nearest}"
         )
     return replace(config, train=replace(train, batch_size=batch_size, global_batch=total))
+
+
+def settle_compile(config: Config, device: torch.device, world: int) -> Config:
+    """The config with train.compile off, and one line about it, where a rank lacks what that takes."""
+    if not config.train.compile:
+        return config
+    fault = compiler_fault(device)
+    faults = [fault] * world
+    if world > 1:
+        dist.all_gather_object(faults, fault)
+    lack = max(faults)
+    if not lack:
+        return config
+    if world == 1 or dist.get_rank() == 0:
+        print(f"train.compile: {lack}; going on uncompiled", flush=True)
+    return replace(config, train=replace(config.train, compile=False))
 
 
 def settle_precision(config: Config, device: torch.device, world: int) -> Config:
@@ -237,9 +266,11 @@ def main() -> None:
     o, rest = parser.parse_known_args()
     if o.command == "prepare":
         config = config_from_command_line(rest)
-        # what training will refuse is refused before anything is made
-        pick_device(config.device)
+        # what training will refuse, or lack, is said before anything is made
+        device = pick_device(config.device)
         settle_batch(config, o.ranks)
+        settle_compile(config, device, world=1)
+        fetch(config)
         find(config.system).prepare(config)
     else:
         config, network, step = load(o.ckpt, torch.device("cpu"), rest)

@@ -13,12 +13,13 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import config as configs
@@ -27,6 +28,7 @@ import evaluator
 import metric
 import optim
 import system
+from base import System
 from config import Config, UserError
 from device import move, pick_device
 from entry import run_main
@@ -47,10 +49,7 @@ def main() -> None:
     corpus = system.open_corpus(config)
     network = move(system.build(config, *corpus.statistics), device)
     batches = system.open_batches(config, corpus, network, rank, world)
-    model = torch.compile(network) if train.compile else network
-    if world > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=device_ids)
+    model = wrap(network, train.compile, device, world)
     optimizers = optim.make_optimizers(network, train.muon_lr, train.lr, train.weight_decay)
     ema = optim.EMA(network, train.ema)
     lock = checkpoint.lock(requested.out_dir) if rank == 0 else None
@@ -77,6 +76,8 @@ def main() -> None:
         sums = {}
         for micro in range(train.grad_accum):
             batch = to_device(next(stream), device)
+            if train.compile:
+                mark_lengths(batch, network.varying)
             last_micro = micro == train.grad_accum - 1
             with nullcontext() if world == 1 or last_micro else model.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=train.dtype == "bf16"):
@@ -183,6 +184,35 @@ def start_ranks(config: Config) -> tuple[int, int, torch.device]:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
     return rank, world, device
+
+
+def wrap(
+    network: System, compile: bool, device: torch.device, world: int, backend: str | Callable = "inductor"
+) -> nn.Module:
+    """The network as the loop calls it: compiled, and of several ranks with the mean of their gradients."""
+    model = torch.compile(network, backend=backend) if compile else network
+    if world == 1:
+        return model
+    device_ids = [device.index] if device.type == "cuda" else None
+    size = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+    return DistributedDataParallel(
+        model, device_ids=device_ids, bucket_cap_mb=bucket_mb(size), gradient_as_bucket_view=True
+    )
+
+
+def bucket_mb(size: int) -> float:
+    """How much of `size` bytes of gradients the ranks reduce at once: a third, and no less than 200 MB.
+
+    A compiled network is cut where a bucket ends: few are left; while one is reduced, the next is computed.
+    """
+    return max(200, size / 3 / 2**20)
+
+
+def mark_lengths(batch: dict[str, Tensor], varying: Sequence[str]) -> None:
+    """Tell torch.compile whose axis 1 will be another in the next batch, so that it compiles only once."""
+    for name in varying:
+        if name in batch:
+            torch._dynamo.maybe_mark_dynamic(batch[name], 1)
 
 
 def catch_signals() -> threading.Event:

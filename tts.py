@@ -38,6 +38,7 @@ class TextToSpeech(System):
     batches_class = data.SpeechBatches
     readers = READERS
     speaks = True
+    varying = ("x", "noise", "x_mask", "ids", "text_mask", "features")
     scores = {
         "mcd": Score(
             "mel-cepstral distortion",
@@ -280,6 +281,14 @@ class TextToSpeech(System):
         for stack in stacks:
             matrices += [layer.weight for layer in stack.modules() if isinstance(layer, nn.Linear)]
         return matrices
+
+    @staticmethod
+    def fetch(config: Config) -> None:
+        """The text encoder, and the vocoder."""
+        if config.model.text_encoder != "scratch":
+            load_text_encoder(config.model.text_encoder)
+        if config.train.eval_interval:
+            bigvgan.load_vocoder(config.sample.vocoder, config.mel, "cpu")
 
     @staticmethod
     def prepare(config: Config) -> None:

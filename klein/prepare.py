@@ -3,6 +3,8 @@
 It prints how intelligible recordings are after picture, VAE and Griffin-Lim: no network can do better.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -17,6 +19,14 @@ from klein.data import WaveCorpus, all_clips, features_file, latents_file, token
 from klein.output import vae_roundtrip
 from pretrained import frozen
 from pretrained.asr import load, normalize_transcript
+
+
+def fetch(config: Config) -> None:
+    """The parts of klein.base, one after the other, in the precision that takes the least memory."""
+    small = replace(config, train=replace(config.train, dtype="bf16"))
+    pipeline.load_klein_tokenizer(config.klein.base)
+    for part in ("vae", "text_encoder", "transformer"):
+        pipeline.load_klein(small, part)
 
 
 def prepare(config: Config) -> None:

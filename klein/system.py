@@ -61,6 +61,7 @@ class Spectrogram(System):
             "distance to the colour path", "", "mean over a picture, whose colours go from 0 to 1"
         ),
     }
+    fetch = staticmethod(prepare.fetch)
     prepare = staticmethod(prepare.prepare)
     commands = staticmethod(picture.main)
 

@@ -24,7 +24,7 @@ from corpora.shards import SPLITS, Clip
 from data import Batches
 from device import preparing_device
 from music.clap import load_clap
-from music.latents import Codec
+from music.latents import Codec, load_vocoder
 from music.pieces import prepare_pieces
 from pretrained import text_encoder
 
@@ -141,6 +141,21 @@ def collate_captions(
 
 
 # Caches, and what fills them
+
+
+def fetch(config: Config) -> None:
+    """The caption encoders, the VAE; for evaluations the vocoder, and the CLAP that judges."""
+    device = preparing_device(config.device)
+    for encode in caption_encoders(config, device).values():
+        encode("")
+    if config.music.autoencoder != "patches":
+        _ = Codec(config, 0.0, 1.0, device).vae
+    if not config.train.eval_interval:
+        return
+    if config.sample.vocoder == "own":
+        load_vocoder(config, device)
+    if config.eval.features:
+        load_clap("eval.features", config.eval.features, device)
 
 
 def prepare(config: Config) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from einops import rearrange
 from torch import Tensor
 
@@ -76,6 +77,12 @@ class Codec:
         latents = latents / self.vae.config.scaling_factor
         log_mel = self.vae.decode(latents).sample
         return log_mel[0, 0]
+
+
+def load_vocoder(config: Config, device: torch.device) -> nn.Module:
+    """AudioLDM2's, frozen: log-mel (T, M) -> wave."""
+    kind = transformers.SpeechT5HifiGan
+    return frozen.load_frozen(kind, config.music.autoencoder, "vocoder", "music.autoencoder", device)
 
 
 def random_crop(wave: Tensor, samples: int, rng: np.random.Generator) -> Tensor:

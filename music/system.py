@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import transformers
 from torch import Tensor
 
 import audio
@@ -27,10 +26,18 @@ from metric import Score
 from music import analysis
 from music.clap import load_clap
 from music.config import SIZES, MusicConfig, MusicSample, Size
-from music.data import READERS, MusicBatches, MusicCorpus, caption_encoders, collate_captions, prepare
-from music.latents import Codec, random_crop
+from music.data import (
+    READERS,
+    MusicBatches,
+    MusicCorpus,
+    caption_encoders,
+    collate_captions,
+    fetch,
+    prepare,
+)
+from music.latents import Codec, load_vocoder, random_crop
 from music.model import MMDiT, load_published
-from pretrained import frozen, text_encoder
+from pretrained import text_encoder
 
 
 class Music(System):
@@ -63,7 +70,9 @@ class Music(System):
         "clap": Score("CLAP score", "", "mean cosine similarity of sound and prompt", of_outputs=True),
     }
     readers = READERS
+    fetch = staticmethod(fetch)
     prepare = staticmethod(prepare)
+    varying = ("text", "ids", "text_mask")
 
     def __init__(self, config: MusicConfig, mean: float = 0.0, std: float = 1.0):
         """mean, std: of the training set's log-mels, for the patches that stand in for a VAE."""
@@ -183,9 +192,7 @@ class Music(System):
         mel = self.config.mel
         log_mel = self.codec.decode(tokens)[:frames]
         if self.config.sample.vocoder == "own":
-            kind = transformers.SpeechT5HifiGan
-            name = self.config.music.autoencoder
-            vocoder = frozen.load_frozen(kind, name, "vocoder", "music.autoencoder", log_mel.device)
+            vocoder = load_vocoder(self.config, log_mel.device)
             wave = vocoder(log_mel)[: frames * mel.hop].cpu()  # it returns 32 more
         else:
             wave = audio.griffin_lim(log_mel, mel)

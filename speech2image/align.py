@@ -45,7 +45,16 @@ class SpeechAlign(Stage):
 
     config_class = SpeechAlignConfig
     batches_class = AlignBatches
+    varying = ("wave", "wave_mask")
     scores = retrieval.SCORES
+
+    @staticmethod
+    def fetch(config: Config) -> None:
+        """HuBERT and CLIP."""
+        if config.align.speech != "scratch":
+            HubertEncoder(config.align.speech)
+        if config.align.image != "scratch":
+            vision.ClipImageEncoder(config.align.image)
 
     @staticmethod
     def prepare(config: Config) -> None:

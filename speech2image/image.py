@@ -25,6 +25,7 @@ from speech2image import diffusion, retrieval, vision
 from speech2image.align import SpeechAlign, load_stage1
 from speech2image.batches import ImageBatches, check_stage1
 from speech2image.codes import (
+    DiffusersVQ,
     PictureDecoder,
     codes_file,
     encode_pictures,
@@ -74,6 +75,18 @@ class SpeechImage(Stage):
     config_class = SpeechImageConfig
     batches_class = ImageBatches
     scores = SCORES
+
+    @staticmethod
+    def fetch(config: Config) -> None:
+        """Stage 1, CLIP, the VQ; for evaluations the network of FID."""
+        cpu = torch.device("cpu")
+        load_stage1(config.codes.stage1, cpu)
+        if config.align.image != "scratch":
+            vision.ClipImageEncoder(config.align.image)
+        if config.codes.vq != "scratch":
+            DiffusersVQ(config.codes.vq)
+        if config.train.eval_interval and config.eval.features:
+            vision.load_fid_network(config.eval.features, cpu)
 
     @staticmethod
     def prepare(config: Config) -> None:

@@ -238,6 +238,54 @@ def test_a_recipe_trains_on_the_gpus_that_its_head_names(path):
     assert config.train.batch_size == 0, "of a process: another recipe on other machines"
 
 
+# What is published
+
+
+@pytest.mark.parametrize(
+    "name, knob, words",
+    [
+        ("tts", "vocoder", ["--text_encoder=scratch"]),
+        ("tts", "text_encoder", []),
+        pytest.param("spectrogram", "base", [], marks=needs("spectrogram")),
+        pytest.param("music", "text_encoder", [], marks=needs("music")),
+        pytest.param("music", "vector_encoder", ["--text_encoder=scratch"], marks=needs("music")),
+        pytest.param(
+            "music",
+            "autoencoder",
+            ["--text_encoder=scratch", "--vector_encoder=pooled", "--size=own"],
+            marks=needs("music"),
+        ),
+        pytest.param("speech_align", "speech", [], marks=needs("speech_align")),
+        pytest.param("speech_align", "image", ["--speech=scratch"], marks=needs("speech_align")),
+        pytest.param("speech_image", "stage1", [], marks=needs("speech_image")),
+    ],
+)
+def test_what_cannot_be_had_is_named_before_anything_is_made(name, knob, words, tmp_path, refusal):
+    """Not by all ranks at once, at the first evaluation."""
+    data = tmp_path / "data"
+    said = refusal(
+        system_module,
+        "prepare",
+        f"--system={name}",
+        f"--data_dir={data}",
+        "--device=cpu",
+        *words,
+        f"--{knob}={tmp_path / 'nowhere'}",
+    )
+    assert f"{tmp_path / 'nowhere'}" in said and not data.exists()
+
+
+def test_who_listens_instead_of_a_recogniser_that_cannot_be_had_is_said_when_a_run_is_prepared(
+    tiny, tmp_path, capsys, no_hub, no_package
+):
+    knobs = tiny | {"out_dir": tmp_path, "recogniser": "base.en"}
+    call(system_module, "prepare", *options(knobs | {"eval_interval": 1}))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("recogniser: ")]
+    assert len(said) == 1 and "Whisper base.en cannot be downloaded" in said[0]
+    call(system_module, "prepare", *options(knobs))  # without evaluations nobody listens
+    assert "recogniser" not in capsys.readouterr().out
+
+
 # Precision
 
 

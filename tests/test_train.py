@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, THREE_STEPS, call, finish, options, start
 
 import config as configs
@@ -368,6 +369,68 @@ def test_what_was_not_measured_is_neither_met_nor_missed(run, tiny, tmp_path, ca
         end.value.code == 0
         and capsys.readouterr().out.splitlines()[-1] == "expected eval/wer/en at least 90.0 %: not measured"
     )
+
+
+# Compiled
+
+
+def test_a_recipe_goes_on_uncompiled_where_there_is_no_compiler_and_says_so_before_it_prepares(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("CXX", str(tmp_path / "g++-99"))
+    torch._dynamo.utils.counters.clear()
+    knobs = tiny | {"out_dir": tmp_path / "run", "steps": 1, "val_interval": 0, "compile": "true"}
+    for module, words in ((system, ["prepare"]), (train, [])):
+        call(module, *words, *options(knobs))
+        lines = capsys.readouterr().out.splitlines()
+        said = [line for line in lines if line.startswith("train.compile: ")]
+        assert len(said) == 1 and said[0] == lines[0] and said[0].endswith("; going on uncompiled")
+    assert not torch._dynamo.utils.counters["stats"]
+    assert checkpoint(tmp_path / "run")["config"]["train"]["compile"] is True
+
+
+def test_the_network_is_compiled_at_the_first_update_alone_whatever_lengths_follow(tiny, tmp_path):
+    config = system.load_config("", options(tiny | {"out_dir": tmp_path, "layers": 1, "frame_stack": 1}))
+    corpus = system.open_corpus(config)
+    network = system.build(config, *corpus.statistics)
+    batches = system.open_batches(config, corpus, network, 0, 1)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model = train.wrap(network, True, torch.device("cpu"), 1, backend)
+    shapes = set()
+    for step in range(5):
+        batch = batches.train(step)
+        train.mark_lengths(batch, network.varying)
+        model(batch)["loss"].backward()
+        shapes.add((batch["x"].shape[1], batch["ids"].shape[1]))
+    assert len(shapes) > 2 and len(graphs) == 1
+
+
+def rank_of_two(rank: int, port: int, path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    if rank == 1:  # it alone has no compiler
+        os.environ["CXX"] = str(path / "g++-99")
+    asked = system.load_config("", ["--compile=true"])
+    settled = system.settle_compile(asked, torch.device("cpu"), 2)
+    (path / f"{rank}.json").write_text(json.dumps(settled.train.compile))
+    dist.destroy_process_group()
+
+
+def test_ranks_compile_all_or_none(tmp_path, unused_port):
+    torch.multiprocessing.spawn(rank_of_two, (unused_port, tmp_path), nprocs=2)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [False, False]
+
+
+@pytest.mark.parametrize("size_mb", [1, 150, 644, 8400])  # 644: configs/ljspeech.yaml, 8400: music_giant.yaml
+def test_gradients_are_reduced_in_few_buckets_each_of_which_is_a_graph(size_mb):
+    """The first of them is closed at 1 MB."""
+    assert train.bucket_mb(size_mb * 2**20) >= 200
+    assert 1 + math.ceil(size_mb / train.bucket_mb(size_mb * 2**20)) <= 4
 
 
 # What is left behind
