@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from parallel import foreach, is_sharded, own_rows, reshard
 
@@ -110,7 +109,7 @@ def orthogonalize_all(matrices: list[Tensor], iterate: Callable[[Tensor], Tensor
 
 
 def orthogonalize_sharded(
-    rows: list[Tensor], params: list[DTensor], iterate: Callable[[Tensor], Tensor]
+    rows: list[Tensor], params: list[nn.Parameter], iterate: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
     """As `orthogonalize_all`, where every rank holds some rows of each matrix; returns those of the results.
 

@@ -3,7 +3,7 @@
 Sharded, a parameter is a DTensor, of which every rank holds some rows. A block's weights are gathered when
 the block is called, and dropped after it; so all ranks must call the same blocks, except within `whole`.
 Checkpoints hold whole tensors either way.
-Source: torch.distributed.fsdp.fully_shard (FSDP2).
+Source: torch.distributed.fsdp.fully_shard (FSDP2), whose imports take seconds: they stand where it is used.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from config import Train, UserError
 
@@ -60,6 +57,9 @@ def mark_lengths(batch: dict[str, Tensor], varying: Sequence[str]) -> None:
 
 def shard(network: nn.Module, compiled: bool, device: torch.device, world: int) -> nn.Module:
     """Shard it in place, in parts: each of its blocks, and the rest. raises UserError where FSDP2 cannot."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     for name, p in network.named_parameters():
         if p.dim() == 0:
             raise UserError(f"train.shard: {name} is a single number, which FSDP2 cannot shard; leave it out")
@@ -99,7 +99,7 @@ def clip_grad_norm(network: nn.Module, max_norm: float) -> Tensor:
 @contextmanager
 def whole(network: nn.Module) -> Iterator[None]:
     """A block in which every rank has all weights, and calls what it likes of the network; not to train."""
-    parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    parts = [module for module in network.modules() if hasattr(module, "unshard")]
     if not parts:
         yield
         return
@@ -119,7 +119,8 @@ def whole(network: nn.Module) -> Iterator[None]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor)
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "to_local")
 
 
 def foreach(params: list[Tensor]) -> bool | None:
@@ -132,8 +133,10 @@ def own_rows(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
 
 
-def reshard(part: Tensor, held: int, wanted: int, shape: torch.Size, mesh: DeviceMesh) -> Tensor:
+def reshard(part: Tensor, held: int, wanted: int, shape: torch.Size, mesh) -> Tensor:
     """This rank's part along one dimension of a tensor of `shape` (n, R, C) -> its part along another."""
+    from torch.distributed.tensor import DTensor, Shard
+
     _, rows, columns = shape
     stride = (rows * columns, columns, 1)
     tensor = DTensor.from_local(part, mesh, [Shard(held)], shape=shape, stride=stride)
@@ -146,17 +149,21 @@ def reshard(part: Tensor, held: int, wanted: int, shape: torch.Size, mesh: Devic
 def gather(state: dict) -> dict:
     """Nested dicts and lists with whole tensors on rank 0's CPU for what is sharded; all ranks call it."""
 
-    def to_first_rank(tensor: DTensor) -> Tensor | None:
-        full = tensor.full_tensor()
+    def to_first_rank(value: object) -> object:
+        if not is_sharded(value):
+            return value
+        full = value.full_tensor()
         return full.cpu() if dist.get_rank() == 0 else None
 
-    return tree_map_only(DTensor, to_first_rank, state)
+    return tree_map(to_first_rank, state)
 
 
 def like(value: Tensor, own: Tensor) -> Tensor:
     """A whole tensor, as another of its shape is laid out: this rank's rows of it if that is sharded."""
     if not is_sharded(own) or value.shape != own.shape:
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
 
 
