@@ -18,6 +18,7 @@ import torch.distributed as dist
 import config as configs
 from base import Batches, Corpus, System
 from config import Config, UnknownKey, UserError, expand_path
+from corpora import shards
 from device import hardware_name, move, pick_device, pick_dtype
 from entry import run_main
 from tracking import checkpoint
@@ -213,7 +214,10 @@ def main() -> None:
     if o.command == "prepare":
         config = config_from_command_line(rest)
         pick_device(config.device)  # what training will refuse is refused before anything is made
-        find(config.system).prepare(config)
+        folder = Path(config.data.data_dir).absolute()
+        lock = f".{folder.name}.lock"  # beside the folder: that may be still to be fetched
+        with shards.alone(folder.with_name(lock), Path("data", lock), quiet=False):
+            find(config.system).prepare(config)
     else:
         config, network, step = load(o.ckpt, torch.device("cpu"), rest)
         checkpoint.make_folder(o.out)

@@ -33,7 +33,7 @@ ROOMS = [
     list(SYSTEMS),
     ["system"],
     ["evaluator"],
-    ["train", "sample"],
+    ["train", "sample", "launch"],
 ]
 LEVEL = {}
 for level, rooms in enumerate(ROOMS):
