@@ -8,6 +8,7 @@ goes on. One training at a time writes into an out_dir.
 
 import datetime
 import math
+import operator
 import os
 import sys
 import time
@@ -178,7 +179,7 @@ def main() -> None:
 
 
 def start_ranks(config: Config) -> tuple[int, int, torch.device]:
-    """This process's rank, the number of ranks, its device: from the environment that launch.py or torchrun sets."""
+    """This process's rank, the number of ranks, its device: as launch.py or torchrun says, or alone."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
@@ -199,13 +200,9 @@ def check_agreement(config: Config, facts: dict[str, object], world: int) -> Non
     if world == 1:
         return
     facts = {**facts, "source": checkpoint.source_digest()[:10]}
-    for section, values in configs.to_dict(config).items():
-        if not isinstance(values, dict):
-            values = {"": values}
-        for knob, value in values.items():
-            facts[f"{section}.{knob}".strip(".")] = value
-    for place in ("out_dir", "data.data_dir"):
-        del facts[place]
+    for key in configs.keys(type(config)):
+        if key not in ("out_dir", "data.data_dir"):
+            facts[key] = operator.attrgetter(key)(config)
     found = evaluator.all_gather([facts], world)
     for rank, others in enumerate(found):
         for name, value in others.items():
