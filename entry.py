@@ -1,7 +1,8 @@
-"""How an entry point starts and ends: errors in one line, exit code 2; what ends no run.
+"""How an entry point starts and ends: errors in one line, exit code 2; signals; what ends no run.
 
 Whatever a user can fix is a `config.UserError`. A pipe that nobody reads any more, a letter that the terminal
-lacks, and a user id without a name end nothing.
+lacks, and a user id without a name end nothing. One of several ranks that cannot go on leaves without
+waiting for the others, which `launch.py` ends then.
 """
 
 import contextlib
@@ -9,8 +10,11 @@ import errno
 import getpass
 import io
 import os
+import signal
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from typing import NoReturn, TextIO
@@ -18,6 +22,7 @@ from typing import NoReturn, TextIO
 from config import UserError
 
 NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+PATIENCE_SEC = 3  # of a rank that fails: if another's end is the reason, this one is ended before it speaks
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -32,8 +37,17 @@ def run_main(main: Callable[[], None]) -> None:
             if e.errno not in NO_ROOM_OR_RIGHT:
                 raise
             refuse(f"{e.filename or 'a file'}: cannot be read or written ({e.strerror})")
+        except Exception as e:
+            if not is_one_of_several():
+                raise
+            refuse(f"{type(e).__name__}: {e}".split("\n")[0], traceback.format_exc())
         finally:
             sys.stdout.flush()
+
+
+def is_one_of_several() -> bool:
+    """Whether this process is a rank, with others beside it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def name_user() -> None:
@@ -80,6 +94,70 @@ class Printer:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
-def refuse(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def refuse(message: str, details: str = "") -> NoReturn:
+    """End with a line and exit code 2; details: of an error that nobody foresaw, printed before it.
+
+    Of several ranks with the same error the first speaks; the network's threads could hold a rank back.
+    """
+    if not is_one_of_several():
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    rank = int(os.environ["RANK"])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun ends the others by
+    time.sleep(PATIENCE_SEC if details else min(rank, 1))
+    print(f"{details}error: rank {rank}: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
+
+
+# Signals
+
+
+class Interrupted(BaseException):
+    """A signal came while what was done could be left."""
+
+
+class Stop:
+    """Whether a signal has asked this process to end, and whether it may do so by raising Interrupted."""
+
+    asked = False
+    raises = False
+
+    def catch_signals(self, react: Callable = lambda: None) -> None:
+        """From now on SIGTERM, SIGINT and SIGHUP ask; a second SIGINT ends at once.
+
+        A terminal that is closed may send SIGHUP twice; under nohup it stays ignored.
+        react: what else each of them does.
+        """
+        self.asked = False
+        self.react = react
+        signal.signal(signal.SIGTERM, self.handle)
+        signal.signal(signal.SIGINT, self.handle)
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        if signal.getsignal(hangup) != signal.SIG_IGN:
+            signal.signal(hangup, self.handle)
+
+    def handle(self, number: int, _frame) -> None:
+        self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        self.react()
+        if self.raises:
+            self.raises = False
+            raise Interrupted
+
+    def run(self, work: Callable):
+        """What `work` returns; None, at once, where a signal comes or has come."""
+        try:
+            self.raises = True
+            done = None if self.asked else work()
+            self.raises = False
+            return done
+        except Interrupted:
+            return None
+        finally:
+            self.raises = False
+
+
+stop = Stop()  # of this process, as its signals are

@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ import system
 from base import Batches, Corpus, Output, Prompt, System
 from config import DEVICES, Config, Sample, UserError
 from device import pick_device
-from entry import run_main
+from entry import Interrupted, run_main, stop
 from flow import check_finite
 from metric import Score
 from pretrained import asr
@@ -126,6 +126,7 @@ class Evaluator:
         """Sample every prompt, transcribe and score; returns metrics on rank 0, {} on the others.
 
         perf/eval_*_sec are of rank 0's share: what generating, vocoding, transcribing, scoring took.
+        raises Interrupted, on all ranks, where a signal comes to one.
         """
         self.seconds.clear()
         if not self.reference_scores:
@@ -134,7 +135,7 @@ class Evaluator:
         folder = Path(self.config.out_dir, "eval", f"step_{step:07d}")
         checkpoint.make_folder(folder)
         invented = self.recogniser.invented if self.recogniser else 0
-        rows, features = self.sample_share(network, folder)
+        rows, features = interruptible(lambda: self.sample_share(network, folder), self.world)
         if self.recogniser:
             invented = sum(all_gather([self.recogniser.invented - invented], self.world))
         rows = gather_numbered(rows, self.world)
@@ -268,7 +269,7 @@ class Evaluator:
         return output
 
     def load_recogniser(self) -> asr.Recogniser | asr.PocketSphinx | None:
-        """The first rank of a machine downloads it for the others; raises UserError where names differ."""
+        """The first rank of a machine downloads it for the others; raises UserError where they differ."""
         is_first = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
         name = self.config.eval.recogniser
         if not is_first:
@@ -276,12 +277,14 @@ class Evaluator:
         loaded = asr.load(name, self.device, quiet=self.rank != 0)
         if is_first and self.world > 1:
             dist.barrier()
-        names = set(all_gather([loaded.name if loaded else "nobody"], self.world))
-        if len(names) > 1:
-            listeners = " or ".join(sorted(names))
+        listening = all_gather([loaded.identity if loaded else ["nobody"]], self.world)
+        listeners = " or ".join(sorted({identity[0] for identity in listening}))
+        if any(identity[0] != listening[0][0] for identity in listening):
             raise UserError(
                 f"eval.recogniser {name} cannot be had on every machine: there listens {listeners}"
             )
+        if any(identity != listening[0] for identity in listening):
+            raise UserError(f"eval.recogniser {name}: {listeners} is not the same on every machine")
         return loaded
 
     def find_reference_scores(self, network: System) -> dict[str, float]:
@@ -307,6 +310,24 @@ class Evaluator:
         The recogniser's error rate on the recordings, and on what all but the generative network leaves of
         them ("vocoded"); and the scores of the latter, where they are not 0 by their nature.
         """
+        share = interruptible(lambda: self.reference_share(network), self.world)
+        heard_recordings, heard_vocoded, rows, features = share
+        scores = {}
+        if self.recogniser:
+            scores |= self.reference_error_rate("ground_truth", heard_recordings)
+            scores |= self.reference_error_rate("vocoded", heard_vocoded)
+        for key, value in metric.mean_scores(all_gather(rows, self.world), self.scores).items():
+            if value > 1e-3:
+                scores[f"eval/{key}_vocoded"] = value
+        features = gather_numbered(features, self.world)
+        if features:
+            for key, value in network.summarize(stack_features(features), None).items():
+                if key in self.scores and self.scores[key].of_outputs:
+                    scores[f"eval/{key}_vocoded"] = value
+        return scores
+
+    def reference_share(self, network: System) -> tuple[list, list, list[dict], list[dict]]:
+        """Of this rank's clips: word errors in the recordings and through the vocoder, scores, features."""
         recordings = {}
         vocoded = {}
         rows = []
@@ -321,36 +342,38 @@ class Evaluator:
             vocoded[number] = (output.wave, output.sample_rate)
             rows.append(network.score(output, self.corpus, clip))
             features += self.features(network, number, output)
-        scores = {}
-        if self.recogniser:
-            scores |= self.reference_error_rate("ground_truth", recordings)
-            scores |= self.reference_error_rate("vocoded", vocoded)
-        for key, value in metric.mean_scores(all_gather(rows, self.world), self.scores).items():
-            if value > 1e-3:
-                scores[f"eval/{key}_vocoded"] = value
-        features = gather_numbered(features, self.world)
-        if features:
-            for key, value in network.summarize(stack_features(features), None).items():
-                if key in self.scores and self.scores[key].of_outputs:
-                    scores[f"eval/{key}_vocoded"] = value
-        return scores
+        return self.hear(recordings), self.hear(vocoded), rows, features
 
-    def reference_error_rate(self, name: str, sounds: dict[int, tuple[Tensor, int]]) -> dict[str, float]:
+    def hear(self, sounds: dict[int, tuple[Tensor, int]]) -> list[tuple[int, int]]:
+        """Word errors and words of each sound; sounds: waves (N,), rates in Hz by the clips' numbers."""
+        if not sounds or not self.recogniser:
+            return []
+        waves, rates = zip(*sounds.values())
+        transcripts = self.recogniser.transcribe(list(waves), rates[0])
+        texts = [self.texts[number] for number in sounds]
+        return list(map(count_word_errors, texts, transcripts))
+
+    def reference_error_rate(self, name: str, counts: list[tuple[int, int]]) -> dict[str, float]:
         """eval/wer_<name>, the error rate on sounds whose texts have words; {} where there are none.
 
-        sounds: waves (N,) and rates in Hz by the clips' numbers.
+        counts: word errors and words of this rank's share.
         """
-        counts = []
-        if sounds:
-            waves, rates = zip(*sounds.values())
-            transcripts = self.recogniser.transcribe(list(waves), rates[0])
-            texts = [self.texts[number] for number in sounds]
-            counts = list(map(count_word_errors, texts, transcripts))
         counts = [count for count in all_gather(counts, self.world) if count[1]]
         if not counts:
             return {}
         errors, words = zip(*counts)
         return {f"eval/wer_{name}": sum(errors) / sum(words)}
+
+
+def interruptible(work: Callable, world: int):
+    """What `work` makes of this rank's share; raises Interrupted on all ranks where a signal comes to one.
+
+    work: talks to no other rank.
+    """
+    done = stop.run(work)
+    if any(all_gather([stop.asked], world)):
+        raise Interrupted
+    return done
 
 
 def sample(network: System, prompts: list[Prompt], settings: Sample) -> list[Output]:
@@ -371,13 +394,7 @@ def validate(
 
     returns: the mean of every scalar but `loss`; where each clip's loss is known, also its mean in bins of t.
     """
-    is_bf16 = config.train.dtype == "bf16"
-    losses = []  # names, sums over clips, numbers of clips
-    for batch in batches.validation():
-        batch = {name: value.to(device) for name, value in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
-            found = network(batch)
-        losses += summed_losses(found, batch["t"])
+    losses = interruptible(lambda: validation_share(network, batches, config, device), world)
     sums = Counter()
     counts = Counter()
     for name, total, count in all_gather(losses, world):
@@ -386,6 +403,20 @@ def validate(
     bins = sorted(filter(T_BIN_KEY.search, sums))
     names = [name for name in sums if name not in bins]
     return {f"val/{name}": sums[name] / counts[name] for name in names + bins}
+
+
+def validation_share(
+    network: System, batches: Batches, config: Config, device: torch.device
+) -> list[tuple[str, float, int]]:
+    """As `summed_losses`, of all batches of this rank."""
+    is_bf16 = config.train.dtype == "bf16"
+    losses = []
+    for batch in batches.validation():
+        batch = {name: value.to(device) for name, value in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+            found = network(batch)
+        losses += summed_losses(found, batch["t"])
+    return losses
 
 
 def summed_losses(losses: dict[str, Tensor], t: Tensor) -> list[tuple[str, float, int]]:

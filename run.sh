@@ -46,13 +46,14 @@ main() {
     [[ $print ]] || set_up
     ((gpus)) || run export OMP_WAIT_POLICY=PASSIVE
     [[ $device != mps ]] || run export PYTORCH_ENABLE_MPS_FALLBACK=1       # what Metal has not is computed on the CPU
-    run "$VENV/bin/python" system.py prepare ${ranks:+--ranks "$ranks"} "${arguments[@]}"
+    # on all machines, or on none
+    run "$VENV/bin/python" ${together[@]+"${together[@]}"} system.py prepare ${ranks:+--ranks "$ranks"} "${arguments[@]}"
     run exec "$VENV/bin/python" ${launcher[@]+"${launcher[@]}"} train.py "${arguments[@]}"     # exec: train.py gets the signals
 }
 
-read_options() {        # sets gpus, ranks, device, print, launcher, arguments; macOS's bash 3.2 takes empty arrays for unset, hence the ${a[@]+...}
+read_options() {        # sets gpus, ranks, device, print, together, launcher, arguments; macOS's bash 3.2 takes empty arrays for unset, hence the ${a[@]+...}
     local config=${CONFIG:-} nodes=1 node_rank=0 master= overrides=() available key value
-    available=$(count_gpus) gpus= device= print= launcher=()
+    available=$(count_gpus) gpus= device= print= together=() launcher=()
     [[ -z ${BATCH_SIZE:-} ]] || overrides+=(--batch_size "$BATCH_SIZE")
     while (($#)); do
         case $1 in
@@ -88,10 +89,10 @@ read_options() {        # sets gpus, ranks, device, print, launcher, arguments; 
     if ((nodes > 1)); then
         [[ $master ]] || die "--nodes $nodes: --master HOST[:PORT] is missing"
         [[ $master == *:* ]] || master+=:29500
-        launcher=(-m torch.distributed.run --nnodes "$nodes" --node_rank "$node_rank" --master_addr "${master%:*}"
-                  --master_port "${master##*:}" --nproc_per_node "$((gpus ? gpus : 1))")
+        together=(launch.py --nodes "$nodes" --node_rank "$node_rank" --master "$master")
+        launcher=("${together[@]}" --ranks "$((gpus ? gpus : 1))")
     elif ((gpus > 1)); then
-        launcher=(-m torch.distributed.run --standalone --nproc_per_node "$gpus")
+        launcher=(launch.py --ranks "$gpus")
     fi
     if ((gpus)); then arguments=(--config "${config:-configs/ljspeech.yaml}" --device "${device:=cuda}")
     else arguments=(--config "${config:-configs/demo.yaml}" --device "${device:=cpu}"); fi

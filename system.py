@@ -18,6 +18,7 @@ import torch.distributed as dist
 import config as configs
 from base import Batches, Corpus, System
 from config import Config, UnknownKey, UserError, expand_path
+from corpora import shards
 from device import compiler_fault, hardware_name, move, pick_device, pick_dtype
 from entry import run_main
 from pretrained import asr
@@ -270,8 +271,11 @@ def main() -> None:
         device = pick_device(config.device)
         settle_batch(config, o.ranks)
         settle_compile(config, device, world=1)
-        fetch(config)
-        find(config.system).prepare(config)
+        folder = Path(config.data.data_dir).absolute()
+        lock = f".{folder.name}.lock"  # beside the folder: that may be still to be fetched
+        with shards.alone(folder.with_name(lock), Path("data", lock), quiet=False):
+            fetch(config)
+            find(config.system).prepare(config)
     else:
         config, network, step = load(o.ckpt, torch.device("cpu"), rest)
         checkpoint.make_folder(o.out)

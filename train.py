@@ -1,4 +1,4 @@
-"""Train any system: `python train.py --config FILE [--key value ...]`; under torchrun, one process a GPU.
+"""Train any system: `python train.py --config FILE [--key value ...]`; by launch.py on several GPUs.
 
 Everything random is drawn into the batch from (seed, step, row). So on a CPU a run that was interrupted and
 resumed is bit for bit the uninterrupted one, and two ranks are one process with the double batch.
@@ -8,10 +8,9 @@ goes on. One training at a time writes into an out_dir.
 
 import datetime
 import math
+import operator
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ import system
 from base import System
 from config import Config, UserError
 from device import move, pick_device, worker_count
-from entry import run_main
+from entry import Interrupted, run_main, stop
 from tracking import checkpoint, logger, report
 
 FORECAST_AFTER = 10  # after which a run says how long it will take
@@ -53,6 +52,7 @@ def main() -> None:
     ema = optim.EMA(network, train.ema)
     lock = checkpoint.lock(requested.out_dir) if rank == 0 else None
     start, seconds = checkpoint.resume(config, network, ema, optimizers)
+    check_agreement(config, {"step": start, "corpus": corpus.fingerprint}, world)
     if rank == 0:
         checkpoint.record_run(requested, train, network, device, world)
         writer = logger.MetricsLogger(
@@ -60,7 +60,7 @@ def main() -> None:
         )
     saver = checkpoint.Saver()
     evaluation = evaluator.Evaluator(config, corpus, device, rank, world) if train.eval_interval else None
-    stop = catch_signals()
+    stop.catch_signals()
 
     micro_steps = range(start * train.grad_accum, train.steps * train.grad_accum)
     stream = data.prefetch(
@@ -73,6 +73,7 @@ def main() -> None:
     clock = time.perf_counter()
     frames = 0  # since `logged_step`
     logged_step = start
+    interrupted = False  # an evaluation, by a signal
     while not last_step:
         sums, clip_frames = accumulate_gradient(model, network, stream, config, device)
         frames += clip_frames
@@ -88,10 +89,11 @@ def main() -> None:
         val_due = is_due(train.val_interval, step, last_step)
         eval_due = is_due(train.eval_interval, step, last_step)
         save_due = is_due(train.save_interval, step, last_step)
-        stop_due = world == 1 and stop.is_set()  # several ranks stop only where all of them ask
+        # several ranks stop only where all of them ask
+        stop_due = interrupted or (world == 1 and stop.asked)
         if not (log_due or val_due or eval_due or save_due or stop_due):
             continue
-        stopping = any_rank(stop.is_set() or (out / "STOP").exists(), device, world)
+        stopping = any_rank(stop.asked or (out / "STOP").exists(), device, world)
         values = reduce_metrics(sums | {"grad_norm": grad_norm}, frames, device, world)
         if not all(map(math.isfinite, values.values())):
             saver.finish()  # it may be the last good one
@@ -129,15 +131,20 @@ def main() -> None:
             last_step = True
         elif val_due or eval_due:
             values = {}
-            with ema, parallel.whole(network):
-                if val_due:
-                    values |= evaluator.validate(network, batches, config, device, world)
-                if eval_due:
-                    values |= evaluation.run(network, step)
+            try:
+                with ema, parallel.whole(network):
+                    if val_due:
+                        values |= evaluator.validate(network, batches, config, device, world)
+                    if eval_due:
+                        values |= evaluation.run(network, step)
+            except Interrupted:
+                interrupted = True
             if rank == 0:
                 writer.log(step, values)
                 evaluator.print_scores(values, network.scores)
-                if eval_due:
+                if interrupted:
+                    print(f"evaluation cut short; python evaluator.py --ckpt {out} repeats it", flush=True)
+                elif eval_due:
                     evaluator.log_media(writer, out, step)
         clock = time.perf_counter()  # saving and evaluating do not count as training
     stream.close()
@@ -158,7 +165,7 @@ def main() -> None:
 
 
 def start_ranks(config: Config) -> tuple[int, int, torch.device]:
-    """This process's rank, the number of ranks, its device: from torchrun's environment, or alone."""
+    """This process's rank, the number of ranks, its device: as launch.py or torchrun says, or alone."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
@@ -171,24 +178,23 @@ def start_ranks(config: Config) -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
-def catch_signals() -> threading.Event:
-    """An event that SIGTERM, SIGINT and SIGHUP set; a second SIGINT ends at once.
+def check_agreement(config: Config, facts: dict[str, object], world: int) -> None:
+    """raises UserError, on all ranks, where a fact, the source or a knob differs between them.
 
-    A terminal that is closed may send SIGHUP twice; under nohup it stays ignored.
+    Machines without a shared disk may keep their corpus and their runs at different places.
     """
-    stop = threading.Event()
-
-    def handle(number: int, _frame) -> None:
-        stop.set()
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
-    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
-    if signal.getsignal(hangup) != signal.SIG_IGN:
-        signal.signal(hangup, handle)
-    return stop
+    if world == 1:
+        return
+    facts = {**facts, "source": checkpoint.source_digest()[:10]}
+    for key in configs.keys(type(config)):
+        if key not in ("out_dir", "data.data_dir"):
+            facts[key] = operator.attrgetter(key)(config)
+    found = evaluator.all_gather([facts], world)
+    for rank, others in enumerate(found):
+        for name, value in others.items():
+            if value != found[0][name]:
+                fault = f"{name} is {value} on rank {rank}, {found[0][name]} on rank 0"
+                raise UserError(f"{fault}: all need the same command, source, corpus and checkpoints")
 
 
 def pinned(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

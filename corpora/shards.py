@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -25,6 +25,11 @@ from tqdm import tqdm
 from config import Config, UserError
 from corpora.espeak import VoiceError
 from device import worker_count
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT_VERSION = 2  # of the packed folder's file format
 CLIPS_PER_SHARD = 512
@@ -369,6 +374,38 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # of a disk that is read-only by now
             part.unlink()
+
+
+@contextlib.contextmanager
+def alone(*paths: Path, quiet: bool = True) -> Iterator[None]:
+    """A block in which one process at a time is, of all machines that share the disk; others wait.
+
+    The lock is the kernel's, which takes it away however its holder ends; the file stays.
+    paths: of the lock; the first that can be opened. Where none can be, nobody waits.
+    quiet: whether to wait without a line that says so.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            try:
+                path.parent.mkdir(exist_ok=True)
+                held = stack.enter_context(path.open("a"))
+                take_lock(held, path, quiet)
+                break
+            except OSError:  # a folder of somebody else, a file system without locks
+                continue
+        yield
+
+
+def take_lock(held: TextIO, path: Path, quiet: bool) -> None:
+    """Of an open file, as soon as nobody else has it."""
+    if not fcntl:
+        return
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        if not quiet:
+            print(f"{path}: another process is at work there; waiting for its end", flush=True)
+        fcntl.lockf(held, fcntl.LOCK_EX)
 
 
 def digest(values) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import io
 import math
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from whisper.model import ModelDimensions, Whisper
 from whisper.normalizers import EnglishTextNormalizer
 
 from config import UserError
+from corpora.shards import alone
 from text import comparable
 
 RATE = whisper.audio.SAMPLE_RATE  # Hz
@@ -95,7 +97,8 @@ def load(name: str, device: torch.device, option: str) -> Whisper:
     if name == "tiny.en" and find_package():
         return load_package(device)
     try:
-        with connection_timeout(TIMEOUT_SEC):
+        # which writes in place: one process at a time
+        with alone(cache_folder() / ".whisper.lock"), connection_timeout(TIMEOUT_SEC):
             return whisper.load_model(name, device=device)
     except Exception as e:  # a network and a damaged file fail in every way there is
         reason = " ".join(str(e).split())
@@ -162,6 +165,11 @@ def cut_at_pauses(wave: Tensor) -> list[Tensor]:
 def normalize_transcript(text: str) -> str:
     """A text or transcript as its words are counted: numbers read one way, then Whisper's own normaliser."""
     return ENGLISH(comparable(text))
+
+
+def cache_folder() -> Path:
+    """The folder in which openai-whisper has a folder for what it downloads."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ ROOMS = [
     list(SYSTEMS),
     ["system"],
     ["evaluator"],
-    ["train", "sample"],
+    ["train", "sample", "launch"],
     ["bench"],
 ]
 LEVEL = {}

@@ -108,15 +108,14 @@ def test_without_gpus_the_demo_is_prepared_and_trained_on_the_cpu():
     ]
 
 
-def test_gpus_train_ljspeech_by_torchrun_on_all_of_them(four_gpus):
+def test_gpus_train_ljspeech_on_all_of_them_a_rank_on_each(four_gpus):
     prepare, train = printed(**four_gpus)
     words = ["--config", "configs/ljspeech.yaml", "--device", "cuda"]
     assert prepare[1:] == ["system.py", "prepare", "--ranks", "4", *words]
-    assert train[2:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-    assert train[7:] == ["train.py", *words]
+    assert train[2:] == ["launch.py", "--ranks", "4", "train.py", *words]
 
 
-def test_one_gpu_needs_no_torchrun_and_hidden_ones_do_not_count(four_gpus):
+def test_one_gpu_needs_no_launcher_and_hidden_ones_do_not_count(four_gpus):
     assert printed("--gpus", "1", **four_gpus)[-1][2:] == [
         "train.py",
         "--config",
@@ -160,20 +159,14 @@ def test_a_driver_that_was_replaced_under_its_kernel_module_is_a_gpu(tmp_path):
     assert done.stdout.endswith("--device cuda \n")
 
 
-def test_several_machines_meet_at_the_master(four_gpus):
-    train = printed("--nodes", "2", "--node-rank", "1", "--master", "alpha", "--lr", "1e-3", **four_gpus)[-1]
-    launch, arguments = train[4 : train.index("train.py")], train[train.index("train.py") + 1 :]
-    assert dict(zip(launch[::2], launch[1::2])) == {
-        "--nnodes": "2",
-        "--node_rank": "1",
-        "--master_addr": "alpha",
-        "--master_port": "29500",
-        "--nproc_per_node": "4",
-    }
-    assert arguments == ["--config", "configs/ljspeech.yaml", "--device", "cuda", "--lr", "1e-3"]
-    prepare = printed("--nodes", "2", "--node-rank", "1", "--master", "alpha", **four_gpus)[0]
-    assert prepare[3:5] == ["--ranks", "8"]
-    assert "1234" in printed("--nodes=2", "--master=alpha:1234", **four_gpus)[-1]
+def test_several_machines_meet_at_the_master_to_prepare_and_to_train(four_gpus):
+    words = ["--nodes", "2", "--node-rank", "1", "--master", "alpha", "--lr", "1e-3"]
+    prepare, train = printed(*words, **four_gpus)
+    together = ["launch.py", "--nodes", "2", "--node_rank", "1", "--master", "alpha:29500"]
+    arguments = ["--config", "configs/ljspeech.yaml", "--device", "cuda", "--lr", "1e-3"]
+    assert prepare[1:] == [*together, "system.py", "prepare", "--ranks", "8", *arguments]
+    assert train[2:] == [*together, "--ranks", "4", "train.py", *arguments]
+    assert "alpha:1234" in printed("--nodes=2", "--master=alpha:1234", **four_gpus)[-1]
 
 
 def test_other_options_reach_preparation_and_training_as_typed():
@@ -195,10 +188,10 @@ def test_a_wandb_url_turns_wandb_online(word):
 def test_the_environment_says_the_same_and_options_win(four_gpus):
     environment = four_gpus | {"BATCH_SIZE": "64", "NUM_GPUS": "2", "CONFIG": "x.yaml", "VENV": "/v"}
     train = printed(**environment)[-1]
-    assert train[1] == "/v/bin/python" and train[6] == "2"
+    assert train[1] == "/v/bin/python" and train[4] == "2"
     assert train[-6:] == ["--config", "x.yaml", "--device", "cuda", "--batch_size", "64"]
     train = printed("--gpus", "3", "--config", "y.yaml", "--batch_size", "8", **environment)[-1]
-    assert train[6] == "3" and train[-8:-6] == ["--config", "y.yaml"]
+    assert train[4] == "3" and train[-8:-6] == ["--config", "y.yaml"]
     assert train[-4:] == ["--batch_size", "64", "--batch_size", "8"]  # the last one counts
 
 

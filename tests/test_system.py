@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import TINY, call, options
+from conftest import ROOT, TINY, call, finish, options, start
 from toy.system import Toy, Whistles, WordBatches
 
 import config as configs
@@ -444,6 +444,24 @@ def test_a_source_that_is_read_only_is_copied_again_by_the_next_start(tmp_path, 
     assert copy.read_text() == "2"
 
 
+def test_without_git_or_its_history_the_source_is_named_by_a_digest_that_every_copy_has(
+    tmp_path, monkeypatch
+):
+    checkpoint.copy_source(tmp_path / "copy")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # no git
+    name = checkpoint.commit()
+    assert re.fullmatch("source sha256:[0-9a-f]{10}", name)
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path / "copy")
+    assert checkpoint.commit() == name
+    monkeypatch.undo()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path / "copy")  # no history
+    assert checkpoint.commit() == name
+    (tmp_path / "copy" / "train.py").write_text("# changed")
+    assert checkpoint.commit() != name
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 def test_no_room_and_no_right_are_one_line_wherever_they_are_met(number, capsys):
     def fail():
@@ -734,6 +752,21 @@ def test_prepare_is_the_systems_own(hummer, tmp_path, refusal):
     call(system_module, "prepare", *options(hummer))
     assert (tmp_path / "prepared").exists()
     assert "unknown key" in refusal(system_module, "prepare", "--sytem=tts")
+
+
+def test_of_two_prepares_at_once_the_second_waits_until_the_first_is_gone_however_it_ended(tmp_path):
+    code = "import sys; from pathlib import Path; from corpora.shards import alone\n"
+    code += "with alone(Path(sys.argv[1])): print('alone', flush=True); input()"
+    words = [sys.executable, "-c", code, str(tmp_path / ".corpus.lock")]
+    first = subprocess.Popen(words, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert first.stdout.readline()
+    knobs = TINY | {"data_dir": tmp_path / "corpus", "sentences": 1, "workers": 1}
+    second = start("system.py", "prepare", *options(knobs))
+    assert "waiting for its end" in second.stdout.readline()
+    assert not (tmp_path / "corpus").exists()
+    first.kill()
+    first.communicate()
+    assert "64 val" in finish(second)
 
 
 def test_a_checkpoint_holds_what_is_trained_and_the_rest_is_as_built(hummed):

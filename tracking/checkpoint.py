@@ -8,6 +8,7 @@ training goes on; and read with `weights_only`, so it can run no code.
 import atexit
 import datetime
 import filecmp
+import hashlib
 import json
 import math
 import platform
@@ -339,12 +340,31 @@ def describe_batch(asked: Train, train: Train, world: int) -> str:
 
 
 def copy_source(folder: Path) -> None:
-    """All of the source, so that a run can be repeated: every Python file and the data that they read."""
+    for path in source_files():
+        copy(ROOT / path, folder / path)
+
+
+def source_files() -> list[Path]:
+    """All of the source, so that a run can be repeated: every Python file and the data that they read.
+
+    returns paths inside the root, sorted.
+    """
+    found = set()
     for pattern in SOURCE:
-        for source in ROOT.glob(pattern):
-            path = source.relative_to(ROOT)
+        for path in ROOT.glob(pattern):
+            path = path.relative_to(ROOT)
             if path.parts[0] not in NOT_SOURCE:
-                copy(source, folder / path)
+                found.add(path)
+    return sorted(found)
+
+
+def source_digest() -> str:
+    """SHA-256 of the source, the same in every copy of it."""
+    content = hashlib.sha256()
+    for path in source_files():
+        content.update(f"{path.as_posix()} {(ROOT / path).stat().st_size}\n".encode())
+        content.update((ROOT / path).read_bytes())
+    return content.hexdigest()
 
 
 def copy(source: Path, target: Path) -> None:
@@ -367,7 +387,11 @@ def make_folder(folder: Path) -> None:
 
 
 def commit() -> str:
-    """What the source is, as git calls it."""
+    """What the source is, as git calls it; where there is no git, or no history, by its digest."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        name = found.stdout.strip()
+    except OSError:  # git is not installed
+        name = ""
+    return name or f"source sha256:{source_digest()[:10]}"
