@@ -29,12 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import evaluator
 import optim
+import parallel
 import system
 import train
 from base import Prompt, System
 from bench import loader
 from config import Config
-from device import move, nvidia_smi, pick_device, pick_dtype
+from device import move, nvidia_smi, pick_device, pick_dtype, worker_count
 from entry import run_main
 from pretrained import asr
 from tracking import checkpoint
@@ -85,18 +86,18 @@ class Case:
 KLEIN = {"base": "scratch", "width": 3072, "heads": 24, "layers": 25, "text_tokens": 512}
 SMALL_CANVAS = {"canvas_height": 512, "canvas_width": 320}
 CASES = (
-    Case("ljspeech, 64 clips", "ljspeech", {"batch_size": 64}),
-    Case("ljspeech, 8 clips", "ljspeech", {"batch_size": 8}),
-    Case("64 clips, eager", "ljspeech", {"batch_size": 64}, compile=False),
-    Case("8 clips, eager", "ljspeech", {"batch_size": 8}, compile=False),
-    Case("64 clips, no cuDNN attention", "ljspeech", {"batch_size": 64}, cudnn=False),
-    Case("8 clips, no cuDNN attention", "ljspeech", {"batch_size": 8}, cudnn=False),
-    Case("64 clips, Muon not stacked", "ljspeech", {"batch_size": 64}, stacked=False),
-    Case("8 clips, Muon not stacked", "ljspeech", {"batch_size": 8}, stacked=False),
+    Case("ljspeech, 64 clips", "ljspeech", {"global_batch": 64}),
+    Case("ljspeech, 8 clips", "ljspeech", {"global_batch": 8}),
+    Case("64 clips, eager", "ljspeech", {"global_batch": 64}, compile=False),
+    Case("8 clips, eager", "ljspeech", {"global_batch": 8}, compile=False),
+    Case("64 clips, no cuDNN attention", "ljspeech", {"global_batch": 64}, cudnn=False),
+    Case("8 clips, no cuDNN attention", "ljspeech", {"global_batch": 8}, cudnn=False),
+    Case("64 clips, Muon not stacked", "ljspeech", {"global_batch": 64}, stacked=False),
+    Case("8 clips, Muon not stacked", "ljspeech", {"global_batch": 8}, stacked=False),
     Case("Klein LoRA, 512 x 320", "spectrogram", KLEIN | SMALL_CANVAS, compile=False),
     Case("Klein LoRA, 768 x 768", "spectrogram", KLEIN, compile=False),
-    Case("FluxMusic small", "music_small", {"batch_size": 16}, compile=False),
-    Case("FluxMusic giant", "music_giant", {"batch_size": 8, "grad_accum": 1}, compile=False),
+    Case("FluxMusic small", "music_small", {"global_batch": 16}, compile=False),
+    Case("FluxMusic giant", "music_giant", {"global_batch": 8, "grad_accum": 1}, compile=False),
 )
 SIDES = (
     Case("seed", "ljspeech_seed", compile=False),  # its own had no effect
@@ -104,11 +105,11 @@ SIDES = (
 )
 # The same cases where they are only to run
 TINY = {
-    "ljspeech": {"width": 32, "layers": 1, "heads": 2, "text_layers": 1, "batch_size": 4, "euler_steps": 2},
+    "ljspeech": {"width": 32, "layers": 1, "heads": 2, "text_layers": 1, "global_batch": 4, "euler_steps": 2},
     "spectrogram": {"width": 64, "layers": 2, "heads": 2, "double_layers": 1, "rank": 4, "text_tokens": 8}
-    | {"canvas_height": 32, "canvas_width": 64, "n_fft": 64, "hop": 32, "seconds": 0.1, "batch_size": 2},
+    | {"canvas_height": 32, "canvas_width": 64, "n_fft": 64, "hop": 32, "seconds": 0.1, "global_batch": 2},
     "music": {"size": "own", "width": 64, "layers": 2, "heads": 2, "double_blocks": 1}
-    | {"autoencoder": "patches", "vocoder": "griffinlim", "crop_seconds": 1.28, "batch_size": 2},
+    | {"autoencoder": "patches", "vocoder": "griffinlim", "crop_seconds": 1.28, "global_batch": 2},
 }
 
 
@@ -221,9 +222,10 @@ class Bench:
         if self.options.tiny:
             knobs |= TINY["ljspeech" if name == "tts" else name]
         if self.options.batch:
-            knobs["batch_size"] = self.options.batch
-        knobs |= {"compile": case.compile, "dtype": pick_dtype(self.device)}
-        return system.load_config(str(path), [f"--{key}={value}" for key, value in knobs.items()])
+            knobs["global_batch"] = self.options.batch
+        knobs |= {"compile": case.compile and self.device.type == "cuda", "dtype": pick_dtype(self.device)}
+        config = system.load_config(str(path), [f"--{key}={value}" for key, value in knobs.items()])
+        return system.settle_batch(config, world=1)
 
     def evaluate(self) -> list[dict]:
         """The parts of an evaluation of eval.limit prompts by the main recipe."""
@@ -285,10 +287,9 @@ class Training:
         torch.backends.cuda.enable_cudnn_sdp(case.cudnn)
         torch._dynamo.reset()
         counters.clear()
-        compiled = case.compile and self.device.type == "cuda"
-        self.model = torch.compile(self.network) if compiled else self.network
         t = config.train
-        self.optimizers = optim.make_optimizers(self.network, t.muon_lr, t.lr, t.weight_decay)
+        self.model = parallel.wrap(self.network, t, self.device, world=1)
+        self.optimizers = optim.make_optimizers(self.network, t.muon_lr, t.lr, t.weight_decay, t.compile)
         if not case.stacked:
             self.optimizers[0] = muon_of_torch(self.network, self.optimizers[0])
         self.ema = optim.EMA(self.network, t.ema)
@@ -392,7 +393,10 @@ def open_training(config: Config, bench: Bench) -> tuple[System, Feed]:
     if config.system == "tts":
         batches = open_batches(config, bench)
         network = move(system.build(config, *batches.corpus.statistics), device)
-        endless = data.prefetch(batches.train, itertools.count(), config.data.workers)
+        workers = worker_count(config.data.workers)
+        endless = data.prefetch(
+            lambda step: train.pinned(batches.train(step), device), itertools.count(), workers
+        )
         return network, Feed(map(with_valid, endless))
     with torch.device(device):
         network = system.build(config)

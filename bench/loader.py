@@ -36,7 +36,7 @@ def main() -> None:
     options, knobs = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         words = [*knobs, f"--data_dir={folder}", "--download=false"]
-        config = system.load_config(options.config, words)
+        config = system.settle_batch(system.load_config(options.config, words), world=1)
         batches = open_batches(config, options.clips)
         print("| | |\n|---|---|")
         for name, figure in shape_figures(config).items():

@@ -17,15 +17,16 @@ RECIPE = f"{ROOT}/configs/ljspeech.yaml"
 )
 def test_three_epochs_of_the_main_recipe_meet_few_shapes(batch, fine, coarse):
     """Their number, of T and of (T, S), and the share of padding, beside those of the defaults."""
-    words = [f"--batch_size={batch}"]
-    config = system.load_config(RECIPE, words)
+    words = [f"--global_batch={batch}"]
+    config = system.settle_batch(system.load_config(RECIPE, words), world=1)
     assert tuple(loader.shape_figures(config).values()) == coarse
-    config = system.load_config(RECIPE, [*words, "--pad_multiple=16", "--text_multiple=8"])
+    words += ["--pad_multiple=16", "--text_multiple=8"]
+    config = system.settle_batch(system.load_config(RECIPE, words), world=1)
     assert tuple(loader.shape_figures(config).values()) == fine
 
 
 def test_the_bench_writes_its_corpus_and_tells_what_a_step_copies(capsys):
-    call(loader, f"--config={RECIPE}", "--clips=48", "--steps=2", "--rounds=1", "--batch_size=8")
+    call(loader, f"--config={RECIPE}", "--clips=48", "--steps=2", "--rounds=1", "--global_batch=8")
     printed = capsys.readouterr().out
     found = dict(re.findall(r"^\| (.+) \| ([\d,.]+).* \|$", printed, re.MULTILINE))
     assert len(found) == 9 and float(found["MB a step"]) > 1
