@@ -63,12 +63,33 @@ def main() -> None:
     evaluation = evaluator.Evaluator(config, corpus, device, rank, world) if train.eval_interval else None
     stop = catch_signals()
 
+    def evaluate(step: int, val_due: bool, eval_due: bool) -> None:
+        values = {}
+        with ema:
+            if val_due:
+                values |= evaluator.validate(network, batches, config, device, world)
+            if eval_due:
+                values |= evaluation.run(network, step)
+        if rank == 0:
+            writer.log(step, values)
+            evaluator.print_scores(values, network.scores)
+            if eval_due:
+                evaluator.log_media(writer, out, step)
+
     micro_steps = range(start * train.grad_accum, train.steps * train.grad_accum)
     stream = data.prefetch(
         lambda i: batches.train(*divmod(i, train.grad_accum)), micro_steps, config.data.workers
     )
     step = start
     last_step = step >= train.steps or 0 < train.max_minutes <= seconds / 60
+    # A run that was ended between a checkpoint and what was due beside it owes that
+    logged = writer.resumed if rank == 0 and start > 0 else {"val", "eval"}
+    val_due = is_due(train.val_interval, step, last_step) and "val" not in logged
+    eval_due = is_due(train.eval_interval, step, last_step) and "eval" not in logged
+    val_due = any_rank(val_due, device, world)
+    eval_due = any_rank(eval_due, device, world)
+    if val_due or eval_due:
+        evaluate(step, val_due, eval_due)
     clock = time.perf_counter()
     frames = 0  # since `logged_step`
     logged_step = start
@@ -143,17 +164,7 @@ def main() -> None:
         if stopping:
             last_step = True
         elif val_due or eval_due:
-            values = {}
-            with ema:
-                if val_due:
-                    values |= evaluator.validate(network, batches, config, device, world)
-                if eval_due:
-                    values |= evaluation.run(network, step)
-            if rank == 0:
-                writer.log(step, values)
-                evaluator.print_scores(values, network.scores)
-                if eval_due:
-                    evaluator.log_media(writer, out, step)
+            evaluate(step, val_due, eval_due)
         clock = time.perf_counter()  # saving and evaluating do not count as training
     stream.close()
     if rank == 0:
