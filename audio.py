@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio.functional
 
-from config import Mel, UserError
+from config import Mel, UserError, WriteError
 from entry import run_main
 
 LOG_FLOOR = 1e-5  # magnitudes below are clamped: silence is ln 1e-5 = -11.51
@@ -103,13 +103,13 @@ def mix_channels(samples: torch.Tensor) -> torch.Tensor:
 
 
 def save_wav(path: str, wave: torch.Tensor, sample_rate: int) -> None:
-    """Write a wave (N,) as 16-bit PCM, clipped to [-1, 1]. raises UserError where it cannot be written."""
+    """Write a wave (N,) as 16-bit PCM, clipped to [-1, 1]. raises WriteError where it cannot be written."""
     wave = wave.detach().float().cpu()
     samples = wave.clamp(-1, 1).numpy()
     try:
         soundfile.write(str(path), samples, sample_rate, subtype="PCM_16")
     except (soundfile.LibsndfileError, OSError) as e:
-        raise UserError(f"{path}: cannot be written ({e})") from e
+        raise WriteError(f"{path}: cannot be written ({e})") from e
 
 
 def resample(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:

@@ -28,6 +28,10 @@ class UserError(Exception):
     """Something the user can fix: entry points print it as one line and exit with code 2."""
 
 
+class WriteError(UserError):
+    """What cannot be written, for want of room or of the right: no fault of what was to be written."""
+
+
 class UnknownKey(UserError):
     """A key that a config does not have. name: its full one, or, where it was typed, what was typed."""
 

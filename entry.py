@@ -22,11 +22,12 @@ from typing import NoReturn, TextIO
 from config import UserError
 
 NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+GONE = (errno.ENOENT, errno.ESTALE)  # what somebody removed while it was in use
 PATIENCE_SEC = 3  # of a rank that fails: if another's end is the reason, this one is ended before it speaks
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point: a UserError, and no room or no right, become one line on stderr and exit code 2."""
+    """Run an entry point: a UserError, and no room, no right or no file, become one line and exit code 2."""
     name_user()
     with redirect_stdout(Printer(sys.stdout)), redirect_stderr(Printer(sys.stderr)):
         try:
@@ -34,7 +35,7 @@ def run_main(main: Callable[[], None]) -> None:
         except UserError as e:
             refuse(str(e))
         except OSError as e:
-            if e.errno not in NO_ROOM_OR_RIGHT:
+            if e.errno not in (*NO_ROOM_OR_RIGHT, *GONE):
                 raise
             refuse(f"{e.filename or 'a file'}: cannot be read or written ({e.strerror})")
         except Exception as e:

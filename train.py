@@ -62,6 +62,27 @@ def main() -> None:
     evaluation = evaluator.Evaluator(config, corpus, device, rank, world) if train.eval_interval else None
     stop.catch_signals()
 
+    def evaluate(step: int, val_due: bool, eval_due: bool) -> bool:
+        """Returns whether a signal has cut it short."""
+        values = {}
+        interrupted = False
+        try:
+            with ema, parallel.whole(network):
+                if val_due:
+                    values |= evaluator.validate(network, batches, config, device, world)
+                if eval_due:
+                    values |= evaluation.run(network, step)
+        except Interrupted:
+            interrupted = True
+        if rank == 0:
+            writer.log(step, values)
+            evaluator.print_scores(values, network.scores)
+            if interrupted:
+                print(f"evaluation cut short; python evaluator.py --ckpt {out} repeats it", flush=True)
+            elif eval_due:
+                evaluator.log_media(writer, out, step)
+        return interrupted
+
     micro_steps = range(start * train.grad_accum, train.steps * train.grad_accum)
     stream = data.prefetch(
         lambda i: pinned(batches.train(*divmod(i, train.grad_accum)), device),
@@ -70,10 +91,16 @@ def main() -> None:
     )
     step = start
     last_step = step >= train.steps or 0 < train.max_minutes <= seconds / 60
+    # A run that was ended between a checkpoint and what was due beside it owes that
+    logged = writer.resumed if rank == 0 and start > 0 else {"val", "eval"}
+    val_due = is_due(train.val_interval, step, last_step) and "val" not in logged
+    eval_due = is_due(train.eval_interval, step, last_step) and "eval" not in logged
+    val_due = any_rank(val_due, device, world)
+    eval_due = any_rank(eval_due, device, world)
+    interrupted = (val_due or eval_due) and evaluate(step, val_due, eval_due)
     clock = time.perf_counter()
     frames = 0  # since `logged_step`
     logged_step = start
-    interrupted = False  # an evaluation, by a signal
     while not last_step:
         sums, clip_frames = accumulate_gradient(model, network, stream, config, device)
         frames += clip_frames
@@ -130,22 +157,7 @@ def main() -> None:
         if stopping:
             last_step = True
         elif val_due or eval_due:
-            values = {}
-            try:
-                with ema, parallel.whole(network):
-                    if val_due:
-                        values |= evaluator.validate(network, batches, config, device, world)
-                    if eval_due:
-                        values |= evaluation.run(network, step)
-            except Interrupted:
-                interrupted = True
-            if rank == 0:
-                writer.log(step, values)
-                evaluator.print_scores(values, network.scores)
-                if interrupted:
-                    print(f"evaluation cut short; python evaluator.py --ckpt {out} repeats it", flush=True)
-                elif eval_due:
-                    evaluator.log_media(writer, out, step)
+            interrupted = evaluate(step, val_due, eval_due)
         clock = time.perf_counter()  # saving and evaluating do not count as training
     stream.close()
     if rank == 0:

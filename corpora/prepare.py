@@ -79,7 +79,7 @@ def read_clip(out: Path, corpus: dict, format: dict, clip: Clip) -> np.ndarray |
     if "voice" in corpus:
         wave = demo.speak(clip.text, rate, corpus["voice"])
         if clip.wav:
-            (out / "wavs").mkdir(exist_ok=True)
+            shards.make_folder(out / "wavs")
             audio.save_wav(out / clip.wav, wave, rate)
     else:
         wave = read_recording(clip, rate, corpus["resample"] or "seconds" in format)

@@ -11,10 +11,13 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import Config, UserError
+from config import Config, UserError, WriteError
 from corpora.espeak import VoiceError
 from device import worker_count
 
@@ -111,16 +114,31 @@ def pack(
     write = functools.partial(pack_shard, out, fingerprint, read)
     processes = max(1, min(worker_count(workers), len(missing)))
     with (
-        ProcessPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ProcessPoolExecutor(processes, initializer=start_worker) as pool,
         tqdm(total=missing_clips, unit="clip", disable=None) as bar,
     ):
-        for count in pool.map(write, missing, [parts[n] for n in missing]):
-            bar.update(count)
+        try:
+            for count in pool.map(write, missing, [parts[n] for n in missing]):
+                bar.update(count)
+        except BrokenProcessPool as e:
+            killed = "a process that packed was killed, maybe for want of memory"
+            raise UserError(f"{out}: {killed}; pack again, which goes on, with fewer --workers") from e
     shards = [read_shard(out, n, fingerprint) for n in range(len(parts))]
     if None in shards:
         print(f"{out}: other shares are still to be made", flush=True)
     else:
         write_index(out, corpus, fingerprint, format, shards, skipped, strict)
+
+
+def start_worker() -> None:
+    """One thread, and no life without the process that packs: one that is killed cannot end its workers."""
+    torch.set_num_threads(1)
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def pack_shard(out: Path, fingerprint: str, read: Callable, shard: int, clips: list[Clip]) -> int:
@@ -134,7 +152,7 @@ def pack_shard(out: Path, fingerprint: str, read: Callable, shard: int, clips: l
     for clip in clips:
         try:
             frames = read(clip)
-        except VoiceError:
+        except (VoiceError, WriteError):
             raise
         except Exception as e:  # one that nobody foresaw must not take the other clips along
             reason = str(e) if isinstance(e, UserError) else " ".join(repr(e).split())
@@ -204,10 +222,9 @@ def write_index(
         "skipped": skipped,
         "too_long": too_long,
     }
+    remove_leftovers(out, "*.part")
     with atomic_write(out / "index.json") as part:
         part.write_text(json.dumps(index, ensure_ascii=False, indent=1), encoding="utf-8")
-    for leftover in out.glob("*.part"):  # of processes that were killed
-        leftover.unlink(missing_ok=True)
     found = ", ".join(f"{n} {split}" for split, n in counts.items())
     print(f"{out}: {found} clips; {len(skipped)} skipped, {too_long} too long", flush=True)
 
@@ -291,24 +308,25 @@ def cache_features(
             for n, rows in zip(items, features, strict=True):
                 check_features(rows, lengths[n], width, f"{what}: item {n}")
             if first == 0:
+                progress.unlink(missing_ok=True)  # of another file, or it would vouch for this one's zeros
                 target = create_unfinished(unfinished, (int(stops[-1]), features[0].shape[1]), what)
-            target[starts[first] : stops[last]] = np.concatenate(features)
-            target.flush()
+            write_rows(unfinished, target, starts[first], np.concatenate(features))
             with atomic_write(progress) as part:
                 part.write_text(str(last + 1))
         spans = np.stack([starts, stops], 1)[np.argsort(order)]
         with atomic_write(path.with_suffix(".spans.npy")) as part, open(part, "wb") as f:
             np.save(f, spans)
-        os.replace(unfinished, path)
+        remove_leftovers(path.parent, f"{path.stem}.*.part")
         progress.unlink()
+        os.replace(unfinished, path)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e})") from e
+        raise WriteError(f"{path}: cannot be written ({e})") from e
 
 
 def open_unfinished(path: Path, length: int, width: int | None) -> np.ndarray | None:
     """The interrupted cache, to be continued; None: none there, or cut short, or of another shape."""
     with contextlib.suppress(OSError, ValueError, EOFError):
-        rows = np.load(path, mmap_mode="r+")
+        rows = np.load(path, mmap_mode="r")
         if rows.shape == (length, width or rows.shape[1]):
             return rows
     return None
@@ -323,6 +341,18 @@ def create_unfinished(path: Path, shape: tuple[int, int], what: str) -> np.ndarr
         raise UserError(f"{path.with_suffix('.npy')}: {sizes}; make room, or take another data.data_dir")
     print(f"{path.parent}/: {sizes}", flush=True)
     return np.lib.format.open_memmap(path, "w+", "<f2", shape)
+
+
+def write_rows(path: Path, target: np.memmap, first: int, rows: np.ndarray) -> None:
+    """Write rows (n, D) to the file of `target`, from row `first` on, and to the disk.
+
+    Not through the map: where the disk is full, that ends the process by a signal.
+    """
+    with open(path, "rb+") as f:
+        f.seek(target.offset + int(first) * target.strides[0])
+        f.write(rows.astype(target.dtype).tobytes())
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def check_features(rows: np.ndarray, length: int, width: int | None, what: str) -> None:
@@ -370,7 +400,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e})") from e
+        raise WriteError(f"{path}: cannot be written ({e})") from e
     finally:
         with contextlib.suppress(OSError):  # of a disk that is read-only by now
             part.unlink()
@@ -406,6 +436,19 @@ def take_lock(held: TextIO, path: Path, quiet: bool) -> None:
         if not quiet:
             print(f"{path}: another process is at work there; waiting for its end", flush=True)
         fcntl.lockf(held, fcntl.LOCK_EX)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise WriteError(f"{folder}: cannot be made ({e.strerror})") from e
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """What processes that were killed left half written."""
+    for leftover in folder.glob(pattern):
+        leftover.unlink(missing_ok=True)
 
 
 def digest(values) -> str:

@@ -237,12 +237,10 @@ def double_batch(tiny, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def t5_folder(tmp_path_factory) -> Path:
+def save_random_t5(folder: Path) -> Path:
     """A random T5 encoder with ByT5's tokenizer, on disk as the published ones are."""
     import transformers
 
-    folder = tmp_path_factory.mktemp("t5")
     shape = transformers.T5Config(
         vocab_size=384,
         d_model=32,
@@ -256,6 +254,11 @@ def t5_folder(tmp_path_factory) -> Path:
     transformers.T5EncoderModel(shape).save_pretrained(folder)
     transformers.ByT5Tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory) -> Path:
+    return save_random_t5(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,15 @@ import collections
 import dataclasses
 import functools
 import json
+import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ import audio
 import config as configs
 import data
 import system
-from config import Mel, UserError
+from config import Mel, UserError, WriteError
 from corpora import prepare, shards, speech
 from tts import TextToSpeech
 
@@ -372,6 +375,49 @@ def test_a_killed_run_leaves_no_half_shard_and_is_taken_up(tmp_path):
     assert sum(index_of(out)["clips"].values()) == 120 and not list(out.glob("*.part"))
 
 
+def kill_itself(clip: shards.Clip) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def say_so_and_outlive(pipe: int, clip: shards.Clip) -> None:
+    os.write(pipe, b"packing")
+    time.sleep(30)
+    os.write(pipe, b"still")
+
+
+def find_no_room(clip: shards.Clip) -> None:
+    raise WriteError("no room for its wave")
+
+
+def pack_one(out: Path, read: Callable) -> None:
+    clips = [shards.Clip("a", "A.", "train")]
+    shards.pack(out, {"name": "ljspeech"}, clips, [], {"sample_rate": 8000}, read, 1)
+
+
+def test_a_process_that_is_killed_while_it_packs_ends_it_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="a process that packed was killed.*pack again, which goes on"):
+        pack_one(tmp_path, kill_itself)
+
+
+def test_no_process_outlives_the_one_that_packs(tmp_path):
+    reading, writing = os.pipe()
+    packing = multiprocessing.get_context("fork").Process(
+        target=pack_one, args=(tmp_path, functools.partial(say_so_and_outlive, writing))
+    )
+    packing.start()
+    os.close(writing)
+    assert os.read(reading, 7) == b"packing"
+    packing.kill()
+    # which ends once nobody can write any more
+    assert os.read(reading, 7) == b""
+    os.close(reading)
+
+
+def test_a_clip_is_not_skipped_for_want_of_room(tmp_path):
+    with pytest.raises(WriteError, match="no room"):
+        pack_one(tmp_path, find_no_room)
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), shards.atomic_write(tmp_path / "x") as part:
         part.write_text("half")
@@ -588,6 +634,7 @@ def test_a_cache_that_was_interrupted_is_taken_up_where_it_was(items, tmp_path, 
     path, first, second = tmp_path / "x.npy", [], []
     with pytest.raises(KeyboardInterrupt):
         cache(path, items, first, fail_after=fail_after)
+    (tmp_path / "x.done.77.part").touch()  # of a process that was killed
     with pytest.raises(UserError, match="missing, or damaged.*; pack"):
         shards.open_features(path, "pack")
     cache(path, items, second)

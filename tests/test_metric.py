@@ -62,6 +62,21 @@ def test_every_line_is_on_disk_at_once_and_what_is_not_finite_is_null(tmp_path):
     log.close()
 
 
+def test_a_log_whose_folder_is_moved_away_or_replaced_is_not_written_to(tmp_path):
+    out = tmp_path / "out"
+    log = writer(out)
+    out.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="out/metrics.jsonl: cannot be written .No such file or directory"):
+        log.log(1, {"train/loss": 1})
+    log = writer(out)
+    out.rename(tmp_path / "away too")
+    writer(out).close()
+    for ending in (lambda: log.log(1, {"train/loss": 1}), log.close):
+        with pytest.raises(UserError, match="out/metrics.jsonl: was replaced while the run wrote to it"):
+            ending()
+    assert not logged(out) and not logged(tmp_path / "away too")
+
+
 def test_resume_repeats_no_step_and_passes_over_a_torn_line(tmp_path):
     first = writer(tmp_path)
     for step in (10, 20, 30):

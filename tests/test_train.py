@@ -275,10 +275,25 @@ def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_in_one_line_and_leaves
 def test_what_killed_processes_left_half_written_goes_at_the_next_start(run, tiny, tmp_path):
     again = shutil.copytree(run, tmp_path / "again")
     leftovers = ("checkpoints/step_0000007.part", "checkpoints/step_0000007.pt.77.part", "run.json.77.part")
-    for name in (*leftovers, "song.part"):
+    for name in (*leftovers, "source/train.py.77.part", "song.part"):
         (again / name).touch()
     call(train, *options(tiny | {"out_dir": again, "steps": 6, "val_interval": 3, "eval_interval": 6}))
     assert [path.name for path in again.rglob("*.part")] == ["song.part"]
+
+
+def test_a_run_that_was_killed_while_it_evaluated_does_so_when_it_is_started_again(run, tiny, tmp_path):
+    again = shutil.copytree(run, tmp_path / "again")
+    log = again / "metrics.jsonl"
+    whole = log.read_text()
+    *lines, evaluated = whole.splitlines(keepends=True)
+    assert '"eval/wer"' in evaluated and '"val/flow_loss"' in evaluated
+    log.write_text("".join(lines))
+    shutil.rmtree(again / "eval")
+    command = options(tiny | {"out_dir": again, "steps": 6, "val_interval": 3, "eval_interval": 6})
+    for _ in range(2):
+        call(train, *command)
+        assert log.read_text() == whole
+    assert (again / "eval/step_0000006/000.wav").read_bytes() == (again / "sample.wav").read_bytes()
 
 
 def test_a_run_goes_on_with_its_corpus_wherever_that_is_and_not_with_one_of_another_loudness(

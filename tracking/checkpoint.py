@@ -29,7 +29,7 @@ import yaml
 
 import config as configs
 from config import Config, Train, UserError
-from corpora.shards import atomic_write
+from corpora.shards import atomic_write, make_folder
 from device import hardware_name
 from optim import EMA
 from parallel import like, optimizer_state
@@ -279,7 +279,7 @@ def lock(out_dir: str) -> TextIO:
         raise UserError(message) from e
     except OSError:
         print(f"{out}: on a file system without locks; start no second training there", flush=True)
-    for path in [*out.glob("*.part"), *checkpoints.glob("*.part")]:
+    for path in out.rglob("*.part"):
         if LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)
     return held
@@ -377,13 +377,6 @@ def copy(source: Path, target: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be made ({e.strerror})") from e
 
 
 def commit() -> str:

@@ -25,7 +25,12 @@ class MetricsLogger:
         self.out = Path(out_dir)
         path = self.out / "metrics.jsonl"
         rows = read_lines(path) if resume_step > 0 else []
-        lines = [json.dumps(row) + "\n" for row in rows if row.get("step", 0) <= resume_step]
+        rows = [row for row in rows if row.get("step", 0) <= resume_step]
+        lines = [json.dumps(row) + "\n" for row in rows]
+        self.resumed = set()  # what was logged at resume_step: train, val, eval, ...
+        for row in rows:
+            if row.get("step") == resume_step:
+                self.resumed |= {key.split("/")[0] for key in row}
         checkpoint.write_text(path, "".join(lines))
         self.file = path.open("a", encoding="utf-8")  # noqa: SIM115  (open for as long as the run lasts)
         self.run = None
@@ -48,9 +53,12 @@ class MetricsLogger:
             is_finite = not isinstance(value, float) or math.isfinite(value)
             row[key] = value if is_finite else None
         try:
+            self.check_in_place()
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         except OSError as e:
+            with contextlib.suppress(OSError):
+                self.file.close()  # which would else be tried once more, and complain, when Python ends
             good = checkpoint.last_good(self.out)
             raise UserError(f"{self.file.name}: cannot be written ({e.strerror}); {good}") from e
         if self.run:
@@ -66,7 +74,13 @@ class MetricsLogger:
         files = [kinds[Path(path).suffix](str(path)) for path in paths]
         self.run.log({name: files}, step=step)
 
+    def check_in_place(self) -> None:
+        """raises OSError, UserError where the run's folder was removed, moved, or replaced by another."""
+        if not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.file.name)):
+            raise UserError(f"{self.file.name}: was replaced while the run wrote to it")
+
     def close(self) -> None:
+        self.check_in_place()
         self.file.close()
         if self.run:
             self.run.finish()
