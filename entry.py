@@ -4,11 +4,13 @@ Whatever a user can fix is a `config.UserError`. A pipe that nobody reads any mo
 lacks, and a user id without a name end nothing.
 """
 
+import argparse
 import contextlib
 import errno
 import getpass
 import io
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,11 +19,14 @@ from typing import NoReturn, TextIO
 
 from config import UserError
 
+LONGEST_ERROR = 1000  # characters that are printed of one; what is quoted in it may be a whole file
 NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")  # in torch's errors of a GPU and of a CPU
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point: a UserError, and no room or no right, become one line on stderr and exit code 2."""
+    """Run an entry point: a UserError, no room, memory or right become one line on stderr and exit code 2."""
     name_user()
     with redirect_stdout(Printer(sys.stdout)), redirect_stderr(Printer(sys.stderr)):
         try:
@@ -32,6 +37,10 @@ def run_main(main: Callable[[], None]) -> None:
             if e.errno not in NO_ROOM_OR_RIGHT:
                 raise
             refuse(f"{e.filename or 'a file'}: cannot be read or written ({e.strerror})")
+        except (MemoryError, RuntimeError) as e:
+            if not OUT_OF_MEMORY.search(str(e)) and not isinstance(e, MemoryError):
+                raise
+            refuse(f"not enough memory: make or read less at once ({e})")
         finally:
             sys.stdout.flush()
 
@@ -80,6 +89,22 @@ class Printer:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists what there is")
+
+
 def refuse(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def one_line(message: str) -> str:
+    """Line ends and control characters as they are typed in Python; of a long text beginning and end."""
+    visible = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    if len(visible) <= LONGEST_ERROR:
+        return visible
+    half = LONGEST_ERROR // 2
+    return f"{visible[:half]} ... {visible[-half:]}"
