@@ -79,6 +79,8 @@ def pack(
     strict: no index where anything was skipped.
     share: (i, n), every n-th shard from the i-th.
     """
+    skipped = skipped + [f"{clip.id!a}: not Unicode" for clip in clips if not is_unicode(clip)]
+    clips = [clip for clip in clips if is_unicode(clip)]
     # what the clips are, not where their recordings lie
     contents = [[clip.id, clip.text, clip.split, clip.start, clip.stop] for clip in clips]
     fingerprint = digest([FORMAT_VERSION, corpus, format, contents])
@@ -114,6 +116,15 @@ def pack(
         print(f"{out}: other shares are still to be made", flush=True)
     else:
         write_index(out, corpus, fingerprint, format, shards, skipped, strict)
+
+
+def is_unicode(clip: Clip) -> bool:
+    """Whether its id and text can be written: JSON can say half of a letter, a file can have any name."""
+    try:
+        f"{clip.id}{clip.text}".encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def pack_shard(out: Path, fingerprint: str, read: Callable, shard: int, clips: list[Clip]) -> int:
