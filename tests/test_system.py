@@ -149,6 +149,9 @@ def test_a_run_is_not_resumed_with_another_shape(run):
         lambda state: state.pop("optimizers"),
         lambda state: state["optimizers"].pop(),
         lambda state: state["optimizers"][0].update(state=3),
+        lambda state: state["optimizers"][0]["param_groups"][0].update(params=[torch.zeros(0)]),
+        lambda state: state["optimizers"][0]["state"][0].update(momentum_buffer=torch.zeros(3, 2)),
+        lambda state: state["optimizers"][0]["state"][0].update(momentum_buffer="x"),
         lambda state: state.update(seconds="long"),
     ],
 )

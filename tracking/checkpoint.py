@@ -27,6 +27,7 @@ import config as configs
 from config import DAMAGE, Config, UserError
 from corpora.shards import atomic_write
 from device import hardware_name
+from entry import OUT_OF_MEMORY
 from optim import EMA
 
 try:
@@ -127,7 +128,9 @@ def resume(
     try:
         load_optimizers(optimizers, state["optimizers"])
         seconds = float(state["seconds"])
-    except DAMAGE as e:
+    except (RuntimeError, *DAMAGE) as e:
+        if OUT_OF_MEMORY.search(str(e)):
+            raise
         fault = f"{path}: damaged beside its weights ({e!r})"
         raise UserError(f"{fault}; move it away, then the one before it is resumed from") from e
     check_statistics(corpus, statistics(network), config.data.data_dir, str(path))
@@ -142,6 +145,10 @@ def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict])
         optimizer.load_state_dict(saved)
         for group, peak in zip(optimizer.param_groups, peaks):
             group["peak_lr"] = peak  # a rate changed on the command line holds
+        for p, state in optimizer.state.items():
+            for name, value in state.items():
+                if not torch.is_tensor(value) or (value.dim() and value.shape != p.shape):
+                    raise ValueError(f"{name} is not of its weight's shape")
 
 
 def trained_weights(network: nn.Module) -> dict[str, torch.Tensor]:
