@@ -190,7 +190,8 @@ def try_kind(name: str, examples: int, counts: Counter) -> None:
 def hypothesis_in(folder: Path) -> Iterator[None]:
     """What hypothesis keeps goes there, not into the working directory.
 
-    It draws from the numbers in all modules that happen to be loaded; without them inputs are always the same.
+    It draws from the numbers in all modules that happen to be loaded; without them inputs are always the
+    same.
     """
     hypothesis.configuration.set_hypothesis_home_dir(folder)
     no_constants = lambda: providers._local_constants  # noqa: E731
