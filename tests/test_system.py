@@ -152,6 +152,7 @@ def test_a_run_is_not_resumed_with_another_shape(run):
         lambda state: state["optimizers"][0]["param_groups"][0].update(params=[torch.zeros(0)]),
         lambda state: state["optimizers"][0]["state"][0].update(momentum_buffer=torch.zeros(3, 2)),
         lambda state: state["optimizers"][0]["state"][0].update(momentum_buffer="x"),
+        lambda state: state["optimizers"][0]["state"][0].update(momentum_buffer=torch.zeros(2) * 1j),
         lambda state: state.update(seconds="long"),
     ],
 )

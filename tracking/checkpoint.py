@@ -141,13 +141,17 @@ def resume(
 def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
     """Load the optimizers of a checkpoint; raises whatever goes wrong with one that is damaged."""
     for optimizer, saved in zip(optimizers, states, strict=True):
+        for state in saved["state"].values():
+            for name, value in state.items():
+                if not torch.is_tensor(value) or value.is_complex():
+                    raise ValueError(f"{name} holds no real numbers")
         peaks = [group["peak_lr"] for group in optimizer.param_groups]
         optimizer.load_state_dict(saved)
         for group, peak in zip(optimizer.param_groups, peaks):
             group["peak_lr"] = peak  # a rate changed on the command line holds
         for p, state in optimizer.state.items():
             for name, value in state.items():
-                if not torch.is_tensor(value) or (value.dim() and value.shape != p.shape):
+                if value.dim() and value.shape != p.shape:
                     raise ValueError(f"{name} is not of its weight's shape")
 
 
