@@ -8,10 +8,12 @@ import json
 import os
 import pickle
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import fuzz
 import numpy as np
 import pytest
 import soundfile
@@ -221,6 +223,12 @@ def test_what_is_fixed_is_what_there_is_and_says_what_the_weights_mean(name):
     assert {"model.width", "data.corpus"} <= set(fixed)
     assert {key for key in fixed if key.startswith("data.")} <= {"data.corpus", "data.voice"}
     assert not {key.split(".")[0] for key in fixed} & {"sample", "train", "eval"}
+
+
+def test_a_few_odd_checkpoints_end_well():
+    counts = Counter()
+    fuzz.try_kind("checkpoint", 25, counts)
+    assert counts["accepted"] and counts["refused"]
 
 
 def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):
