@@ -10,6 +10,7 @@ import functools
 import io
 import math
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import soundfile
@@ -23,7 +24,9 @@ from entry import run_main
 LOG_FLOOR = 1e-5  # magnitudes below are clamped: silence is ln 1e-5 = -11.51
 LOUDEST = 4.0  # 12 dB above full scale: samples beyond are no float's
 HEADER_BYTES = 4096  # of a wav, within which its samples begin
-BLOCK = 2**18  # samples that are read at once
+BLOCK = 2**18  # samples of all channels that are read at once
+RATES = (1000, 1_000_000)  # Hz: what lies outside is no rate but damage, and would be resampled to gigabytes
+MOST_TAPS = 2**22  # of a resampling filter in all its phases, about
 UNKNOWN_LENGTH = b"\xff" * 4  # with which libsndfile reads to the end of the file
 
 
@@ -39,6 +42,8 @@ def load_wav(path: str, sample_rate: int) -> torch.Tensor:
         raise UserError(f"{path}: not a readable sound file ({reason})") from e
     if not len(samples):
         raise UserError(f"{path}: there is not a single sample in it")
+    if not RATES[0] <= rate <= RATES[1]:
+        raise UserError(f"{path}: a sample rate of {rate} Hz is none of a sound; its header is damaged")
     check_scale(samples, path)
     wave = mix_channels(samples)
     return resample(wave, rate, sample_rate)
@@ -55,8 +60,9 @@ def read_samples(path: str) -> tuple[torch.Tensor, int]:
     """All samples (N, C) of a sound file, and its rate in Hz; raises what libsndfile does."""
     blocks = []
     with Stream(open_sound(path)) as sound:
-        while not blocks or len(blocks[-1]) == BLOCK:
-            block = sound.read(BLOCK, dtype="float32", always_2d=True)
+        length = math.ceil(BLOCK / sound.channels)
+        while not blocks or len(blocks[-1]) == length:
+            block = sound.read(length, dtype="float32", always_2d=True)
             blocks.append(torch.from_numpy(block))
     return torch.cat(blocks), sound.samplerate
 
@@ -113,10 +119,17 @@ def save_wav(path: str, wave: torch.Tensor, sample_rate: int) -> None:
 
 
 def resample(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
-    """A wave (N,) at `rate` Hz -> the same sound at `new_rate` Hz."""
+    """A wave (N,) at `rate` Hz -> the same sound at `new_rate` Hz.
+
+    Two rates that have nothing in common, as 44099 and 16000, would need a filter for each of 16,000 phases,
+    gigabytes in all: their ratio is rounded, by a millionth.
+    """
     if rate == new_rate:
         return wave
-    return torchaudio.functional.resample(wave, rate, new_rate)
+    ratio = Fraction(rate, new_rate)
+    if ratio.denominator * ratio.numerator > MOST_TAPS:
+        ratio = ratio.limit_denominator(1000)
+    return torchaudio.functional.resample(wave, ratio.numerator, ratio.denominator)
 
 
 def log_mel(wave: torch.Tensor, mel: Mel) -> torch.Tensor:

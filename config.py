@@ -13,6 +13,7 @@ import functools
 import inspect
 import os
 import re
+import reprlib
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import field
@@ -39,6 +40,13 @@ class UnknownKey(UserError):
         self.where = where
         self.name = name
         super().__init__(f"{where}: unknown key {name}{hint}" if where else f"--{name}: unknown key{hint}")
+
+
+# What Python's and PyYAML's readers raise, besides errors of their own, of a text that is damaged on purpose
+DAMAGE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+QUOTED = reprlib.Repr()  # of a value in an error: eight aliases of YAML may be a billion entries
+QUOTED.maxlevel = 2
+QUOTED.maxstring = QUOTED.maxother = QUOTED.maxlong = 200
 
 
 def require(holds: bool, message: str) -> None:
@@ -85,10 +93,10 @@ def check_bounds(expect: object) -> object:
         return expect
     bounds = {}
     for figure, bound in expect.items():
-        bounds[str(figure)] = str(bound)
+        bounds[str(figure)] = bound
         require(
-            BOUND.fullmatch(str(bound)) is not None,
-            f"expect: a bound is at most or at least, and a number: at most 0.1; got {bound!r}",
+            isinstance(bound, str) and BOUND.fullmatch(bound) is not None,
+            f"expect: a bound is at most or at least, and a number: at most 0.1; got {QUOTED.repr(bound)}",
         )
     return bounds
 
@@ -483,7 +491,7 @@ def read_yaml(path: str) -> dict:
             values = yaml.load(f, StrictLoader)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, *DAMAGE) as e:
         raise UserError(f"{path}: not a YAML file ({' '.join(str(e).split())})") from e
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines")
@@ -514,7 +522,7 @@ def parse(hint, text: str):
         return text
     try:
         return yaml.load(text, StrictLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, *DAMAGE):
         return text
 
 
@@ -600,7 +608,7 @@ def build(cls: type, values: dict, where: Callable[[str], str], prefix: str = ""
         if dataclasses.is_dataclass(hint):
             entries = {} if value is None else value
             if not isinstance(entries, dict):
-                raise UserError(f"{where(name)}: {name} is a section, got {value!r}")
+                raise UserError(f"{where(name)}: {name} is a section, got {QUOTED.repr(value)}")
             value = build(hint, entries, where, f"{name}.")
         built[key] = value
     return construct(cls, built, where, prefix)
@@ -626,7 +634,7 @@ def describe_fault(error: dict, hint, value) -> str:
     close = ""
     if get_origin(hint) is Literal and isinstance(value, str):
         close = nearest(value, get_args(hint))
-    return f"must {rule}, got {value!r}{close}"
+    return f"must {rule}, got {QUOTED.repr(value)}{close}"
 
 
 def describe_rule(kind: str, bounds: dict, hint) -> str:

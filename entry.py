@@ -5,11 +5,13 @@ lacks, and a user id without a name end nothing. One of several ranks that canno
 waiting for the others, which `launch.py` ends then.
 """
 
+import argparse
 import contextlib
 import errno
 import getpass
 import io
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -21,13 +23,16 @@ from typing import NoReturn, TextIO
 
 from config import UserError
 
+LONGEST_ERROR = 1000  # characters that are printed of one; what is quoted in it may be a whole file
 NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 GONE = (errno.ENOENT, errno.ESTALE)  # what somebody removed while it was in use
 PATIENCE_SEC = 3  # of a rank that fails: if another's end is the reason, this one is ended before it speaks
 
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")  # in torch's errors of a GPU and of a CPU
+
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point: a UserError, and no room, no right or no file, become one line and exit code 2."""
+    """Run an entry point: a UserError, and no room, right, file or memory, are one line and exit code 2."""
     name_user()
     with redirect_stdout(Printer(sys.stdout)), redirect_stderr(Printer(sys.stderr)):
         try:
@@ -39,9 +44,11 @@ def run_main(main: Callable[[], None]) -> None:
                 raise
             refuse(f"{e.filename or 'a file'}: cannot be read or written ({e.strerror})")
         except Exception as e:
+            if isinstance(e, MemoryError) or OUT_OF_MEMORY.search(str(e)):
+                refuse(f"not enough memory: make or read less at once ({e})")
             if not is_one_of_several():
                 raise
-            refuse(f"{type(e).__name__}: {e}".split("\n")[0], traceback.format_exc())
+            refuse(f"{type(e).__name__}: {e}", traceback.format_exc())
         finally:
             sys.stdout.flush()
 
@@ -95,21 +102,37 @@ class Printer:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists what there is")
+
+
 def refuse(message: str, details: str = "") -> NoReturn:
     """End with a line and exit code 2; details: of an error that nobody foresaw, printed before it.
 
     Of several ranks with the same error the first speaks; the network's threads could hold a rank back.
     """
     if not is_one_of_several():
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
     rank = int(os.environ["RANK"])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun ends the others by
     time.sleep(PATIENCE_SEC if details else min(rank, 1))
-    print(f"{details}error: rank {rank}: {message}", file=sys.stderr)
+    print(f"{details}error: rank {rank}: {one_line(message)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(2)
+
+
+def one_line(message: str) -> str:
+    """Line ends and control characters as they are typed in Python; of a long text beginning and end."""
+    visible = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    if len(visible) <= LONGEST_ERROR:
+        return visible
+    half = LONGEST_ERROR // 2
+    return f"{visible[:half]} ... {visible[-half:]}"
 
 
 # Signals

@@ -32,7 +32,7 @@ import system
 from base import Batches, Corpus, Output, Prompt, System
 from config import DEVICES, Config, Sample, UserError
 from device import pick_device
-from entry import Interrupted, run_main, stop
+from entry import Interrupted, Parser, run_main, stop
 from flow import check_finite
 from metric import Score
 from pretrained import asr
@@ -51,7 +51,7 @@ KNOBS = "--key value for any knob of the config changes what the checkpoint says
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=KNOBS, allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], epilog=KNOBS, allow_abbrev=False)
     add = parser.add_argument
     add("--ckpt", required=True, help="a checkpoint, or the folder of a run")
     snr_help = "dB, inf for none: systems that listen, under white noise at each"

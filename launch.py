@@ -17,7 +17,7 @@ import sys
 import time
 
 from config import UserError
-from entry import run_main, stop
+from entry import Parser, run_main, stop
 
 BEAT = b"\xff"
 GOOD = b"\0"
@@ -29,7 +29,7 @@ LONGEST_GREETING = 100  # bytes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--ranks", type=int, default=1, help="processes on this machine, as many as GPUs")
     add("--nodes", type=int, default=1, help="machines")

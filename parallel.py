@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 
 from config import Train, UserError
 
-OPTIONS = ("peak_lr", "foreach")  # of an optimizer: a rate changed on the command line holds
+# Of an optimizer: a rate changed on the command line holds, and how torch computes is the device's
+OPTIONS = ("peak_lr", "foreach", "fused")
 
 
 def wrap(

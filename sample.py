@@ -24,7 +24,7 @@ import system
 from base import Output, Prompt, System
 from config import DEVICES, Config, UserError
 from device import move, pick_device
-from entry import run_main
+from entry import Parser, run_main
 from text import normalize
 
 LONGEST_TEXT = 5000  # characters in one text
@@ -47,7 +47,7 @@ def main() -> None:
         raise UserError(f"system {config.system} listens: give --speech a.wav")
     if not network.listens and not texts:
         raise UserError(f"system {config.system} reads: give --text")
-    out = Path(options.out or f"sample.{network.output_kinds[0]}")
+    out = Path(options.out) if options.out else free_name(network.output_kinds[0])
     if out.suffix[1:] not in network.output_kinds:
         raise UserError(f"--out {out}: its name must end in .{network.output_kinds[0]}")
     check_numbers(options, config.data.max_seconds)
@@ -65,9 +65,7 @@ def main() -> None:
 
 def parse_options() -> tuple[argparse.Namespace, list[str]]:
     """The options of the command line, and what is left of it: knobs of the config."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=evaluator.KNOBS, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__.splitlines()[0], epilog=evaluator.KNOBS, allow_abbrev=False)
     add = parser.add_argument
     add("--ckpt", default="", help="a checkpoint, or the folder of a run")
     add("--config", default="", help="instead of --ckpt: a recipe, for its network as it is before training")
@@ -76,7 +74,10 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     add("--prompt_file", default="", type=expanduser, help="a text file, a prompt a line")
     speech_help = "a sound file, for a system that listens; may be given several times"
     add("--speech", action="append", default=[], type=expanduser, help=speech_help)
-    out_help = "default: sample.wav, or sample.png; several become sample-0.wav, sample-1.wav, ..."
+    out_help = (
+        "default: sample.wav, or sample.png, or, where that is there already, sample_2.wav, ...; "
+        "several become sample-0.wav, sample-1.wav, ..."
+    )
     add("--out", default="", type=expanduser, help=out_help)
     add("--seeds", type=int, default=1, help="samples of each prompt: with --seed, the one after it, ...")
     add("--seconds", type=float, default=0.0, help="length of each text; default: predicted")
@@ -185,6 +186,16 @@ def check_output(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {path}: its folder cannot be made ({e.strerror})") from e
+
+
+def free_name(suffix: str) -> Path:
+    """sample.wav, sample_2.wav, ...: the first name under which nothing is here yet, not a picture either."""
+    stem = "sample"
+    number = 1
+    while any(Path().glob(f"{stem}[.-]*")):
+        number += 1
+        stem = f"sample_{number}"
+    return Path(f"{stem}.{suffix}")
 
 
 def check_text(text: str) -> str:

@@ -4,7 +4,6 @@
 corpus, caches; `python system.py export --ckpt RUN --out FOLDER` writes what other software loads.
 """
 
-import argparse
 import json
 import os
 import pkgutil
@@ -20,7 +19,7 @@ from base import Batches, Corpus, System
 from config import Config, UnknownKey, UserError, expand_path
 from corpora import shards
 from device import compiler_fault, hardware_name, move, pick_device, pick_dtype
-from entry import run_main
+from entry import Parser, run_main
 from pretrained import asr
 from tracking import checkpoint
 
@@ -38,8 +37,8 @@ SYSTEMS = {
 def find(name: object, where: str = "") -> type[System]:
     """The class of a system; raises UserError for one that there is not. where: what says so, as a file."""
     if not isinstance(name, str) or name not in SYSTEMS:
-        close = configs.nearest(str(name), list(SYSTEMS))
-        fault = f"system must be one of {', '.join(SYSTEMS)}, got {name!r}{close}"
+        close = configs.nearest(name, list(SYSTEMS)) if isinstance(name, str) else ""
+        fault = f"system must be one of {', '.join(SYSTEMS)}, got {configs.QUOTED.repr(name)}{close}"
         raise UserError(f"{where}: {fault}" if where else fault)
     return pkgutil.resolve_name(SYSTEMS[name])
 
@@ -255,7 +254,7 @@ def recorded_dtype(out_dir: str, here: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Before and after training.", allow_abbrev=False)
+    parser = Parser(description="Before and after training.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     about_prepare = "--config FILE [--key value ...]: make all that it needs to train"
     prepare = commands.add_parser("prepare", help=about_prepare, allow_abbrev=False)

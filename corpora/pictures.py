@@ -1,11 +1,12 @@
 """Pictures from disk: (3, H, W) in [0, 1]."""
 
 import contextlib
+import io
 import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from config import UserError
@@ -31,10 +32,13 @@ def read_picture(path: str) -> tuple[Tensor, dict]:
 
 
 def as_seen(image: Image.Image) -> Image.Image:
-    """A picture in RGB as a viewer shows it: turned as EXIF says, 16 bits as 8, transparency on white."""
+    """A picture in RGB as a viewer shows it: turned as EXIF says, in the colours that its profile means, 16
+    bits as 8, transparency on white.
+    """
     image.load()
     with contextlib.suppress(SyntaxError, ValueError):  # EXIF that is damaged turns nothing
         image = ImageOps.exif_transpose(image)
+    image = in_srgb(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which convert would clip
         grey = np.asarray(image) / 257
         image = Image.fromarray(grey.round().astype(np.uint8))
@@ -42,3 +46,17 @@ def as_seen(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def in_srgb(image: Image.Image) -> Image.Image:
+    """A picture in RGB whose ICC profile says that its numbers are other colours than sRGB's, in sRGB."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode != "RGB":
+        return image
+    try:
+        source = ImageCms.getOpenProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"))
+    except (OSError, TypeError, ValueError, ImageCms.PyCMSError):  # a profile that is damaged changes nothing
+        return image

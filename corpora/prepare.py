@@ -4,7 +4,6 @@ A reader takes a config and lists the corpus that it names: what it is, its clip
 recordings, and what is wrong with those left out. Systems bring readers of their own.
 """
 
-import argparse
 import functools
 import math
 import re
@@ -19,6 +18,7 @@ import audio
 from config import Config, Mel, UserError, expand_path, load
 from corpora import demo, shards, speech
 from corpora.shards import Clip
+from entry import Parser
 
 Reader = Callable[[Config], tuple[dict, list[Clip], list[str]]]  # -> description, clips, what is left out
 FolderReader = Callable[[Path], tuple[list[Clip], list[str]]]  # as of a corpus that nothing else describes
@@ -142,7 +142,7 @@ def main(reader_of: Callable[[str], tuple[type[Config], Reader]]) -> None:
     """The command line of `python data.py`. reader_of: the config and the reader of a corpus, by its name."""
     about = "Pack a corpus."
     knobs = "--key value for any knob of its config."
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=about, epilog=knobs)
+    parser = Parser(allow_abbrev=False, description=about, epilog=knobs)
     add = parser.add_argument
     add("corpus", help="ljspeech, librispeech, demo, music, or another that a system reads")
     add("--out", required=True, type=expand_path, help="where the shards go")

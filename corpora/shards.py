@@ -89,6 +89,8 @@ def pack(
     strict: no index where anything was skipped.
     share: (i, n), every n-th shard from the i-th.
     """
+    skipped = skipped + [f"{clip.id!a}: not Unicode" for clip in clips if not is_unicode(clip)]
+    clips = [clip for clip in clips if is_unicode(clip)]
     # what the clips are, not where their recordings lie
     contents = [[clip.id, clip.text, clip.split, clip.start, clip.stop] for clip in clips]
     fingerprint = digest([FORMAT_VERSION, corpus, format, contents])
@@ -139,6 +141,15 @@ def start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def is_unicode(clip: Clip) -> bool:
+    """Whether its id and text can be written: JSON can say half of a letter, a file can have any name."""
+    try:
+        f"{clip.id}{clip.text}".encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def pack_shard(out: Path, fingerprint: str, read: Callable, shard: int, clips: list[Clip]) -> int:

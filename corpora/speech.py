@@ -22,15 +22,16 @@ SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".WAV")  # of recordings, 
 def read_ljspeech(root: Path) -> tuple[list[Clip], list[str]]:
     """The lines of LJSpeech's metadata.csv (id|transcript|normalised) as clips of wavs/<id>.wav.
 
-    Lines of id|transcript will do, and paths in place of ids, as wavs/<id>.wav or <speaker>/<id>.flac. The
-    split is the published one. returns: the clips, and what is wrong with other lines.
+    Lines of id|transcript will do, tabs in place of |, and paths in place of ids, as wavs/<id>.wav or
+    <speaker>/<id>.flac. The split is the published one.
+    returns: the clips, and what is wrong with other lines.
     """
     path = root / "metadata.csv"
     if not path.is_file():
         raise UserError(
             f"{path}: missing; --download (data.download) fetches LJSpeech-1.1 where there is no {root}"
         )
-    texts, skipped = read_transcripts([path], "|", 3)
+    texts, skipped = read_transcripts([path], find_separator(path), 3)
     splits = {}
     for line in (ASSETS / "ljspeech_split.txt").read_text().splitlines():
         if not line.startswith("#"):
@@ -41,6 +42,13 @@ def read_ljspeech(root: Path) -> tuple[list[Clip], list[str]]:
         wav = find_recording(folder, name)
         clips.append(Clip(name, text, splits.get(name, "train"), str(wav)))
     return ensure_validation_split(root, clips), skipped
+
+
+def find_separator(table: Path) -> str:
+    """| as LJSpeech has it; a tab where every line has one, and none a |."""
+    lines = [line for line in table.read_bytes().split(b"\n") if line.strip()]
+    is_tabbed = all(b"\t" in line and b"|" not in line for line in lines)
+    return "\t" if lines and is_tabbed else "|"
 
 
 def find_recording(folder: Path, name: str) -> Path:

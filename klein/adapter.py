@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
-from config import UserError
+from config import DAMAGE, UserError
 from corpora import shards
 from klein.lora import LoRA, add_lora, remove_lora
 from pretrained import frozen
@@ -100,6 +100,8 @@ def read_layers(file: Path, peft_part: str) -> dict[str, dict]:
                 f"{file}: {key} is no tensor of an adapter that is known here; "
                 "keys are transformer.MODULE.lora_A.weight"
             )
+        if tensor.is_complex():
+            raise UserError(f"{file}: {key} has complex numbers: the adapter is damaged")
         if not tensor.float().isfinite().all():
             raise UserError(f"{file}: {key} is not finite (nan or infinity): the adapter is damaged")
         part = KEY_PREFIXES.get(prefix) or peft_part
@@ -140,7 +142,7 @@ def convert_layer(path: str, layer: dict) -> dict[str, dict]:
         tensors = {f"diffusion_model.{path}.lora_A.weight": A, f"diffusion_model.{path}.lora_B.weight": B}
     try:
         tensors = diffusers.Flux2KleinPipeline.lora_state_dict(tensors)
-    except ValueError:
+    except Exception:  # of what is no layer of Klein's it says so in every way there is
         return {path: layer}
     layers = {}
     for key, tensor in tensors.items():
@@ -165,7 +167,7 @@ def read_peft_settings(file: Path, header: dict[str, str], peft_part: str) -> di
         if file.name == PEFT_WEIGHTS:
             config_file = file.with_name("adapter_config.json")
             settings[peft_part] = dict(json.loads(config_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as e:
+    except (OSError, *DAMAGE) as e:
         reason = frozen.one_line(e)
         raise UserError(f"{file}: the adapter's settings cannot be read ({reason})") from e
     return settings
@@ -185,7 +187,7 @@ def complete_layer(file: Path, path: str, layer: dict, settings: dict) -> None:
         layer["alpha"] = float(layer.get("alpha", peft_alpha(settings, path, len(A))))
         if not math.isfinite(layer["alpha"]):
             raise ValueError("not finite")
-    except (ValueError, TypeError, AttributeError, RuntimeError, re.error) as e:
+    except (RuntimeError, re.error, *DAMAGE) as e:
         reason = frozen.one_line(e)
         raise UserError(f"{file}: the alpha of {path} cannot be read ({reason})") from e
 

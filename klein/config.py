@@ -6,7 +6,7 @@ Source of the picture's form and the LoRA's size: the model card of phanerozoic/
 import dataclasses
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from config import (
     MOVABLE,
@@ -31,10 +31,12 @@ from config import (
 class Picture:
     """A clip as an RGB picture of its magnitude spectrogram, top-left on a canvas."""
 
-    sample_rate: Count = 16000  # Hz
-    n_fft: Count = 1024  # samples: rows are its frequencies, 0 Hz the first
+    sample_rate: Annotated[int, Field(gt=0, le=1_000_000)] = 16000  # Hz
+    # samples: rows are its frequencies, 0 Hz the first
+    n_fft: Annotated[int, Field(gt=0, le=65536)] = 1024
     hop: Count = 256  # samples a frame
-    seconds: Positive = 5.0  # of a clip; shorter ones end in silence
+    # of a clip; shorter ones end in silence
+    seconds: Annotated[float, Field(gt=0, le=1_000_000)] = 5.0
     canvas_height: Count = 768  # pixels; 512 leaves out the highest of 513 frequencies
     canvas_width: Count = 768  # pixels; 320 x 512 is 640 tokens, 768 x 768 is 2304
     stretch: Count = 1  # columns a frame: 2 survives the VAE better

@@ -4,7 +4,6 @@ A picture is (3, H, W) in [0, 1], as sonic-plantain paints it: row 0 is 0 Hz, fr
 m hop, T = N // hop + 1; [-80, 0] dB run along seven edges of the RGB cube. p: a Picture, the parameters.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -19,8 +18,9 @@ import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 
 import audio
-from config import UserError, from_dict
+from config import DAMAGE, UserError, from_dict
 from corpora.pictures import read_picture
+from entry import Parser
 from klein.config import Picture
 
 FLOOR_DB = -80.0  # black; quieter is black too
@@ -34,8 +34,8 @@ COLORMAP = (  # corners of the RGB cube in the order of the colour map
     (1, 0, 1),  # magenta
     (1, 1, 1),  # white
 )
+LOUDEST_PEAK = 1e9  # a magnitude that no sound reaches, and with which float32 still counts
 PNG_CHUNK = "nanoaudio"  # tEXt chunk of a PNG: the Picture and other facts, as JSON
-DAMAGE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)  # in that JSON
 
 
 def encode(wave: torch.Tensor, p: Picture) -> torch.Tensor:
@@ -234,7 +234,7 @@ def load_png(path: str) -> tuple[torch.Tensor, Picture | None, dict]:
         facts["peak"] = float(facts.get("peak", 0.0))
     except (UserError, *DAMAGE) as e:
         raise UserError(f"{path}: the parameters in it are damaged ({e})") from e
-    is_peak = 0 <= facts["peak"] < math.inf
+    is_peak = 0 <= facts["peak"] <= LOUDEST_PEAK
     if not is_peak or (p.canvas_height, p.canvas_width) != picture.shape[1:]:
         raise UserError(
             f"{path}: not as it was painted ({canvas_size(p)}): do not scale or cut such a picture"
@@ -250,7 +250,7 @@ def canvas_size(p: Picture) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Sound as a picture, and back.")
+    parser = Parser(description="Sound as a picture, and back.")
     add = parser.add_argument
     kinds = "wav to PNG | PNG to wav | what both together lose"
     add("command", choices=("encode", "decode", "roundtrip"), help=kinds)

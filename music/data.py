@@ -7,6 +7,7 @@ import csv
 import functools
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import audio
 import data
-from config import Config, UserError
+from config import DAMAGE, Config, UserError
 from corpora import shards, speech
 from corpora.prepare import prepare_recordings, published
 from corpora.shards import SPLITS, Clip
@@ -280,12 +281,12 @@ def read_music(path: Path) -> tuple[list[Clip], list[str]]:
     table = path if path.suffix == ".json" else min(path.glob("*.csv"), default=path / "captions.csv")
     try:
         clips = read_captions(table)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as e:
+    except (OSError, csv.Error, *DAMAGE) as e:
         raise UserError(
             f'{table}: missing, or not [{{"wav": ..., "label": ...}}, ...], '
             f"or no table of file and caption ({e!r})"
         ) from e
-    missing = [clip.wav for clip in clips if not Path(clip.wav).is_file()]
+    missing = [clip.wav for clip in clips if not os.path.isfile(clip.wav)]
     if missing:
         raise UserError(
             f"{missing[0]} is missing, as {len(missing)} of {len(clips)} recordings in {table}: "

@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch.nn.functional as F
 
-from config import Config, UserError
+from config import DAMAGE, Config, UserError
 from corpora import prepare, shards
 from pretrained import frozen
 from speech2image.data import HOP, RATE, corpus_format, parse_clip_id, read_picture
 from speech2image.shapes import list_shapes
+
+LINE = ("picture", "wav", "text", "split", "voice", "label")  # texts in a line of captions-en.jsonl
 
 
 def list_flickr8k(root: Path, language: str) -> list[dict]:
@@ -127,7 +129,7 @@ def list_own_corpus(root: Path, language: str) -> list[dict]:
     try:
         text = path.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as e:
+    except (OSError, *DAMAGE) as e:
         reason = frozen.one_line(e)
         raise UserError(
             f"{path}: no list of spoken pictures, or a damaged one ({reason}); see {__file__}"
@@ -182,6 +184,9 @@ def to_clip(root: Path, language: str, n: int, line: dict) -> shards.Clip:
     """
     where = f"{root}: line {n + 1} of its captions"
     try:
+        for key in LINE:
+            if not isinstance(line[key], str):
+                raise TypeError(f"a text as {key}")
         label = line["label"]
         picture = line["picture"]
         group = f"{language} {line['voice']}"

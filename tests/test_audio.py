@@ -6,6 +6,7 @@ import librosa
 import pytest
 import soundfile
 import torch
+from fuzz import bounded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import audio
@@ -118,6 +119,29 @@ def test_what_is_no_sound_is_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match="broken.wav"):
         audio.load_wav(path, 22050)
+
+
+@pytest.mark.parametrize("rate", [1, 999, 2**31 - 1])
+def test_a_rate_that_is_damage_is_refused_and_not_resampled_to_gigabytes(tmp_path, rate):
+    soundfile.write(tmp_path / "x.wav", torch.zeros(1000).numpy(), rate)
+    with bounded(), pytest.raises(UserError, match=f"x.wav: a sample rate of {rate} Hz"):
+        audio.load_wav(tmp_path / "x.wav", 16000)
+
+
+def test_a_sound_at_a_rate_that_has_nothing_in_common_with_ours_is_the_same_sound():
+    """The filter of all phases would take 3 GB."""
+    time = torch.arange(44099, dtype=torch.float64) / 44099
+    wave = torch.sin(2 * math.pi * 440 * time).float()
+    with bounded():
+        found = audio.resample(wave, 44099, 16000)
+    wanted = torch.sin(2 * math.pi * 440 * torch.arange(16000, dtype=torch.float64) / 16000).float()
+    assert len(found) == 16000 and (found - wanted)[100:-100].abs().max() < 0.01
+
+
+def test_a_sound_of_many_channels_takes_no_more_memory_than_it_has_samples(tmp_path):
+    soundfile.write(tmp_path / "x.wav", 0.1 * torch.randn(50, 1000).numpy(), 16000)
+    with bounded(2**29):
+        assert len(audio.load_wav(tmp_path / "x.wav", 16000)) == 50
 
 
 def test_a_sound_without_a_sample_is_refused_by_name(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 import config
@@ -315,10 +316,29 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["train: [", "a: b: c", "train:\n\tlr: 1\n", "- a\n- b\n", "words\n", "\x00", "train: {lr: 1, lr: 2}"],
+    ["train: [", "a: b: c", "train:\n\tlr: 1\n", "- a\n- b\n", "words\n", "\x00", "train: {lr: 1, lr: 2}"]
+    # what PyYAML fails on with errors of Python's own
+    + ["[" * 500, "seed: 2001-99-99", "seed: 0b_", "seed: !!map [a]", f"seed: {'9' * 5000}"],
+    ids=lambda text: ascii(text)[:20],
 )
 def test_broken_yaml_is_refused_by_name(tmp_path, text):
     assert "recipe.yaml: " in refusal(load_text, tmp_path, text)
+
+
+@pytest.mark.parametrize("word", ["[" * 500, "2001-99-99", "9" * 5000], ids=lambda word: word[:10])
+def test_a_word_that_yaml_fails_on_is_refused_as_the_text_that_it_is(word):
+    assert "--seed: seed must be int" in refusal(load_words, "--seed", word)
+
+
+@pytest.mark.parametrize("key", ["seed", "train", "system", "expect"])
+def test_a_few_words_that_mean_a_billion_entries_are_refused_in_a_few_words(tmp_path, key):
+    lines = ["- &a0 [x, x]"]
+    for n in range(1, 30):
+        lines.append(f"- &a{n} [*a{n - 1}, *a{n - 1}]")
+    entries = "".join(f"    {line}\n" for line in lines)
+    opening = "expect:\n  x:\n" if key == "expect" else f"{key}:\n"
+    said = refusal(load_text, tmp_path, opening + entries)
+    assert key in said and len(said) < 1000
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path):
@@ -336,6 +356,25 @@ def test_an_error_of_the_user_is_one_line_and_exit_code_2(capsys):
     assert caught.value.code == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith("error: ") and output.err.count("\n") == 1
+
+
+def test_an_error_is_one_line_whatever_is_quoted_in_it(capsys):
+    def fail() -> None:
+        raise UserError("a file\nof two\x1b[2J lines\u2028" + "x" * 10**6)
+
+    with pytest.raises(SystemExit):
+        entry.run_main(fail)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.endswith("x\n") and len(said) < 1100
+    assert said.startswith("error: a file\\nof two\\x1b[2J lines\\u2028xxx")
+
+
+@pytest.mark.parametrize("fail", [lambda: torch.empty(2**50), lambda: bytes(2**50)])
+def test_too_little_memory_is_one_line_and_exit_code_2(capsys, fail):
+    with pytest.raises(SystemExit) as caught:
+        entry.run_main(fail)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.startswith("error: not enough memory") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", CLASSES)

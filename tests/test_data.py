@@ -87,6 +87,19 @@ def pack_recordings(
     shards.pack(out, corpus, clips, skipped, format, read, workers, strict, share)
 
 
+def two_frames(_clip: shards.Clip) -> np.ndarray:
+    return np.ones((2, 3), np.float16)
+
+
+def test_a_text_with_half_a_letter_is_left_out_by_name(tmp_path):
+    """JSON can say it, as \\ud800; a file cannot hold it."""
+    texts = {"a": "A hat.", "b": "\ud800", "c": "Two hats."}
+    clips = [shards.Clip(name, text, "val" if name == "c" else "train") for name, text in texts.items()]
+    shards.pack(tmp_path, {"name": "x"}, clips, [], {"hop": 3}, two_frames, 1)
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["skipped"] == ["'b': not Unicode"] and index["clips"] == {"train": 1, "val": 1, "test": 0}
+
+
 def run_cli(*words, cwd: Path | None = None) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, ROOT / "data.py", *map(str, words)],
@@ -270,6 +283,15 @@ def test_recordings_may_lie_beside_the_table_or_in_folders_and_be_flac(tmp_path)
     found = [Path(clip.wav).relative_to(tmp_path.resolve()).as_posix() for clip in clips]
     assert found == ["a.wav", "clips/b.flac", "wavs/f3/c.flac", "wavs/d.WAV", "wavs/e.wav", "wavs/f.wav"]
     assert not skipped
+
+
+def test_tabs_separate_where_every_line_has_one_and_none_a_bar(tmp_path):
+    names = [line.split("|")[0] for line in write_recordings(tmp_path, 4)]
+    write_metadata(tmp_path, [f"{name}\tIt is 5.\tIt is five." for name in names])
+    clips, skipped = speech.read_ljspeech(tmp_path)
+    assert {clip.text for clip in clips} == {"It is five."} and len(clips) == 4 and not skipped
+    write_metadata(tmp_path, [f"{name}|It\tis 5." for name in names])
+    assert [clip.id for clip in speech.read_ljspeech(tmp_path)[0]] == names
 
 
 def test_the_same_recording_under_two_names_is_taken_once(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from corpora.pictures import read_picture
 
@@ -46,6 +46,29 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path, kind, orientation):
 def test_exif_that_is_damaged_turns_nothing(tmp_path, exif):
     as_image(stored()).save(tmp_path / "x.png", exif=exif)
     assert torch.equal(read_picture(str(tmp_path / "x.png"))[0], stored())
+
+
+def swapped_profile(name: str) -> bytes:
+    """sRGB's ICC profile under another name, in which red is what sRGB calls green, and green red."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile.replace("sRGB".encode("utf-16-be"), name.encode("utf-16-be"))
+    return profile.replace(b"rXYZ", b"****").replace(b"gXYZ", b"rXYZ").replace(b"****", b"gXYZ")
+
+
+@pytest.mark.parametrize(
+    "profile, seen",
+    [
+        (swapped_profile("Mine"), 1),
+        (swapped_profile("sRGB"), 0),
+        (b"junk", 0),
+        (swapped_profile("Mine")[:200], 0),
+    ],
+    ids=["another", "sRGB", "junk", "cut"],
+)
+def test_the_colours_are_those_that_the_profile_means(tmp_path, profile, seen):
+    Image.new("RGB", (1, 1), (255, 0, 0)).save(tmp_path / "x.png", icc_profile=profile)
+    picture, _ = read_picture(str(tmp_path / "x.png"))
+    assert picture.argmax(0).item() == seen and picture[seen].item() > 0.98 and picture.sum() < 1.05
 
 
 def test_sixteen_bits_of_grey_are_the_same_grey(tmp_path):

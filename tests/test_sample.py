@@ -86,6 +86,17 @@ def test_several_texts_and_a_prompt_file_are_numbered_and_each_is_as_alone(speak
     assert len(alone) == len(made["x-1"][0]) and abs(alone - made["x-1"][0]).max() < 0.02
 
 
+def test_without_a_name_nothing_that_is_there_is_overwritten(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sample.wav").write_text("mine")
+    (tmp_path / "sample_2.attention.png").touch()
+    for _ in range(2):
+        call(sample, f"--ckpt={run}", "--text=Hello.")
+    made = ["sample.wav", "sample_2.attention.png", "sample_3.wav", "sample_4.wav"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == made
+    assert (tmp_path / "sample.wav").read_text() == "mine"
+
+
 def test_a_seed_is_a_wave(speak):
     one, same, other = (speak("--text=Hello there.", seed=seed)["x"][0] for seed in (5, 5, 6))
     assert (one == same).all() and (one != other).any()
@@ -202,6 +213,11 @@ def test_steps_of_training_are_refused_where_those_of_sampling_are_meant(run, re
     for words in (["--steps=5"], ["--steps", "5"]):
         assert "--euler_steps" in refusal(sample, f"--ckpt={run}", "--text=Hello.", *words)
     assert "--euler_steps" in refusal(sample, "--config=configs/demo.yaml", "--text=Hello.", "--steps=5")
+
+
+@pytest.mark.parametrize("words", [["--seeds=x"], ["--device=tpu"], ["--text"]])
+def test_an_option_of_another_kind_is_refused_in_one_line(refusal, words):
+    assert f"argument {words[0].split('=')[0]}: " in refusal(sample, *words)
 
 
 def test_no_text_at_all_is_an_error(run, refusal):

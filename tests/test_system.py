@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import fuzz
 import numpy as np
 import pytest
 import soundfile
@@ -114,6 +116,13 @@ def test_a_missing_checkpoint_and_a_folder_without_any_are_named(tmp_path):
         (lambda state: state["config"]["model"].update(layers=1), "not part of this model"),
         (lambda state: state["config"]["model"].update(layers=3), "is missing"),
         (lambda state: state["config"]["model"].update(width="wide"), "must be int"),
+        (lambda state: state.update(step="1"), "lacks step"),
+        (lambda state: state.update(config=[]), "lacks config"),
+        (
+            lambda state: state["model"].update({1: torch.zeros(1), "x": torch.zeros(1)}),
+            "not part of this model",
+        ),
+        (lambda state: state["ema"].update({min(state["ema"]): "x"}), "holds no weights"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_its_config_is_named_with_the_first_difference(
@@ -142,6 +151,30 @@ def test_a_run_is_not_resumed_with_another_shape(run):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("optimizers"),
+        lambda state: state["optimizers"].pop(),
+        lambda state: state["optimizers"][0].update(state=3),
+        lambda state: state["optimizers"][0]["param_groups"][0].update(params=[torch.zeros(0)]),
+        lambda state: state["optimizers"][0]["state"][0].update(momentum_buffer=torch.zeros(3, 2)),
+        lambda state: state["optimizers"][0]["state"][0].update(momentum_buffer="x"),
+        lambda state: state["optimizers"][0]["state"][0].update(momentum_buffer=torch.zeros(2) * 1j),
+        lambda state: state.update(seconds="long"),
+    ],
+)
+def test_a_run_whose_checkpoint_is_damaged_beside_its_weights_is_not_resumed(run, tmp_path, change):
+    state = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(run))
+    change(state)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(state, tmp_path / "checkpoints" / "step_0000006.pt")
+    config, network, _ = load(str(run), CPU, [f"--out_dir={tmp_path}"])
+    optimizers = optim.make_optimizers(network, 0.1, 0.1, 0.1)
+    with pytest.raises(UserError, match="step_0000006.pt: damaged beside its weights .*; move it away"):
+        checkpoint.resume(config, network, optim.EMA(network, 0.9), optimizers)
+
+
+@pytest.mark.parametrize(
     "name, key, value",
     [
         ("tts", "mel.hop", "128"),
@@ -159,6 +192,16 @@ def test_a_run_is_not_resumed_where_its_weights_would_mean_something_else(name, 
     now = load_config("", [f"--system={name}", f"--{key}={value}"])
     with pytest.raises(UserError, match=f"x.pt: was trained with {key}.*choose another out_dir"):
         checkpoint.check_unchanged(now, then, "x.pt")
+
+
+def test_a_run_is_not_resumed_with_values_of_another_kind_in_its_config(run, tmp_path):
+    state = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(run))
+    state["config"]["model"]["text_layers"] = torch.zeros(0)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(state, tmp_path / "checkpoints" / "step_0000006.pt")
+    config, network, _ = load(str(run), CPU, [f"--out_dir={tmp_path}"])
+    with pytest.raises(UserError, match="step_0000006.pt: model.text_layers must be int"):
+        checkpoint.resume(config, network, optim.EMA(network, 0.9), [])
 
 
 @pytest.mark.parametrize(
@@ -185,6 +228,12 @@ def test_what_is_fixed_is_what_there_is_and_says_what_the_weights_mean(name):
     assert {"model.width", "data.corpus"} <= set(fixed)
     assert {key for key in fixed if key.startswith("data.")} <= {"data.corpus", "data.voice"}
     assert not {key.split(".")[0] for key in fixed} & {"sample", "train", "eval"}
+
+
+def test_a_few_odd_checkpoints_end_well():
+    counts = Counter()
+    fuzz.try_kind("checkpoint", 25, counts)
+    assert counts["accepted"] and counts["refused"]
 
 
 def test_a_rate_changed_on_the_command_line_holds_after_resuming(run):

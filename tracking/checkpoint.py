@@ -28,9 +28,10 @@ import torch.nn as nn
 import yaml
 
 import config as configs
-from config import Config, Train, UserError
+from config import DAMAGE, Config, Train, UserError
 from corpora.shards import atomic_write, make_folder
 from device import hardware_name
+from entry import OUT_OF_MEMORY
 from optim import EMA
 from parallel import like, optimizer_state
 
@@ -39,6 +40,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+CONTENT = {"config": dict, "model": dict, "ema": dict, "step": int}  # of a checkpoint, at least
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "*.py */*.py */*.json */*.yaml */*.md assets/* pyproject.toml requirements.lock".split()
 LEFTOVER = re.compile(r"(step_\d+|.+\.\d+)\.part")  # what a process was writing when it was killed
@@ -172,8 +174,13 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as e:  # garbage fails in every way there is
         message = f"{path}: not a readable checkpoint; it is truncated, or was not written by nanoaudio"
         raise UserError(message) from e
-    if not isinstance(state, dict) or not {"config", "model", "ema", "step"} <= state.keys():
-        raise UserError(f"{path}: not a nanoaudio checkpoint: it lacks config, model, ema or step")
+    if not isinstance(state, dict):
+        state = {}
+    for key, kind in CONTENT.items():
+        if not isinstance(state.get(key), kind):
+            raise UserError(
+                f"{path}: not a nanoaudio checkpoint: it lacks {key}, or that is no {kind.__name__}"
+            )
     return state
 
 
@@ -187,14 +194,36 @@ def resume(
     state = load_checkpoint(path)
     corpus = statistics(network)
     load_weights(network, state["model"], str(path))
-    check_unchanged(config, state["config"], str(path))
-    check_statistics(corpus, statistics(network), config.data.data_dir, str(path))
+    check_weights(ema.shadow, state["ema"], str(path))
     for name, value in ema.shadow.items():
         value.copy_(like(state["ema"][name], value))
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(optimizer_state(saved, optimizer))
+    configs.from_checkpoint(type(config), state["config"], str(path))  # its values are what they must be
+    check_unchanged(config, state["config"], str(path))
+    try:
+        load_optimizers(optimizers, state["optimizers"])
+        seconds = float(state["seconds"])
+    except (RuntimeError, *DAMAGE) as e:
+        if OUT_OF_MEMORY.search(str(e)):
+            raise
+        fault = f"{path}: damaged beside its weights ({e!r})"
+        raise UserError(f"{fault}; move it away, then the one before it is resumed from") from e
+    check_statistics(corpus, statistics(network), config.data.data_dir, str(path))
     print(f"resumed from {path}", flush=True)
-    return state["step"], state["seconds"]
+    return state["step"], seconds
+
+
+def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
+    """Load the optimizers of a checkpoint; raises whatever goes wrong with one that is damaged."""
+    for optimizer, saved in zip(optimizers, states, strict=True):
+        for state in saved["state"].values():
+            for name, value in state.items():
+                if not torch.is_tensor(value) or value.is_complex():
+                    raise ValueError(f"{name} holds no real numbers")
+        optimizer.load_state_dict(optimizer_state(saved, optimizer))
+        for p, state in optimizer.state.items():
+            for name, value in state.items():
+                if value.dim() and value.shape != p.shape:
+                    raise ValueError(f"{name} is not of its weight's shape")
 
 
 def trained_weights(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -236,21 +265,29 @@ def check_statistics(now: dict[str, float], then: dict[str, float], data_dir: st
 
 
 def load_weights(network: nn.Module, found: dict[str, torch.Tensor], where: str) -> None:
-    """Load `weights`, with exact key and shape equality; raises UserError naming the first difference."""
+    """Load the weights `found`; raises UserError as `check_weights`."""
     own = trained_weights(network)
-    differing = sorted(own.keys() ^ found.keys())
+    check_weights(own, found, where)
+    found = {name: like(value, own[name]) for name, value in found.items()}
+    network.load_state_dict(found, strict=False)  # what is frozen stays as it was built
+
+
+def check_weights(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
+    """raises UserError, naming the first difference, where `found` has other keys or shapes than `own`."""
+    differing = sorted(own.keys() ^ found.keys(), key=str)
     if differing:
         name = differing[0]
         fault = "missing" if name in own else "not part of this model"
         raise UserError(f"{where}: {name} is {fault}; was it trained with another config?")
     for name, value in own.items():
+        weight = found[name]
+        if not torch.is_tensor(weight) or weight.is_floating_point() != value.is_floating_point():
+            raise UserError(f"{where}: {name} is damaged: it holds no weights")
         expected = tuple(value.shape)
-        shape = tuple(found[name].shape)
+        shape = tuple(weight.shape)
         message = f"{where}: {name} has shape {shape}, this model has {expected}"
         if shape != expected:
             raise UserError(message)
-    found = {name: like(value, own[name]) for name, value in found.items()}
-    network.load_state_dict(found, strict=False)  # what is frozen stays as it was built
 
 
 # One training a folder

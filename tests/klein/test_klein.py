@@ -8,8 +8,10 @@ by diffusers.
 import copy
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
+import fuzz
 import numpy as np
 import pytest
 import torch
@@ -530,6 +532,10 @@ DAMAGES = {
         lambda t: t | {f"{FIRST}.alpha": torch.tensor(math.nan)},
         rf"{adapter.LORA_WEIGHTS}: {FIRST}.alpha is not finite",
     ),
+    "complex numbers": (
+        lambda t: t | {f"{FIRST}.lora_B.weight": torch.zeros(32, 4, dtype=torch.complex64)},
+        "complex numbers",
+    ),
     "B missing": (lambda t: without(t, f"{FIRST}.lora_B.weight"), "half an adapter"),
     "A missing": (lambda t: without(t, f"{FIRST}.lora_A.weight"), "half an adapter"),
     "A and B of different ranks": (
@@ -567,6 +573,8 @@ def test_what_is_no_adapter_of_this_network_is_refused_and_changes_nothing(netwo
         ("truncated", "not a safetensors file"),
         ("text", "not a safetensors file"),
         ("settings", "settings"),
+        ("settings of a thousand brackets", "settings"),
+        ("an alpha beyond all floats", "alpha"),
         ("an alpha of nan", "alpha"),
         ("missing", "no such file"),
         ("text encoder of another size", "another size"),
@@ -582,6 +590,14 @@ def test_a_damaged_file_is_refused_and_changes_nothing(network, folder, what, me
         weights.write_text("version https://git-lfs.github.com/spec/v1")
     elif what == "settings":
         save_file(load_file(weights), weights, {"lora_adapter_metadata": "[1]"})
+    elif what == "settings of a thousand brackets":
+        save_file(load_file(weights), weights, {"lora_adapter_metadata": "[" * 100_000})
+    elif what == "an alpha beyond all floats":
+        save_file(
+            load_file(weights),
+            weights,
+            {"lora_adapter_metadata": f'{{"transformer.lora_alpha": 1{"0" * 400}}}'},
+        )
     elif what == "an alpha of nan":
         save_file(load_file(weights), weights, {"lora_adapter_metadata": '{"transformer.lora_alpha": NaN}'})
     elif what == "missing":
@@ -775,3 +791,9 @@ def test_klein_4b_has_the_published_sizes():
     assert len(lora_layers(transformer)) == 80 and len(lora_layers(text)) == 4 * 27
     assert sum(lora.A.numel() + lora.B.numel() for lora in lora_layers(transformer).values()) == 298_844_160
     assert sum(lora.A.numel() + lora.B.numel() for lora in lora_layers(text).values()) == 17_694_720
+
+
+def test_a_few_odd_adapters_end_well():
+    counts = Counter()
+    fuzz.try_kind("adapter", 25, counts)
+    assert counts["accepted"] and counts["refused"]

@@ -251,8 +251,12 @@ def test_what_is_no_picture_is_named(tmp_path, content):
         '{"picture": {"canvas_width": 784}}',
         '{"picture": {}, "peak": "loud"}',
         '{"picture": {}, "peak": NaN}',
+        '{"picture": {}, "peak": 1e300}',
+        '{"picture": {"n_fft": 1073741824}}',
+        '{"picture": {"sample_rate": 1000000000000}}',
+        '{"picture": {"seconds": 1e308}}',
     ],
-    ids=range(10),
+    ids=range(14),
 )
 def test_parameters_that_are_damaged_are_said_with_the_files_name(tmp_path, chunk):
     info = PngImagePlugin.PngInfo()

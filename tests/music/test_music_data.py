@@ -98,6 +98,12 @@ def test_a_missing_recording_is_an_error_and_what_is_no_music_is_named(tmp_path)
     )
 
 
+def test_a_recording_of_a_name_that_no_file_can_have_is_missing(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([{"wav": "a" * 300, "label": "a"}]))
+    with pytest.raises(UserError, match="aaa is missing"):
+        read_music(tmp_path / "x.json")
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -108,6 +114,7 @@ def test_a_missing_recording_is_an_error_and_what_is_no_music_is_named(tmp_path)
         '[{"wav": "a.wav", "label": 3}]',
         '[{"wav": 3, "label": "a"}]',
         '[{"wav": "a.wav", "label": "a", "split": "dev"}]',
+        "[" * 100_000,
     ],
 )
 def test_a_list_of_another_form_is_an_error(tmp_path, content):

@@ -462,6 +462,10 @@ def test_bad_pictures_and_bad_speech_are_left_out_by_name(shapes, clip_tower, tm
     for lines, fault in (
         (None, "another corpus"),
         ('{"picture": "1.png"}\n', "line 1"),
+        (
+            '{"picture": "", "wav": "", "text": 5, "split": "train", "voice": "", "label": ""}\n',
+            "a text as text",
+        ),
         ("no list", "damaged"),
     ):
         if lines:
