@@ -49,7 +49,7 @@ def test_it_sees_what_is_written_outside_the_folder_that_was_named(tmp_path):
     assert place.files() != before
 
 
-# adapters: tests/klein/test_klein.py, checkpoints: tests/test_system.py, with what they need
+# adapters: tests/klein/test_klein.py; checkpoints: tests/test_system.py: there, what they need is loaded
 @pytest.mark.parametrize("kind", [kind for kind in fuzz.KINDS if kind not in ("adapter", "checkpoint")])
 def test_a_few_odd_inputs_of_each_kind_end_well(kind):
     counts = Counter()

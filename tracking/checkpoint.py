@@ -200,7 +200,8 @@ def resume(
     configs.from_checkpoint(type(config), state["config"], str(path))  # its values are what they must be
     check_unchanged(config, state["config"], str(path))
     try:
-        load_optimizers(optimizers, state["optimizers"])
+        with warnings.catch_warnings(action="ignore"):  # about what is refused
+            load_optimizers(optimizers, state["optimizers"])
         seconds = float(state["seconds"])
     except (RuntimeError, *DAMAGE) as e:
         if OUT_OF_MEMORY.search(str(e)):
