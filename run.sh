@@ -21,7 +21,7 @@
 case ${BASH_VERSION:+$SHELLOPTS} in "" | *posix*) exec bash +o posix "$0" "$@" ;; esac      # as sh run.sh
 
 set -euo pipefail
-unset CDPATH
+unset CDPATH PYTHONDONTWRITEBYTECODE      # containers often set it: then each start compiles torch again, 6 s of it
 here=${BASH_SOURCE[0]}
 while [[ -L $here ]]; do
     cd "$(dirname "$here")"

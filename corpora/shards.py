@@ -114,22 +114,29 @@ def pack(
     with atomic_write(out / "plan") as part:  # fails before any work where the folder cannot be written to
         part.write_text(fingerprint)
     write = functools.partial(pack_shard, out, fingerprint, read)
-    processes = max(1, min(worker_count(workers), len(missing)))
-    with (
-        ProcessPoolExecutor(processes, initializer=start_worker) as pool,
-        tqdm(total=missing_clips, unit="clip", disable=None) as bar,
-    ):
-        try:
-            for count in pool.map(write, missing, [parts[n] for n in missing]):
-                bar.update(count)
-        except BrokenProcessPool as e:
-            killed = "a process that packed was killed, maybe for want of memory"
-            raise UserError(f"{out}: {killed}; pack again, which goes on, with fewer --workers") from e
+    run_workers(write, missing, [parts[n] for n in missing], worker_count(workers), out)
     shards = [read_shard(out, n, fingerprint) for n in range(len(parts))]
     if None in shards:
         print(f"{out}: other shares are still to be made", flush=True)
     else:
         write_index(out, corpus, fingerprint, format, shards, skipped, strict)
+
+
+def run_workers(
+    write: Callable, numbers: list[int], parts: list[list[Clip]], workers: int, out: Path
+) -> None:
+    """write(number, clips) for each part, in processes, under a progress bar of clips."""
+    processes = max(1, min(workers, len(numbers)))
+    with (
+        ProcessPoolExecutor(processes, initializer=start_worker) as pool,
+        tqdm(total=sum(map(len, parts)), unit="clip", disable=None) as bar,
+    ):
+        try:
+            for count in pool.map(write, numbers, parts):
+                bar.update(count)
+        except BrokenProcessPool as e:
+            killed = "a process that packed was killed, maybe for want of memory"
+            raise UserError(f"{out}: {killed}; pack again, which goes on, with fewer --workers") from e
 
 
 def start_worker() -> None:

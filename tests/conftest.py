@@ -53,6 +53,11 @@ THREE_STEPS = {"steps": 3, "eval_interval": 3, "limit": 3}
 EIGHT_CLIPS = {"global_batch": 8, "batch_size": 0}  # an update, however many ranks share them
 
 
+def without_times(found: dict) -> dict:
+    """Metrics but for those that no two runs share: perf/*, which are seconds."""
+    return {key: value for key, value in found.items() if not key.startswith("perf/")}
+
+
 def options(knobs: dict) -> list[str]:
     """{"width": 32} -> ["--width=32"]."""
     return [f"--{key}={value}" for key, value in knobs.items()]

@@ -96,7 +96,7 @@ def test_griffin_lim_makes_clips_of_any_lengths_in_a_batch_as_alone(spoken):
             alone = audio.griffin_lim(clip, mel)
             assert found.shape == alone.shape == (len(clip) * mel.hop,)
             if len(clip) > 1:
-                assert (found - alone).abs().max() < 1e-4 * alone.abs().max()
+                assert (found - alone).abs().max() < 1e-3 * alone.abs().max()
 
 
 def test_one_frame_and_no_frame_can_be_vocoded():

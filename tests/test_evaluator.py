@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, call, finish, options, save_random_whisper, start
+from conftest import ROOT, call, finish, options, save_random_whisper, start, without_times
 from toy.system import Toy, ToyConfig
 
 import config as configs
@@ -178,10 +178,8 @@ def test_words_that_the_recogniser_makes_up_count_as_nothing_heard(trained, tmp_
 def test_the_command_repeats_what_the_loop_measured(run, tmp_path):
     out = finish(start("evaluator.py", f"--ckpt={run}", f"--out_dir={tmp_path}"))
     found = json.loads(out.splitlines()[-1])
-    assert (
-        "word error rate" in out
-        and {key: value for key, value in metrics(run).items() if key in found} == found
-    )
+    assert "word error rate" in out and found.keys() <= metrics(run).keys()
+    assert without_times(metrics(run) | found) == without_times(metrics(run))
     assert lines(tmp_path, 6) == lines(run, 6)
 
 
@@ -285,7 +283,7 @@ def test_recordings_are_heard_once_a_corpus(judge):
     second, again = judge()
     samples, recordings_and_vocoded = 2, 2 * 2
     assert first.recogniser.heard == samples + recordings_and_vocoded and second.recogniser.heard == samples
-    assert again == found
+    assert without_times(again) == without_times(found)
     (path,) = kept(first)
     floors = json.loads(path.read_text())["floors"]
     assert floors.keys() == {"eval/wer_ground_truth", "eval/wer_vocoded"} and floors.items() <= found.items()
@@ -333,7 +331,7 @@ def test_kept_floors_that_are_damaged_are_measured_again(judge, damage):
     }
     path.write_text(contents[damage])
     second, again = judge()
-    assert second.recogniser.heard == 6 and again == found
+    assert second.recogniser.heard == 6 and without_times(again) == without_times(found)
 
 
 def test_where_floors_cannot_be_kept_they_are_measured_every_time_without_a_word(judge, capsys):
@@ -343,7 +341,7 @@ def test_where_floors_cannot_be_kept_they_are_measured_every_time_without_a_word
     path.mkdir()  # nothing can be written under this name
     capsys.readouterr()
     second, again = judge()
-    assert second.recogniser.heard == 6 and again == found
+    assert second.recogniser.heard == 6 and without_times(again) == without_times(found)
     captured = capsys.readouterr()
     assert "floors_" not in captured.out + captured.err and sorted(first.corpus.folder.glob("*.part")) == []
 

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, TINY, call, finish, options, start
+from conftest import ROOT, TINY, call, finish, options, start, without_times
 from toy.system import Toy, Whistles, WordBatches
 
 import config as configs
@@ -879,7 +879,7 @@ def test_another_system_is_evaluated_by_its_own_losses_and_scores(hummed, capsys
     call(evaluator, f"--ckpt={hummed}", "--limit=3")
     out = capsys.readouterr().out
     again = json.loads(out.splitlines()[-1])
-    assert again == {key: found[key] for key in again}
+    assert again.keys() <= found.keys() and without_times(found | again) == without_times(found)
     assert (
         f"log-spectral distance {found['eval/lsd']:.3g} dB  at best {found['eval/lsd_vocoded']:.3g} dB" in out
     )
