@@ -13,7 +13,7 @@ from conftest import save_random_whisper
 import audio
 import metric
 from config import UserError
-from corpora import demo, espeak
+from corpora import demo, espeak, voice
 from pretrained import asr, whisper_weights
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_clear_words_are_understood_and_others_are_not_made_of_them(tiny_en):
         "The old man walked home with his dog in the rain.",
         "He opened the window and looked at the sky.",
     ]
-    waves = [espeak.speak(text, 22050) for text in texts]
+    waves = [voice.synthesize(text, 22050, voice.DEFAULT) for text in texts]
     before = tiny_en.invented
     assert wer(tiny_en, texts, waves, 22050) <= 0.05 and wer(tiny_en, texts, waves[::-1], 22050) > 0.8
     assert tiny_en.invented == before
