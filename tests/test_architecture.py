@@ -203,7 +203,7 @@ def test_a_system_is_deleted_with_its_folder_and_one_line(name, tmp_path):
     folder = copy_of_the_tree(tmp_path)
     delete(folder, name)
     rest = [module.name for module in modules(folder)]
-    of_speech = ["-q", "-p", "no:cacheprovider", "tests/test_model.py", "tests/test_flow.py"]
+    of_speech = ["-q", "-p", "no:cacheprovider", "tests/test_flow.py"]
     run(folder, "-c", f"import sys, pytest, {', '.join(rest)}; sys.exit(pytest.main({of_speech}))")
 
 

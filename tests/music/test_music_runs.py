@@ -468,6 +468,7 @@ def test_two_ranks_are_one_process_with_the_double_batch(knobs, tmp_path):
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
+@pytest.mark.slow  # text-to-speech does it in every run of the tests
 def test_two_ranks_that_share_the_weights_are_one_process_with_all_their_micro_batches(knobs, tmp_path):
     shared = knobs | {"steps": 3, "val_interval": 3, "eval_interval": 3}
     ranks = shared | {"out_dir": tmp_path / "two", "shard": "true", "batch_size": 2, "grad_accum": 2}

@@ -240,7 +240,7 @@ def test_every_condition_is_heard_in_every_token_and_one_that_is_dropped_is_not(
     assert made(one, True).equal(made(other, True))
 
 
-@pytest.mark.parametrize("mode", ("adaln", "sta"))
+@pytest.mark.parametrize("mode", ["adaln", pytest.param("sta", marks=pytest.mark.slow)])
 def test_eight_grids_are_overfitted_and_found_by_their_conditions(mode):
     """With a neighbour's condition the neighbour's grid comes."""
     torch.manual_seed(0)
