@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from conftest import ROOT, TINY, options, save_random_t5, save_random_whisper
+from conftest import ROOT, TINY, options, save_random_t5, save_random_whisper, without_times
 
 sys.path.insert(0, str(ROOT))
 
@@ -92,7 +92,8 @@ def of_run(folder: Path) -> dict:
         found[name] = (folder / name).is_file()
     rows = []
     for row in logger.read_lines(folder / "metrics.jsonl"):
-        rows.append({key: value for key, value in row.items() if not key.startswith("perf/")})
+        if without_times(row).keys() > {"step"}:
+            rows.append(without_times(row))
     return found | {"metrics.jsonl": rows}
 
 
