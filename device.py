@@ -27,7 +27,7 @@ TORCH_BUILDS = (((13, 0), "cu130"), ((12, 8), "cu128"), ((12, 0), "cu126"))
 
 
 def pick_device(wanted: str) -> torch.device:
-    """auto | cpu | cuda | mps -> the device of this process, of several GPUs that of torchrun's LOCAL_RANK.
+    """auto | cpu | cuda | mps -> the device of this process, of several GPUs that of LOCAL_RANK.
 
     auto is CUDA where there are GPUs that CUDA_VISIBLE_DEVICES does not hide, else the CPU.
     raises UserError if the device, or a GPU that auto found, cannot be used.
@@ -88,7 +88,7 @@ def time_matmul(dtype: torch.dtype) -> float:
 
 
 def worker_count(wanted: int) -> int:
-    """data.workers, or, where that is 0, the cores that this process may use, shared with torchrun's others.
+    """data.workers, or, where that is 0, the cores that this process may use, shared with its other ranks.
 
     At most 8: a rank's network takes in no more, and each worker holds a batch.
     """
@@ -157,7 +157,7 @@ def check_mps() -> None:
         lack = "does not find Metal on this machine" if built else "is built without Metal"
         raise UserError(f"device mps: torch {torch.__version__} {lack}; use --device cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("device mps: one GPU is one process; start it without torchrun and --nodes")
+        raise UserError("device mps: one GPU is one process; start it without launch.py and --nodes")
 
 
 def cuda_error(device: torch.device) -> str:

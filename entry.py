@@ -118,7 +118,7 @@ def refuse(message: str, details: str = "") -> NoReturn:
         print(f"error: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
     rank = int(os.environ["RANK"])
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun ends the others by
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which launch.py and torchrun end the others
     time.sleep(PATIENCE_SEC if details else min(rank, 1))
     print(f"{details}error: rank {rank}: {one_line(message)}", file=sys.stderr)
     sys.stdout.flush()

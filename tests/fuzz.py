@@ -22,6 +22,7 @@ import tempfile
 import traceback
 import warnings
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -309,7 +310,7 @@ def edited_at(tree, path: tuple, edit: str, leaf):
 # Kinds
 
 
-class Kind:
+class Kind(ABC):
     """A kind of input. In `folder` it keeps what does not change from one input to the next."""
 
     system = "tts"  # to which it belongs
@@ -318,12 +319,13 @@ class Kind:
     def __init__(self, folder: Path):
         self.folder = folder
 
+    @abstractmethod
     def inputs(self) -> st.SearchStrategy:
-        raise NotImplementedError
+        """What hypothesis draws them from."""
 
+    @abstractmethod
     def entries(self, content, place: Place) -> list[Callable[[], None]]:
         """Writes the input into place.given; returns what is run on it."""
-        raise NotImplementedError
 
 
 class Recipe(Kind):
