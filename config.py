@@ -218,7 +218,7 @@ class Train:
     grad_accum: Count = 1
     # end, with the schedule's decay inside, after this much training; 0 = no limit
     max_minutes: NonNegative = 0.0
-    muon_lr: NonNegative = 0.02  # hidden matrices
+    muon_lr: NonNegative = 0.02  # hidden matrices; 0 = AdamW trains them too
     lr: NonNegative = 3e-4  # everything else, by AdamW
     weight_decay: NonNegative = 0.01
     schedule: Literal["cosine", "trapezoid"] = "cosine"  # of the learning rates

@@ -221,12 +221,14 @@ class TextEncoder(nn.Module):
         width: int,
         layers: int,
         mean_duration: float,  # frames: every byte's duration before training
+        pooled: bool = False,  # one duration for all bytes of a text, from the mean of what they encode
     ):
         super().__init__()
         self.proj = nn.Linear(text_width, width)
         self.blocks = nn.ModuleList(ConvBlock(width) for _ in range(layers))
         self.log_duration = zero_init(nn.Linear(width, 1))
         nn.init.constant_(self.log_duration.bias, math.log(mean_duration))
+        self.pooled = pooled
 
     def forward(
         self,
@@ -238,7 +240,11 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         x = norm(x)
-        log_duration = self.log_duration(x).squeeze(-1)  # (B, S)
+        spoken = x
+        if self.pooled:
+            total = (x * mask[..., None]).sum(1, keepdim=True)  # (B, 1, D)
+            spoken = (total / mask.sum(1)[:, None, None]).expand_as(x)
+        log_duration = self.log_duration(spoken).squeeze(-1)  # (B, S)
         log_duration = log_duration.float().clamp(-4, 6)
         return x, log_duration.exp() * mask
 

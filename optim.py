@@ -187,10 +187,11 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Muon for network.hidden_matrices(), AdamW for the other trained parameters; each only where it has any.
 
+    muon_lr: 0 = AdamW trains them all.
     compile: where launches are what a step costs: on CUDA.
     A group's `peak_lr` is the rate that its schedule scales.
     """
-    hidden = network.hidden_matrices()
+    hidden = network.hidden_matrices() if muon_lr else []
     hidden_ids = {id(p) for p in hidden}
     trained = [p for p in network.parameters() if p.requires_grad]
     rest = [p for p in trained if id(p) not in hidden_ids]
