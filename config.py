@@ -177,6 +177,8 @@ class Model:
 class Flow:
     predict: Literal["x", "v"] = "x"  # what the network puts out; the loss is in v either way
     min_t: Positive = 0.05  # predicting x: v = (x_t - x) / max(t, min_t)
+    # errors of x count 1 / max(t, loss_min_t)^2; 0 = as errors of v do
+    loss_min_t: Share = 0.0
     timestep_logit_mean: float = 0.0  # of training times, logit-normal: above 0, more near the noise
     timestep_logit_std: Positive = 1.0
     timestep_uniform: Share = 0.1  # share of times drawn uniformly, so that both ends are trained
@@ -287,6 +289,8 @@ class Config:
 class TTSData(SpeechData):
     silence_prob: Share = 0.0  # chance that silence is appended to a training clip
     max_silence_sec: NonNegative = 0.0
+    # training clips are spoken up to this share faster or slower, each time anew
+    tempo_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
     bucketed: bool = True  # clips of a batch are about as long as each other; false: any clips
     cache_text: bool = True  # the frozen text encoder's features are made once; false: in every step
     # frames: batches are padded to a multiple, so torch.compile and cuDNN meet few shapes
@@ -302,9 +306,12 @@ class TTSModel(Model):
     text: Literal["bytes", "phonemes"] = "bytes"
     text_layers: Whole = 2  # convolutional layers between the encoder and the decoder
     frame_stack: Count = 1  # mel frames in one token
-    # learned: durations of bytes, by gradient | none: byte index, as the seed
-    alignment: Literal["learned", "uniform", "none"] = "learned"
+    # when each byte is spoken: mas, found in the recording by monotonic alignment search, and predicted |
+    # learned by gradient | uniform | none: byte index, as the seed
+    alignment: Literal["mas", "learned", "uniform", "none"] = "learned"
     upsample_text: bool = True  # add each frame's text to the input
+    cross_attention: bool = True  # of tokens to bytes, in each block
+    conv_kernel: Whole = 0  # tokens, odd: a depthwise convolution over time in each block; 0 = none
 
     @model_validator(mode="after")
     def check_text(self):
@@ -312,16 +319,26 @@ class TTSModel(Model):
             self.text == "bytes" or self.text_encoder == "scratch",
             f"model.text {self.text}: only model.text_encoder scratch, which is trained along, reads them",
         )
+        require(
+            self.conv_kernel % 2 == 1 or self.conv_kernel == 0,
+            f"model.conv_kernel {self.conv_kernel} must be odd, or 0 for none",
+        )
+        require(
+            self.cross_attention or self.upsample_text,
+            "model.cross_attention and model.upsample_text are both false: nothing tells what to say",
+        )
         return self
 
 
 @section
 class TTSFlow(Flow):
     duration_weight: NonNegative = 0.1  # of the durations' loss
+    prior_weight: NonNegative = 0.3  # of the loss of the prior, each byte's mean log-mel, by which mas aligns
 
 
 @section
 class TTSSample(FlowSample):
+    speed: Positive = 1.0  # of the speech, where its length is predicted: 1.2 is a fifth faster
     vocoder: Text = "griffinlim"  # griffinlim | BigVGAN hub id or folder
 
 

@@ -179,6 +179,7 @@ class SpeechBatches(Batches):
     features (B, S, E) float16: of the ids, only where the text encoder is frozen
     text_dropped (B,): rows that have the ids of "" instead of their text
     frames (B,): length of the clip, without the silence appended to it
+    tempo (B,): what the clip was stretched by, to that length
     number (B,): of the clip
     """
 
@@ -202,16 +203,20 @@ class SpeechBatches(Batches):
         """
         dropped = False
         silence = 0  # frames
+        tempo = 1.0
         if t is None:
             dropped = rng.random() < self.config.flow.text_condition_dropout
             silence = self.draw_silence(rng)
             t = self.sample_time(rng)
+            tempo = self.draw_tempo(rng)
+        frames = round(tempo * clip.frames)
         return {
             "clip": clip,
             "rng": rng,
-            "length": clip.frames + silence,
+            "length": frames + silence,
             "t": t,
-            "frames": clip.frames,
+            "frames": frames,
+            "tempo": frames / clip.frames,
             "number": clip.number,
             "text_dropped": dropped,
             "text": "" if dropped else clip.text,
@@ -225,10 +230,15 @@ class SpeechBatches(Batches):
         seconds = chosen * rng.random() * c.max_silence_sec
         return int(seconds * mel.sample_rate / mel.hop)
 
+    def draw_tempo(self, rng: np.random.Generator) -> float:
+        """What a clip's length is multiplied by."""
+        jitter = self.config.data.tempo_jitter
+        return rng.uniform(1 - jitter, 1 + jitter) if jitter else 1.0
+
     def collate(self, rows: list[dict]) -> Batch:
         """Fills arrays of the whole batch row by row: NumPy lets other threads go on while it does."""
         batch = {}
-        for key in ("t", "frames", "number", "text_dropped"):
+        for key in ("t", "frames", "tempo", "number", "text_dropped"):
             values = [row[key] for row in rows]
             batch[key] = torch.tensor(values)
 
@@ -238,8 +248,7 @@ class SpeechBatches(Batches):
         x = np.zeros(shape, np.float16)
         noise = np.zeros(shape, np.float32)
         for n, row in enumerate(rows):
-            clip = row["clip"]
-            x[n, : clip.frames] = self.corpus.packed_frames(clip)
+            x[n, : row["frames"]] = stretch(self.corpus.packed_frames(row["clip"]), row["frames"])
             # drawn last, so that padding changes nothing
             row["rng"].standard_normal(dtype=np.float32, out=noise[n, : row["length"]])
         batch["x"] = torch.from_numpy(x)
@@ -316,6 +325,18 @@ def pad(rows: list[Tensor] | list[np.ndarray], multiple: int) -> tuple[Tensor, T
     for row, array in zip(padded, arrays):
         row[: len(array)] = array
     return torch.from_numpy(padded), mask
+
+
+def stretch(frames: np.ndarray, length: int) -> np.ndarray:
+    """Log-mels (T, M) at another tempo and the same pitch: (length, M), between neighbours linearly."""
+    if length == len(frames):
+        return frames
+    places = (np.arange(length) + 0.5) * len(frames) / length - 0.5
+    places = places.clip(0, len(frames) - 1)
+    before = places.astype(int)
+    after = np.minimum(before + 1, len(frames) - 1)
+    share = (places - before).astype(np.float32)[:, None]
+    return frames[before] * (1 - share) + frames[after] * share
 
 
 def length_mask(lengths: list[int], multiple: int) -> Tensor:

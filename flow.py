@@ -41,8 +41,19 @@ def loss(v: Tensor, x: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
     """
     target = noise - x
     error = (v - target).square().mean(-1)  # (B, T)
-    error = error * mask
-    return error.sum(1) / mask.sum(1)
+    return masked_mean(error, mask)
+
+
+def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
+    """The mean of error (B, N) where mask (B, N) is True, one a row: (B,)."""
+    return (error * mask).sum(1) / mask.sum(1)
+
+
+def loss_weight(t: Tensor, min_t: float) -> Tensor:
+    """What the loss of v at t (B,) is multiplied by, so that errors of x count 1 / max(t, min_t)^2."""
+    if min_t == 0:
+        return torch.ones_like(t)
+    return (t / min_t).clamp_max(1).square()
 
 
 def sample_time(

@@ -27,17 +27,22 @@ class MelTransformer(nn.Module):
         width: int,
         layers: int,
         heads: int,
-        upsample_text: bool,  # add to each token the text at its time, beside cross-attention
+        upsample_text: bool,  # add to each token the text at its time
+        cross_attention: bool = True,
+        conv_kernel: int = 0,  # tokens; 0 = no convolution
+        prior: bool = False,  # whether it is given one
     ):
         super().__init__()
         self.patch_size = patch_size
         self.head_width = width // heads
         self.in_proj = nn.Linear(patch_size * n_mels, width)
+        self.prior_proj = nn.Linear(patch_size * n_mels, width, bias=False) if prior else None
         self.text_proj = nn.Linear(width, width) if upsample_text else None
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         # one for all blocks, to which each adds a table of its own (PixArt, arXiv 2310.00426)
         self.modulation = zero_init(nn.Linear(width, 6 * width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        blocks = [Block(width, heads, cross_attention, conv_kernel) for _ in range(layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.out_proj = zero_init(nn.Linear(width, patch_size * n_mels))
 
     def forward(
@@ -48,17 +53,18 @@ class MelTransformer(nn.Module):
         token_centres: Tensor,  # (B, S), when each byte is spoken, in tokens
         x_mask: Tensor,  # (B, T)
         text_mask: Tensor,  # (B, S)
+        prior: Tensor | None = None,  # (B, T, M), the log-mel as far as the text alone tells it
     ) -> Tensor:
         """returns: x or v (B, T, M), as `flow.velocity` is told."""
-        h, context = self.embed(x_t, t, text, token_centres, x_mask, text_mask)
+        h, context = self.embed(x_t, t, text, token_centres, x_mask, text_mask, prior)
         for block in self.blocks:
             h = block(h, text, context)
         patches = self.out_proj(norm(h))  # (B, N, patch_size M)
         return rearrange(patches, "b n (k m) -> b (n k) m", k=self.patch_size)
 
-    def attention(self, x_t, t, text, token_centres, x_mask, text_mask) -> Tensor:
+    def attention(self, x_t, t, text, token_centres, x_mask, text_mask, prior=None) -> Tensor:
         """Cross-attention weights (B, N, S), the mean over heads and layers; arguments as `forward`."""
-        h, context = self.embed(x_t, t, text, token_centres, x_mask, text_mask)
+        h, context = self.embed(x_t, t, text, token_centres, x_mask, text_mask, prior)
         mean = 0
         for block in self.blocks:
             weights = block.cross_weights(h, text, context)
@@ -66,12 +72,16 @@ class MelTransformer(nn.Module):
             h = block(h, text, context)
         return mean
 
-    def embed(self, x_t, t, text, token_centres, x_mask, text_mask) -> tuple[Tensor, "Conditioning"]:
+    def embed(
+        self, x_t, t, text, token_centres, x_mask, text_mask, prior=None
+    ) -> tuple[Tensor, "Conditioning"]:
         """Input of the first block (B, N, D), and what all blocks share; arguments as `forward`."""
         # frames to tokens
-        patches = rearrange(x_t, "b (n k) m -> b n (k m)", k=self.patch_size)
+        patches = self.to_patches(x_t)
         token_mask = x_mask[:, :: self.patch_size]  # (B, N)
         h = self.in_proj(patches)  # (B, N, D)
+        if prior is not None:
+            h = h + self.prior_proj(self.to_patches(prior))
 
         # the text at each token's time
         numbers = torch.arange(patches.shape[1], device=x_t.device)
@@ -97,6 +107,9 @@ class MelTransformer(nn.Module):
         )
         return h, context
 
+    def to_patches(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b (n k) m -> b n (k m)", k=self.patch_size)
+
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines (B, 1, N, half of a head's width)
 
@@ -115,10 +128,11 @@ class Conditioning:
 class Block(nn.Module):
     """DiT's block with cross-attention; its shifts, scales and gates are shared ones plus its own `table`."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, cross_attention: bool = True, conv_kernel: int = 0):
         super().__init__()
         self.self_attention = Attention(width, heads)
-        self.cross_attention = Attention(width, heads)
+        self.cross_attention = Attention(width, heads) if cross_attention else None
+        self.conv = zero_init(depthwise(width, conv_kernel)) if conv_kernel else None
         self.mlp = MLP(width)
         self.table = nn.Parameter(torch.zeros(6, width))
 
@@ -133,13 +147,18 @@ class Block(nn.Module):
         x = self.self_attend(x, context)
 
         # cross-attention
-        x = x + self.cross_attention(
-            norm(x),
-            source=text,
-            x_rope=context.token_rope,
-            source_rope=context.text_rope,
-            mask=context.text_mask,
-        )
+        if self.cross_attention is not None:
+            x = x + self.cross_attention(
+                norm(x),
+                source=text,
+                x_rope=context.token_rope,
+                source_rope=context.text_rope,
+                mask=context.text_mask,
+            )
+
+        # convolution over time
+        if self.conv is not None:
+            x = x + convolve(self.conv, norm(x), context.token_mask[:, 0, 0])
 
         # MLP
         shift_mlp = context.modulation[3] + self.table[3]  # (B, 1, D)
@@ -254,8 +273,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, width: int, kernel: int = 7):
         super().__init__()
-        padding = kernel // 2
-        self.conv = nn.Conv1d(width, width, kernel, padding=padding, groups=width)
+        self.conv = depthwise(width, kernel)
         self.mlp = MLP(width)
 
     def forward(
@@ -264,11 +282,19 @@ class ConvBlock(nn.Module):
         mask: Tensor,  # (B, S)
     ) -> Tensor:
         """returns: (B, S, D)."""
-        h = x * mask[..., None]
-        h = h.transpose(1, 2)  # (B, D, S)
-        h = self.conv(h)
-        h = h.transpose(1, 2)
+        h = convolve(self.conv, x, mask)
         return x + self.mlp(norm(h))
+
+
+def depthwise(width: int, kernel: int) -> nn.Conv1d:
+    return nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+
+
+def convolve(conv: nn.Conv1d, x: Tensor, mask: Tensor) -> Tensor:
+    """x (B, S, D), of which nothing enters where mask (B, S) is False -> (B, S, D)."""
+    h = x * mask[..., None]
+    h = conv(h.transpose(1, 2))
+    return h.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -283,6 +309,87 @@ class MLP(nn.Module):
         h = self.up(x)
         h = F.relu(h).square()
         return self.down(h)
+
+
+class MelPrior(nn.Module):
+    """The log-mel as far as the text tells it: each byte's mean, for as long as the byte is spoken.
+
+    In training it finds when each byte is spoken (Glow-TTS, arXiv 2005.11129; so Grad-TTS and Matcha-TTS).
+    """
+
+    EVEN_PACE = (
+        50.0  # nats a frame for bytes that stand at one end of the text and the other end of the speech
+    )
+
+    def __init__(self, width: int, n_mels: int):
+        super().__init__()
+        self.mean = zero_init(nn.Linear(width, n_mels))
+
+    def forward(
+        self,
+        text: Tensor,  # (B, S, D)
+        durations: Tensor,  # (B, S) in frames
+        text_mask: Tensor,  # (B, S)
+        length: int,  # T, frames
+    ) -> Tensor:
+        """returns: (B, T, M) float32; behind the last byte it is that byte's."""
+        ends = durations.cumsum(1)  # (B, S)
+        middles = torch.arange(length, device=text.device) + 0.5
+        byte = (middles[:, None] > ends[:, None]).sum(2)  # (B, T)
+        last = text_mask.sum(1, keepdim=True) - 1
+        byte = torch.minimum(byte, last)
+        means = self.mean(text).float()  # (B, S, M)
+        return means.gather(1, byte[:, :, None].expand(-1, -1, means.shape[2]))
+
+    @torch.compiler.disable  # a loop over bytes: it would be compiled again for each length
+    @torch.no_grad()
+    def search(
+        self,
+        text: Tensor,  # (B, S, D)
+        text_mask: Tensor,  # (B, S)
+        x: Tensor,  # (B, T, M)
+        frames: Tensor,  # (B,)
+    ) -> Tensor:
+        """returns: durations (B, S), whole frames, by which the log-mel x is likeliest, its variance 1."""
+        means = self.mean(text).float()  # (B, S, M)
+        scores = means @ x.mT - 0.5 * means.square().sum(2, keepdim=True)  # (B, S, T)
+        # Before training all means are alike, and this alone decides
+        bytes_ = torch.arange(text.shape[1], device=x.device) / text_mask.sum(1, keepdim=True)  # (B, S)
+        times = torch.arange(x.shape[1], device=x.device) / frames[:, None]  # (B, T)
+        distance = bytes_[:, :, None] - times[:, None]
+        scores = scores - self.EVEN_PACE * distance.square()
+        return monotonic_alignment_search(scores, text_mask.sum(1), frames)
+
+
+def monotonic_alignment_search(scores: Tensor, bytes_: Tensor, frames: Tensor) -> Tensor:
+    """How many frames each byte has on the best path from the first byte to the last.
+
+    scores: (B, S, T), of byte s at frame t; a path stays at a byte or goes on to the next, frame by frame.
+    bytes_, frames: (B,), the lengths of both.
+    returns: (B, S) whole numbers whose sum is `frames`; with fewer frames than bytes some are 0.
+
+    The best path that is at byte s at frame t began it at some u <= t, and is worth
+    best(s - 1, u - 1) - before(s, u) + total(s, t): for all t of a byte it is one running maximum.
+    """
+    total = scores.cumsum(2)
+    before = total - scores
+    best = total[:, 0]  # (B, T): of paths that are at byte 0 until t
+    starts = []
+    for byte in range(1, scores.shape[1]):
+        earlier = F.pad(best[:, :-1], (1, 0), value=-math.inf)
+        reached, start = (earlier - before[:, byte]).cummax(1)
+        best = reached + total[:, byte]
+        starts.append(start)
+
+    durations = torch.zeros_like(total[:, :, 0])
+    end = frames[:, None]  # (B, 1)
+    for byte in reversed(range(1, scores.shape[1])):
+        start = starts[byte - 1].gather(1, (end - 1).clamp_min(0))
+        start = torch.where(byte < bytes_[:, None], start, end).minimum(end)
+        durations[:, byte : byte + 1] = end - start
+        end = start
+    durations[:, :1] = end
+    return durations
 
 
 def gaussian_upsample(
@@ -344,7 +451,7 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
-def zero_init(linear: nn.Linear) -> nn.Linear:
+def zero_init(linear: nn.Linear | nn.Conv1d) -> nn.Linear | nn.Conv1d:
     """Zero-initialise a layer: the last one of a residual block, so that the block starts as the identity."""
     nn.init.zeros_(linear.weight)
     if linear.bias is not None:

@@ -26,7 +26,7 @@ from corpora import shards, voice
 from corpora.prepare import READERS, prepare_recordings
 from data import Corpus
 from metric import Score
-from model import MelTransformer, TextEncoder
+from model import MelPrior, MelTransformer, TextEncoder
 from pretrained import bigvgan
 from pretrained.text_encoder import PhonemeTokenizer, load_text_encoder, tokenize
 
@@ -62,7 +62,10 @@ class TextToSpeech(System):
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         mean_duration = self.SECONDS_PER_BYTE * self.frame_rate  # frames
-        self.text = TextEncoder(text_width, m.width, m.text_layers, mean_duration)
+        pooled = m.alignment == "none"
+        self.text = TextEncoder(text_width, m.width, m.text_layers, mean_duration, pooled)
+        has_prior = m.alignment == "mas"
+        self.prior = MelPrior(m.width, config.mel.n_mels) if has_prior else None
         self.decoder = MelTransformer(
             n_mels=config.mel.n_mels,
             patch_size=m.frame_stack,
@@ -70,6 +73,9 @@ class TextToSpeech(System):
             layers=m.layers,
             heads=m.heads,
             upsample_text=m.upsample_text,
+            cross_attention=m.cross_attention,
+            conv_kernel=m.conv_kernel,
+            prior=has_prior,
         )
         self.register_buffer("mean", torch.tensor(float(mean)))
         self.register_buffer("std", torch.tensor(float(std)))
@@ -77,7 +83,7 @@ class TextToSpeech(System):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch of `SpeechBatches`, in which everything random is already drawn.
 
-        returns: loss, flow_loss, duration_loss, scalars; flow_loss_per_clip (B,).
+        returns: scalars: loss, flow_loss, duration_loss, prior_loss with a prior; flow_loss_per_clip (B,).
         """
         noise = batch["noise"]  # (B, T, M)
         t = batch["t"]  # (B,)
@@ -93,27 +99,58 @@ class TextToSpeech(System):
         else:
             features = self.text_encoder(batch["ids"], text_mask)
         text, durations = self.text(features, text_mask)  # (B, S, D), (B, S)
+        durations = durations * batch["tempo"][:, None]
 
-        # durations, stretched to the length of the clip, to the time at which each byte is spoken
-        token_centres = self.align(durations, text_mask, frames)  # (B, S)
+        # when each byte is spoken: as is found in the recording, or else as predicted
+        spoken = durations
+        prior = None
+        losses = {}
+        if self.prior is not None:
+            spoken = self.prior.search(text, text_mask, x, frames)
+            prior = self.prior(text, spoken, text_mask, x.shape[1])  # (B, T, M)
+            losses["prior_loss"] = flow.masked_mean((x - prior).square().mean(2), x_mask)  # (B,)
+            losses["duration_loss"] = flow.masked_mean(log_error(durations, spoken), text_mask)
 
         # the point at t on the straight path from data to noise, and the velocity predicted there
+        condition = {
+            "text": text,
+            "token_centres": self.align(spoken, text_mask, frames),  # (B, S)
+            "x_mask": x_mask,
+            "text_mask": text_mask,
+            "prior": prior,
+        }
         x_t = flow.interpolate(x, noise, t)  # (B, T, M)
-        output = self.decoder(x_t, t, text, token_centres, x_mask, text_mask)
-        v = flow.velocity(output.float(), x_t, t, flow_config.predict, flow_config.min_t)
+        v = self.velocity(x_t, t, condition)
         flow_loss = flow.loss(v, x, noise, x_mask)  # (B,)
 
-        # the sum of the durations is to predict the length of the clip, if its text was not dropped
-        predicted_frames = durations.sum(1)  # (B,)
-        length_error = (predicted_frames.log() - frames.log()).square()
-        duration_loss = (length_error * ~batch["text_dropped"]).mean()
+        # the sum of the durations is to predict the length of the clip
+        length_error = log_error(durations.sum(1), frames)
+        losses["duration_loss"] = losses.get("duration_loss", 0) + length_error
 
+        # a text that was dropped teaches nothing but the flow
+        for name, loss in losses.items():
+            losses[name] = (loss * ~batch["text_dropped"]).mean()
+        weighted = flow_loss * flow.loss_weight(t, flow_config.loss_min_t)
+        total = weighted.mean() + flow_config.duration_weight * losses["duration_loss"]
+        if self.prior is not None:
+            total = total + flow_config.prior_weight * losses["prior_loss"]
         return {
-            "loss": flow_loss.mean() + flow_config.duration_weight * duration_loss,
+            "loss": total,
             "flow_loss": flow_loss.mean(),
-            "duration_loss": duration_loss,
+            **losses,
             "flow_loss_per_clip": flow_loss.detach(),
         }
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor | None]) -> Tensor:
+        """v (B, T, M) at x_t (B, T, M), t (B,); condition: the other arguments of `MelTransformer.forward`.
+
+        Where x is predicted, what the network puts out is the difference to the prior.
+        """
+        c = self.config.flow
+        output = self.decoder(x_t, t, **condition).float()
+        if condition["prior"] is not None and c.predict == "x":
+            output = output + condition["prior"]
+        return flow.velocity(output, x_t, t, c.predict, c.min_t)
 
     def normalise(
         self,
@@ -171,17 +208,21 @@ class TextToSpeech(System):
         text, durations, text_mask = self.encode_texts(texts)
 
         # length: as asked for, or the sum of the durations; when each byte is spoken
-        frames = self.choose_frames(prompts, durations)
+        frames = self.choose_frames(prompts, durations, settings.speed)
         row_frames = torch.tensor(frames + frames, device=device)  # (2 B,)
-        token_centres = self.align(durations, text_mask, row_frames)
 
         # noise to log-mels
         noise, x_mask = self.draw_noise(prompts, frames)  # (B, T, M), (B, T)
+        prior = None
+        if self.prior is not None:
+            stretch = row_frames / durations.sum(1)  # (2 B,)
+            prior = self.prior(text, durations * stretch[:, None], text_mask, noise.shape[1])
         condition = {
             "text": text,
-            "token_centres": token_centres,
+            "token_centres": self.align(durations, text_mask, row_frames),
             "x_mask": torch.cat([x_mask, x_mask]),
             "text_mask": text_mask,
+            "prior": prior,
         }
         x = self.integrate(noise, condition, settings)  # (B, T, M)
         log_mels = audio.denormalise(x, self.mean, self.std).float().cpu()
@@ -205,8 +246,8 @@ class TextToSpeech(System):
         text, durations = self.text(features, text_mask)
         return text, durations, text_mask
 
-    def choose_frames(self, prompts: Sequence[Prompt], durations: Tensor) -> list[int]:
-        """The length of each prompt's speech, in frames: as asked for, or else predicted."""
+    def choose_frames(self, prompts: Sequence[Prompt], durations: Tensor, speed: float) -> list[int]:
+        """The length of each prompt's speech, in frames: as asked for, or else predicted, at that speed."""
         shortest = self.config.model.frame_stack
         longest = int(self.config.data.max_seconds * self.frame_rate)
         predicted = durations.sum(1)
@@ -215,7 +256,7 @@ class TextToSpeech(System):
         frames = []
         for row, prompt in enumerate(prompts):
             wanted = prompt.seconds * self.frame_rate
-            wanted = round(wanted or predicted[row])
+            wanted = round(wanted or predicted[row] / speed)
             wanted = max(wanted, shortest)
             frames.append(min(wanted, longest))
         return frames
@@ -240,14 +281,11 @@ class TextToSpeech(System):
         settings: Sample,
     ) -> Tensor:
         """x (B, T, M), by Euler's method with guidance."""
-        c = self.config.flow
 
         def velocity(x_t: Tensor, t: Tensor) -> Tensor:
             # all 2 B rows, or, where guidance is off, the B conditional ones
             given = first_rows(condition, len(x_t))
-            output = self.decoder(x_t, t, **given)
-            v = flow.velocity(output.float(), x_t, t, c.predict, c.min_t)
-            return v * given["x_mask"][:, :, None]
+            return self.velocity(x_t, t, given) * given["x_mask"][:, :, None]
 
         timesteps = flow.timesteps(settings.euler_steps, settings.sway, settings.shift)
         return flow.sample_euler(
@@ -342,5 +380,10 @@ class TextToSpeech(System):
         shards.cache_features(path, lengths, width, encode, 32, f"features of {name}")
 
 
-def first_rows(condition: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-    return {name: value[:rows] for name, value in condition.items()}
+def log_error(predicted: Tensor, found: Tensor) -> Tensor:
+    """Squared difference of the logarithms of durations in frames; 0, as padding has it, counts as 0.01."""
+    return (predicted.clamp_min(0.01).log() - found.clamp_min(0.01).log()).square()
+
+
+def first_rows(condition: dict[str, Tensor | None], rows: int) -> dict[str, Tensor | None]:
+    return {name: value if value is None else value[:rows] for name, value in condition.items()}

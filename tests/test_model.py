@@ -50,6 +50,7 @@ def make_batch(frames=(24, 16), text_lengths=(9, 5), pad=0, text_pad=0):
         "ids": torch.zeros(rows, longest_text, dtype=torch.long),
         "t": torch.linspace(0.2, 0.8, rows),
         "frames": torch.tensor(frames),
+        "tempo": torch.ones(rows),
         "text_dropped": torch.zeros(rows, dtype=torch.bool),
         "x_mask": torch.arange(longest) < torch.tensor(frames)[:, None],
         "text_mask": torch.arange(longest_text) < torch.tensor(text_lengths)[:, None],
@@ -74,7 +75,7 @@ def test_a_network_of_phonemes_reads_words_that_sound_alike_alike():
     assert not torch.equal(alike.log_mel, other.log_mel[: len(alike.log_mel)])
 
 
-@pytest.mark.parametrize("alignment", ["learned", "uniform", "none"])
+@pytest.mark.parametrize("alignment", ["mas", "learned", "uniform", "none"])
 def test_padding_changes_no_loss_and_no_gradient(alignment):
     network = make(alignment)
     results = []
@@ -277,6 +278,7 @@ def test_a_batch_is_what_it_says(corpus_folder):
         "text_mask": torch.bool,
         "text_dropped": torch.bool,
         "frames": torch.int64,
+        "tempo": torch.float32,
         "number": torch.int64,
     }
     assert (

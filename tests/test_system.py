@@ -617,7 +617,7 @@ def test_every_trained_parameter_has_exactly_one_optimizer():
     assert sorted(given) == sorted(id(p) for p in network.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("alignment", ["learned", "uniform", "none"])
+@pytest.mark.parametrize("alignment", ["mas", "learned", "uniform", "none"])
 @pytest.mark.parametrize("upsample_text", ["true", "false"])
 def test_every_trained_parameter_gets_a_gradient(tiny, alignment, upsample_text):
     """With one that gets none, several ranks cannot train: DistributedDataParallel waits for it."""
