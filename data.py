@@ -233,7 +233,9 @@ class SpeechBatches(Batches):
     def draw_tempo(self, rng: np.random.Generator) -> float:
         """What a clip's length is multiplied by."""
         jitter = self.config.data.tempo_jitter
-        return rng.uniform(1 - jitter, 1 + jitter) if jitter else 1.0
+        if jitter == 0:
+            return 1.0
+        return rng.uniform(1 - jitter, 1 + jitter)
 
     def collate(self, rows: list[dict]) -> Batch:
         """Fills arrays of the whole batch row by row: NumPy lets other threads go on while it does."""
@@ -331,11 +333,14 @@ def stretch(frames: np.ndarray, length: int) -> np.ndarray:
     """Log-mels (T, M) at another tempo and the same pitch: (length, M), between neighbours linearly."""
     if length == len(frames):
         return frames
-    places = (np.arange(length) + 0.5) * len(frames) / length - 0.5
-    places = places.clip(0, len(frames) - 1)
+    last = len(frames) - 1
+    middles = np.arange(length) + 0.5
+    places = middles * len(frames) / length - 0.5
+    places = places.clip(0, last)
     before = places.astype(int)
-    after = np.minimum(before + 1, len(frames) - 1)
-    share = (places - before).astype(np.float32)[:, None]
+    after = np.minimum(before + 1, last)
+    share = places - before
+    share = share.astype(np.float32)[:, None]
     return frames[before] * (1 - share) + frames[after] * share
 
 

@@ -84,8 +84,7 @@ class MelTransformer(nn.Module):
             h = h + self.prior_proj(self.to_patches(prior))
 
         # the text at each token's time
-        numbers = torch.arange(patches.shape[1], device=x_t.device)
-        positions = numbers.float() + 0.5  # (N,) in tokens
+        positions = middles(patches.shape[1], x_t.device)  # (N,) in tokens
         if self.text_proj is not None:
             spoken = gaussian_upsample(text, token_centres, positions, token_mask, text_mask)  # (B, N, D)
             h = h + self.text_proj(spoken)
@@ -334,8 +333,8 @@ class MelPrior(nn.Module):
     ) -> Tensor:
         """returns: (B, T, M) float32; behind the last byte it is that byte's."""
         ends = durations.cumsum(1)  # (B, S)
-        middles = torch.arange(length, device=text.device) + 0.5
-        byte = (middles[:, None] > ends[:, None]).sum(2)  # (B, T)
+        is_over = middles(length, text.device)[:, None] > ends[:, None]  # (B, T, S)
+        byte = is_over.sum(2)  # (B, T)
         last = text_mask.sum(1, keepdim=True) - 1
         byte = torch.minimum(byte, last)
         means = self.mean(text).float()  # (B, S, M)
@@ -354,11 +353,12 @@ class MelPrior(nn.Module):
         means = self.mean(text).float()  # (B, S, M)
         scores = means @ x.mT - 0.5 * means.square().sum(2, keepdim=True)  # (B, S, T)
         # Before training all means are alike, and this alone decides
-        bytes_ = torch.arange(text.shape[1], device=x.device) / text_mask.sum(1, keepdim=True)  # (B, S)
-        times = torch.arange(x.shape[1], device=x.device) / frames[:, None]  # (B, T)
-        distance = bytes_[:, :, None] - times[:, None]
+        bytes_ = text_mask.sum(1)
+        in_text = middles(text.shape[1], x.device) / bytes_[:, None]  # (B, S)
+        in_time = middles(x.shape[1], x.device) / frames[:, None]  # (B, T)
+        distance = in_text[:, :, None] - in_time[:, None]
         scores = scores - self.EVEN_PACE * distance.square()
-        return monotonic_alignment_search(scores, text_mask.sum(1), frames)
+        return monotonic_alignment_search(scores, bytes_, frames)
 
 
 def monotonic_alignment_search(scores: Tensor, bytes_: Tensor, frames: Tensor) -> Tensor:
@@ -390,6 +390,11 @@ def monotonic_alignment_search(scores: Tensor, bytes_: Tensor, frames: Tensor) -
         end = start
     durations[:, :1] = end
     return durations
+
+
+def middles(count: int, device: torch.device) -> Tensor:
+    """(count,): 1/2, 3/2, ..., where each of so many frames or tokens or bytes has its middle."""
+    return torch.arange(count, device=device) + 0.5
 
 
 def gaussian_upsample(

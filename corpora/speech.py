@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from config import UserError
-from corpora.shards import ASSETS, Clip
+from corpora.shards import ASSETS, SPLITS, Clip
 from text import normalize
 
 ARCHIVES = {  # URL, and the folder inside the archive
@@ -23,7 +23,8 @@ def read_ljspeech(root: Path) -> tuple[list[Clip], list[str]]:
     """The lines of LJSpeech's metadata.csv (id|transcript|normalised) as clips of wavs/<id>.wav.
 
     Lines of id|transcript will do, tabs in place of |, and paths in place of ids, as wavs/<id>.wav or
-    <speaker>/<id>.flac. The split is the published one.
+    <speaker>/<id>.flac. The split is that of split.txt beside it, lines of `val <id>` or `test <id>`; without
+    that file it is the published one.
     returns: the clips, and what is wrong with other lines.
     """
     path = root / "metadata.csv"
@@ -32,16 +33,29 @@ def read_ljspeech(root: Path) -> tuple[list[Clip], list[str]]:
             f"{path}: missing; --download (data.download) fetches LJSpeech-1.1 where there is no {root}"
         )
     texts, skipped = read_transcripts([path], find_separator(path), 3)
-    splits = {}
-    for line in (ASSETS / "ljspeech_split.txt").read_text().splitlines():
-        if not line.startswith("#"):
-            split, name = line.split()
-            splits[name] = split
+    own_split = root / "split.txt"
+    splits = read_split(own_split if own_split.is_file() else ASSETS / "ljspeech_split.txt")
+    missing = splits.keys() - texts.keys()
+    if own_split.is_file() and missing:
+        raise UserError(f"{own_split}: {min(missing)} is in no line of {path}")
     clips = []
     for name, (text, folder) in texts.items():
         wav = find_recording(folder, name)
         clips.append(Clip(name, text, splits.get(name, "train"), str(wav)))
     return ensure_validation_split(root, clips), skipped
+
+
+def read_split(path: Path) -> dict[str, str]:
+    """{id: val | test} of a file of lines `val <id>`; raises UserError for another line."""
+    splits = {}
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        split, _, name = line.strip().partition(" ")
+        if split not in SPLITS or not name.strip():
+            raise UserError(f"{path}: expected `val <id>` or `test <id>`, got {line!r}")
+        splits[name.strip()] = split
+    return splits
 
 
 def find_separator(table: Path) -> str:

@@ -349,6 +349,25 @@ def test_the_published_split_is_used_by_id(tmp_path):
     assert splits == {"val": 100, "test": 500}
 
 
+def test_a_split_beside_the_table_comes_before_the_published_one(tmp_path):
+    write_recordings(tmp_path, 3)
+    write_metadata(tmp_path, ["c0000|a|a", "c0001|b|b", "c0002|c|c"])
+    (tmp_path / "split.txt").write_text("# mine\nval c0001\ntest c0002\n")
+    clips, _ = speech.read_ljspeech(tmp_path)
+    assert [clip.split for clip in clips] == ["train", "val", "test"]
+
+
+@pytest.mark.parametrize(
+    "line, message", [("val c0009", "c0009 is in no line"), ("c0001", "expected `val <id>`")]
+)
+def test_a_split_of_other_lines_or_clips_is_refused(tmp_path, line, message):
+    write_recordings(tmp_path, 1)
+    write_metadata(tmp_path, ["c0000|a|a"])
+    (tmp_path / "split.txt").write_text(line)
+    with pytest.raises(UserError, match=message):
+        speech.read_ljspeech(tmp_path)
+
+
 def test_a_rerun_makes_only_what_is_not_whole(raw, tmp_path, small_shards):
     pack_recordings(raw, tmp_path, workers=1)
     first, times = index_of(tmp_path), {p: p.stat().st_mtime_ns for p in tmp_path.glob("*_0*")}

@@ -67,6 +67,14 @@ def test_loss_is_a_mean_per_clip_that_padding_never_enters():
     assert torch.allclose(flow.loss(v, x, noise, mask)[1], (v - noise + x)[1, :3].square().mean())
 
 
+def test_errors_of_x_count_as_at_min_t_where_t_is_smaller():
+    t, error = torch.tensor([0.1, 0.25, 0.5, 0.9]), 0.3
+    # an error of x is one of v, 1 / t as large
+    losses = (error / t).square() * flow.loss_weight(t, 0.5)
+    assert torch.allclose(losses, (error / t.clamp_min(0.5)).square())
+    assert torch.equal(flow.loss_weight(t, 0.0), torch.ones(4))
+
+
 @pytest.mark.parametrize("sway, shift", [(0, 1), (-1, 1), (1, 1), (0, 3), (-0.5, 0.5)])
 def test_the_grid_falls_from_one_to_zero(sway, shift):
     grid = flow.timesteps(16, sway, shift)

@@ -3,6 +3,7 @@
 """
 
 import dataclasses
+import itertools
 import math
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ import tts
 from base import Prompt
 from config import TTSSample
 from corpora import voice
-from model import gaussian_upsample
+from model import MelPrior, gaussian_upsample, monotonic_alignment_search
 from pretrained import text_encoder
 
 TINY = {
@@ -135,10 +136,72 @@ def test_the_flow_loss_moves_the_durations_when_they_are_learned():
         assert (gradient is not None and gradient.abs().max() > 0) == moves
 
 
-def test_a_dropped_text_teaches_no_duration():
-    network, batch = make(), make_batch()
-    network(batch | {"text_dropped": torch.tensor([True, True])})["duration_loss"].backward()
+@pytest.mark.parametrize("alignment", ["mas", "learned"])
+def test_a_dropped_text_teaches_no_duration_and_no_prior(alignment):
+    network, batch = make(alignment), make_batch()
+    losses = network(batch | {"text_dropped": torch.tensor([True, True])})
+    (losses["duration_loss"] + losses.get("prior_loss", 0)).backward()
     assert network.text.log_duration.weight.grad.abs().max() == 0
+    assert alignment == "learned" or network.prior.mean.weight.grad.abs().max() == 0
+
+
+def best_path(scores):
+    """The durations of the best of all paths, by trying each; scores (S, T)."""
+    bytes_, frames = scores.shape
+    best, found = -math.inf, None
+    for cuts in itertools.combinations(range(1, frames), bytes_ - 1):
+        edges = [0, *cuts, frames]
+        score = sum(scores[s, edges[s] : edges[s + 1]].sum().item() for s in range(bytes_))
+        if score > best:
+            best, found = score, [edges[s + 1] - edges[s] for s in range(bytes_)]
+    return found
+
+
+def test_the_search_finds_the_best_of_all_monotonic_paths():
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(20):
+        scores = torch.randn(3, 4, 9, generator=generator)
+        bytes_, frames = torch.tensor([4, 3, 1]), torch.tensor([9, 7, 5])
+        found = monotonic_alignment_search(scores, bytes_, frames)
+        for row, (s, t) in enumerate(zip(bytes_.tolist(), frames.tolist())):
+            assert found[row].tolist() == best_path(scores[row, :s, :t]) + [0] * (4 - s)
+
+
+def test_the_search_gives_all_frames_away_even_where_there_are_fewer_than_bytes():
+    found = monotonic_alignment_search(torch.randn(1, 6, 4), torch.tensor([6]), torch.tensor([4]))
+    assert found.sum() == 4 and found.min() == 0
+
+
+def test_before_training_bytes_are_spoken_at_an_even_pace_and_then_where_they_sound():
+    prior, mask = MelPrior(3, 80), torch.ones(1, 3, dtype=torch.bool)
+    text, frames = torch.eye(3)[None], torch.tensor([12])
+    sounds = torch.randn(3, 80, generator=torch.Generator().manual_seed(0))
+    x = sounds.repeat_interleave(torch.tensor([2, 7, 3]), dim=0)[None]
+    assert prior.search(text, mask, x, frames)[0].tolist() == [4, 4, 4]
+    prior.mean.weight.data = sounds.T
+    durations = prior.search(text, mask, x, frames)
+    assert durations[0].tolist() == [2, 7, 3]
+    assert torch.equal(prior(text, durations, mask, 14)[0, :12], x[0])
+    assert torch.equal(prior(text, durations, mask, 14)[0, 12:], sounds[[2, 2]])
+
+
+def test_a_tempo_scales_what_is_to_be_predicted():
+    """A clip that was stretched teaches the durations that it has at its own tempo."""
+    network, batch = make("learned"), make_batch()
+    tempo = torch.tensor([2.0, 2.0])
+    own = batch["frames"] / tempo
+    stretched = network(batch | {"tempo": tempo})["duration_loss"]
+    assert torch.allclose(stretched, network(batch | {"frames": own})["duration_loss"])
+
+
+@pytest.mark.parametrize("alignment", ["mas", "learned"])
+def test_speech_is_as_much_shorter_as_it_is_faster(alignment):
+    network, prompt = make(alignment), Prompt("A long line of text, to be spoken.")
+    usual, fast = [
+        network.sample_log_mels([prompt], TTSSample(euler_steps=1, speed=speed))[0][0]
+        for speed in (1.0, 1.25)
+    ]
+    assert round(len(usual) / len(fast), 1) == 1.2 or round(len(usual) / len(fast), 1) == 1.3
 
 
 def test_predicted_length_grows_with_the_text():
@@ -317,6 +380,35 @@ def test_the_network_sees_log_mels_normalised_with_silence_behind_them_and_then_
         assert torch.equal(x[i, : len(expected)], expected) and not x[i, len(expected) :].any()
         silent += len(silence)
     assert silent and x.dtype == torch.float32
+
+
+def test_a_clip_is_stretched_to_a_tempo_drawn_for_it_and_keeps_its_pitch(corpus_folder):
+    batches = batches_for(corpus_folder, "--tempo_jitter", "0.2")
+    clips = {clip.number: clip for clip in batches.corpus.clips("train")}
+    batch = batches.train(3)
+    tempi = []
+    for i, number in enumerate(batch["number"].tolist()):
+        clip, frames = clips[number], batch["frames"][i].item()
+        tempi.append(frames / clip.frames)
+        assert batch["tempo"][i].item() == pytest.approx(frames / clip.frames)
+        assert batch["x_mask"][i].sum() == frames
+        # any sound lasts longer, and is where it was in the spectrum
+        log_mel = batches.corpus.log_mel(clip)
+        stretched = batch["x"][i, :frames].float()
+        assert torch.allclose(stretched.mean(0), log_mel.mean(0), atol=0.15)
+        middle = torch.tensor(data.stretch(log_mel.numpy(), frames)[frames // 2])
+        assert torch.allclose(stretched[frames // 2], middle, atol=1e-2)
+    assert 0.8 <= min(tempi) < 0.97 and 1.03 < max(tempi) <= 1.2 or len(set(tempi)) == len(tempi)
+    assert all((b["tempo"] == 1).all() for b in batches.validation())
+
+
+def test_stretching_a_ramp_gives_a_ramp():
+    ramp = np.arange(10, dtype=np.float32)[:, None]
+    for length in (5, 20):
+        stretched = data.stretch(ramp, length)
+        assert stretched.shape == (length, 1) and (np.diff(stretched[1:-1, 0], 2) < 1e-5).all()
+        assert stretched.mean() == pytest.approx(4.5)
+    assert data.stretch(ramp, 10) is ramp
 
 
 def test_noise_is_drawn_from_seed_step_and_row_alone(corpus_folder):
