@@ -177,8 +177,6 @@ class Model:
 class Flow:
     predict: Literal["x", "v"] = "x"  # what the network puts out; the loss is in v either way
     min_t: Positive = 0.05  # predicting x: v = (x_t - x) / max(t, min_t)
-    # errors of x count 1 / max(t, loss_min_t)^2; 0 = as errors of v do
-    loss_min_t: Share = 0.0
     timestep_logit_mean: float = 0.0  # of training times, logit-normal: above 0, more near the noise
     timestep_logit_std: Positive = 1.0
     timestep_uniform: Share = 0.1  # share of times drawn uniformly, so that both ends are trained
@@ -308,7 +306,7 @@ class TTSModel(Model):
     frame_stack: Count = 1  # mel frames in one token
     # when each byte is spoken: mas, found in the recording by monotonic alignment search, and predicted |
     # learned by gradient | uniform | none: byte index, as the seed
-    alignment: Literal["mas", "learned", "uniform", "none"] = "learned"
+    alignment: Literal["mas", "learned", "uniform", "none"] = "mas"
     upsample_text: bool = True  # add each frame's text to the input
     cross_attention: bool = True  # of tokens to bytes, in each block
     conv_kernel: Whole = 0  # tokens, odd: a depthwise convolution over time in each block; 0 = none
@@ -332,6 +330,8 @@ class TTSModel(Model):
 
 @section
 class TTSFlow(Flow):
+    # the loss of v at smaller t counts (t / loss_min_t)^2, so that of x no more than at loss_min_t; 0 = fully
+    loss_min_t: Share = 0.5
     duration_weight: NonNegative = 0.1  # of the durations' loss
     prior_weight: NonNegative = 0.3  # of the loss of the prior, each byte's mean log-mel, by which mas aligns
 

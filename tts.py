@@ -1,10 +1,12 @@
 """Text to speech, system `tts`: its losses, its sampling, and what it prepares; the networks are in model.py.
 
 text (B, S, D) has one vector a byte; x (B, T, M) is a normalised log-mel; model.frame_stack frames are one of
-N tokens. When each byte is spoken is learned without an aligner: every byte has a predicted duration, and its
-place in time is the sum of those before it. The flow loss trains the durations, because each token is given
-the text blurred around its own time by a Gaussian, which is differentiable (as in EATS, arXiv 2006.03575, and
-Non-Attentive Tacotron). The sum of the durations predicts the length of the speech.
+N tokens. When each byte is spoken is found in the recording: each byte has a mean log-mel, and of all ways to
+say one byte after the other the likeliest is taken (monotonic alignment search: Glow-TTS, arXiv 2005.11129).
+Durations so found teach those that are predicted, by which bytes are placed in sampling. The means, each for
+as long as its byte lasts, are a prior, to which the network predicts the difference (Grad-TTS, Matcha-TTS).
+With `model.alignment: learned` the flow loss itself moves the durations, because each token is given the text
+blurred around its own time by a Gaussian, which is differentiable (EATS, arXiv 2006.03575).
 """
 
 import functools
@@ -198,8 +200,8 @@ class TextToSpeech(System):
 
     def sample_log_mels(
         self, prompts: Sequence[Prompt], settings: Sample
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """returns: log-mels (T, M), natural log, and cross-attention (N, S), one a prompt, on the CPU."""
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """returns: log-mels (T, M), natural log, and cross-attention (N, S) if there is any; on the CPU."""
         device = self.mean.device
 
         # text: 2 B rows, the prompts, and for guidance as many empty texts
@@ -226,12 +228,12 @@ class TextToSpeech(System):
         }
         x = self.integrate(noise, condition, settings)  # (B, T, M)
         log_mels = audio.denormalise(x, self.mean, self.std).float().cpu()
+        log_mels = [row[:n] for row, n in zip(log_mels, frames)]
+        if not self.config.model.cross_attention:
+            return log_mels, [None] * len(log_mels)
         attention = self.attention_halfway(x, noise, condition).float().cpu()  # (B, N, S)
-
-        # without the padding
         tokens = [math.ceil(n / self.config.model.frame_stack) for n in frames]
         bytes_ = text_mask.sum(1).tolist()
-        log_mels = [row[:n] for row, n in zip(log_mels, frames)]
         attention = [row[:n, :s] for row, n, s in zip(attention, tokens, bytes_)]
         return log_mels, attention
 
