@@ -47,7 +47,8 @@ class TextToSpeech(System):
             "mel-cepstral distortion",
             "dB",
             "of log-mels, time-warped: a scale of its own; 0 is the recording",
-        )
+        ),
+        "length_error": Score("error of the length", "%", "the predicted length beside the recording's"),
     }
     max_characters = 200  # characters spoken in one go: about 13 seconds, the longest that training has seen
     SECONDS_PER_BYTE = 0.065  # of LJSpeech, 5.6 frames: the predicted durations before training
@@ -325,7 +326,10 @@ class TextToSpeech(System):
         """output: generated from the clip's text."""
         generated = output.log_mel.numpy()
         recorded = corpus.log_mel(clip).numpy()
-        return {"mcd": metric.mel_cepstral_distortion(generated, recorded)}
+        return {
+            "mcd": metric.mel_cepstral_distortion(generated, recorded),
+            "length_error": abs(len(generated) / len(recorded) - 1),
+        }
 
     @functools.cached_property
     def vocoder(self) -> Callable[[Sequence[Tensor]], list[Tensor]]:
