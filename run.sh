@@ -4,6 +4,7 @@
 #
 #   ./run.sh                           with GPUs: configs/ljspeech.yaml on all of them; without: configs/demo.yaml on the CPU
 #   ./run.sh --gpus N                  on N GPUs, a rank on each, or not at all; 0 = the CPU
+#   ./run.sh --cpus N                  without a GPU: N ranks of one thread each; by default as many as cores: 2, 4 or 8
 #   ./run.sh --device mps              on the GPU of a Mac
 #   ./run.sh --config configs/x.yaml   another recipe
 #   ./run.sh --global_batch 128 ...    --key value for any knob: train.py --help lists them
@@ -14,7 +15,7 @@
 #   ./run.sh test [pytest arguments]   the tests
 #   ./run.sh lock [--upgrade]          requirements.lock again, after pyproject.toml was changed; --upgrade: all to their newest; needs uv
 #
-# BATCH_SIZE=64 NUM_GPUS=2 CONFIG=configs/x.yaml ./run.sh says it by environment; options win.
+# BATCH_SIZE=64 NUM_GPUS=2 NUM_CPUS=1 CONFIG=configs/x.yaml ./run.sh says it by environment; options win.
 # VENV=/somewhere ./run.sh keeps the environment there instead of in .venv. uv installs where it is on PATH, else pip; both heed
 # PIP_INDEX_URL, and each its own variables.
 
@@ -52,7 +53,7 @@ main() {
 }
 
 read_options() {        # sets gpus, ranks, device, print, together, launcher, arguments; macOS's bash 3.2 takes empty arrays for unset, hence the ${a[@]+...}
-    local config=${CONFIG:-} nodes=1 node_rank=0 master= overrides=() available key value
+    local config=${CONFIG:-} nodes=1 node_rank=0 master= overrides=() available cores cpus= key value
     available=$(count_gpus) gpus= device= print= together=() launcher=()
     [[ -z ${BATCH_SIZE:-} ]] || overrides+=(--batch_size "$BATCH_SIZE")
     while (($#)); do
@@ -65,6 +66,7 @@ read_options() {        # sets gpus, ranks, device, print, together, launcher, a
         esac
         case ${key//-/_} in
             __gpus) gpus=$value ;;
+            __cpus) cpus=$value ;;
             __device) device=$value ;;
             __config) config=$value ;;
             __nodes) nodes=$value ;;
@@ -76,24 +78,33 @@ read_options() {        # sets gpus, ranks, device, print, together, launcher, a
     done
     case $device in
         cpu | mps) gpus=${gpus:-0} ;;
-        *) gpus=${gpus:-${NUM_GPUS:-$available}} ;;
+        *) gpus=${gpus:-${cpus:+0}} gpus=${gpus:-${NUM_GPUS:-$available}} ;;
     esac
-    for value in "$gpus" "$nodes" "$node_rank"; do
-        [[ $value =~ ^(0|[1-9][0-9]{0,5})$ ]] || die "--gpus, --nodes and --node_rank are whole numbers, got '$value'"
+    for value in "$gpus" "${cpus:-0}" "$nodes" "$node_rank"; do
+        [[ $value =~ ^(0|[1-9][0-9]{0,5})$ ]] || die "--gpus, --cpus, --nodes and --node_rank are whole numbers, got '$value'"
     done
     case $device in cpu | mps) ((gpus == 0)) || die "--gpus $gpus and --device $device: only one of them" ;; esac
     ((gpus <= available)) || die "--gpus $gpus: there are $available here (nvidia-smi -L, CUDA_VISIBLE_DEVICES)"
-    ranks=$((nodes * (gpus ? gpus : 1)))
-    ((ranks > 1)) || ranks=
+    [[ ! $cpus ]] || ((!gpus)) || die "--cpus $cpus and --gpus $gpus: only one of them"
+    ranks=$gpus                                          # of this machine
+    if ((!gpus)); then
+        cpus=${cpus:-${NUM_CPUS:-}}
+        [[ $cpus != 0 ]] || die "--cpus 0: at least 1"
+        cores=$(OMP_NUM_THREADS='' nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+        ranks=${cpus:-$((cores < 2 ? 1 : cores < 4 ? 2 : cores < 8 ? 4 : 8))}
+        [[ $cpus || $device != mps && $nodes == 1 ]] || ranks=1
+    fi
     ((node_rank < nodes)) || die "--node_rank $node_rank must be below --nodes $nodes"
     if ((nodes > 1)); then
         [[ $master ]] || die "--nodes $nodes: --master HOST[:PORT] is missing"
         [[ $master == *:* ]] || master+=:29500
         together=(launch.py --nodes "$nodes" --node_rank "$node_rank" --master "$master")
-        launcher=("${together[@]}" --ranks "$((gpus ? gpus : 1))")
-    elif ((gpus > 1)); then
-        launcher=(launch.py --ranks "$gpus")
+        launcher=("${together[@]}" --ranks "$ranks")
+    elif ((ranks > 1)); then
+        launcher=(launch.py --ranks "$ranks")
     fi
+    ranks=$((nodes * ranks))
+    ((ranks > 1)) || ranks=
     if ((gpus)); then arguments=(--config "${config:-configs/ljspeech.yaml}" --device "${device:=cuda}")
     else arguments=(--config "${config:-configs/demo.yaml}" --device "${device:=cpu}"); fi
     arguments+=(${overrides[@]+"${overrides[@]}"})

@@ -20,7 +20,7 @@ CLEAN = {
     key: value
     for key, value in os.environ.items()
     if key not in ("VENV", "NUM_GPUS", "BATCH_SIZE", "CONFIG", "OMP_WAIT_POLICY")
-} | {"CUDA_VISIBLE_DEVICES": ""}
+} | {"CUDA_VISIBLE_DEVICES": "", "NUM_CPUS": "1"}
 
 
 def start(*arguments: str, root: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -58,6 +58,7 @@ def test_help_is_the_header_and_names_every_option():
     assert done.returncode == 0 and done.stdout == start("--gpus", "0", "-h").stdout
     for word in (
         "--gpus",
+        "--cpus",
         "--device",
         "--config",
         "--batch_size",
@@ -106,6 +107,23 @@ def test_without_gpus_the_demo_is_prepared_and_trained_on_the_cpu():
         "--device",
         "cpu",
     ]
+
+
+@pytest.mark.parametrize("cores, ranks", [(1, 1), (2, 2), (3, 2), (6, 4), (64, 8)])
+def test_without_gpus_there_are_as_many_ranks_as_cores_up_to_eight(cores, ranks, tmp_path):
+    (tmp_path / "nproc").write_text(f"#!/bin/sh\necho {cores}\n")
+    (tmp_path / "nproc").chmod(0o755)
+    _, prepare, train = printed(PATH=f"{tmp_path}:{os.environ['PATH']}", NUM_CPUS="")
+    launcher = ["launch.py", "--ranks", str(ranks)] if ranks > 1 else []
+    assert train[2:] == [*launcher, "train.py", "--config", "configs/demo.yaml", "--device", "cpu"]
+    assert ("--ranks" in prepare) == (ranks > 1)
+
+
+def test_ranks_on_a_cpu_are_as_many_as_asked_for_and_at_least_one(four_gpus):
+    assert printed("--cpus=3")[-1][2:5] == ["launch.py", "--ranks", "3"]
+    assert start("--cpus", "0").stderr == "error: --cpus 0: at least 1\n"
+    refused = start("--cpus", "2", "--gpus", "1", **four_gpus)
+    assert refused.stderr == "error: --cpus 2 and --gpus 1: only one of them\n"
 
 
 def test_gpus_train_ljspeech_on_all_of_them_a_rank_on_each(four_gpus):
