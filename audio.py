@@ -10,6 +10,7 @@ import functools
 import io
 import math
 import os
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -171,17 +172,27 @@ def griffin_lim(x: torch.Tensor, mel: Mel, iterations: int = 32, momentum: float
 def griffin_lim_batch(
     log_mels: list[torch.Tensor], mel: Mel, iterations: int = 32, momentum: float = 0.99
 ) -> list[torch.Tensor]:
-    """log-mels (T, M), on CUDA or else taken to the CPU -> waves (T * hop,), on the CPU."""
+    """log-mels (T, M), on CUDA or else taken to the CPU -> waves (T * hop,), on the CPU.
+
+    No iteration goes back to the magnitudes that were guessed from the log-mel: each takes those of its own
+    wave and moves them towards the log-mel. So harmonics appear that the filters had blurred.
+    """
     lengths = [len(x) for x in log_mels]
     together = torch.cat(log_mels).float()
     if not together.is_cuda:
         together = together.cpu()
     magnitudes = invert_mel(together, mel).split(lengths, 1)  # (n_fft / 2 + 1, T) each
+    targets = together.exp().T
+    targets = targets.split(lengths, 1)  # (M, T) each
     long = [n for n, length in enumerate(lengths) if length > 1]
     found = [torch.zeros(length * mel.hop) for length in lengths]
     waves = []
     if long:
-        waves = reconstruct_phases([magnitudes[n] for n in long], mel.n_fft, mel.hop, iterations, momentum)
+        chosen = [magnitudes[n] for n in long]
+        target = [targets[n] for n in long]
+        target = stack_padded(target)
+        fit = functools.partial(fit_mel, target=target, mel=mel)
+        waves = reconstruct_phases(chosen, mel.n_fft, mel.hop, iterations, momentum, fit)
     # frame m of a log-mel is centred on (m + 1/2) hop, unless centred, here it is on m hop
     start = 0 if mel.centred else mel.hop // 2
     for n, wave in zip(long, waves):
@@ -197,39 +208,86 @@ def reconstruct_phase(
 
 
 def reconstruct_phases(
-    magnitudes: list[torch.Tensor], n_fft: int, hop: int, iterations: int, momentum: float = 0.99
+    magnitudes: list[torch.Tensor],
+    n_fft: int,
+    hop: int,
+    iterations: int,
+    momentum: float = 0.99,
+    fit: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    start: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """As `reconstruct_phase` of each, as one batch: what they are padded with is heard in none.
 
-    Phase by fast Griffin-Lim (Perraudin, Balazs, Sondergaard 2013), from a fixed random start.
+    Phase by fast Griffin-Lim (Perraudin, Balazs, Sondergaard 2013).
+    fit: makes the next magnitudes (B, n_fft / 2 + 1, T) of those of the wave; None: they stay as given.
+    start: makes the first phases, in radians, of the magnitudes and the hop; None: `advance_phases`.
     """
     device = magnitudes[0].device
     hann = hann_window(n_fft).to(device)
     frames = [clip.shape[1] for clip in magnitudes]
     length = (max(frames) - 1) * hop
-    noise = []
-    padded = []
-    for clip in magnitudes:
-        pad = (0, max(frames) - clip.shape[1])
-        generator = torch.Generator().manual_seed(0)
-        noise.append(F.pad(torch.rand(clip.shape, generator=generator), pad))
-        padded.append(F.pad(clip, pad))
-    noise = torch.stack(noise).to(device)  # (B, n_fft / 2 + 1, T)
-    padded = torch.stack(padded)
     ends = end_factors(frames, n_fft, hop).to(device)  # (B, N)
-    ones = torch.ones_like(noise)
-    phase = torch.polar(ones, 2 * math.pi * noise)
+    wanted = stack_padded(magnitudes)  # (B, n_fft / 2 + 1, T)
+    angles = (start or advance_phases)(wanted, hop)
+    phase = torch.polar(torch.ones_like(wanted), angles)
     previous = torch.zeros((), device=device)
     for _ in range(iterations):
-        waves = ends * torch.istft(padded * phase, n_fft, hop, window=hann, length=length)
+        waves = ends * torch.istft(wanted * phase, n_fft, hop, window=hann, length=length)
         rebuilt = torch.stft(waves, n_fft, hop, window=hann, pad_mode="constant", return_complex=True)
         change = rebuilt - previous
         accelerated = rebuilt + momentum * change
         norm = accelerated.abs().clamp_min(1e-9)
         phase = accelerated / norm
         previous = rebuilt
-    waves = ends * torch.istft(padded * phase, n_fft, hop, window=hann, length=length)
+        if fit:
+            wanted = fit(rebuilt.abs())
+    waves = ends * torch.istft(wanted * phase, n_fft, hop, window=hann, length=length)
     return [wave[: (n - 1) * hop] for wave, n in zip(waves, frames)]
+
+
+def stack_padded(clips: list[torch.Tensor]) -> torch.Tensor:
+    """(rows, T) each -> (B, rows, the longest T), 0 behind the shorter ones."""
+    longest = max(clip.shape[1] for clip in clips)
+    padded = []
+    for clip in clips:
+        missing = longest - clip.shape[1]
+        padded.append(F.pad(clip, (0, missing)))
+    return torch.stack(padded)
+
+
+def advance_phases(magnitudes: torch.Tensor, hop: int) -> torch.Tensor:
+    """A first guess of the phases, in radians, of magnitudes (B, n_fft / 2 + 1, T).
+
+    From frame to frame each bin turns at the frequency of its nearest peak, as in single pass spectrogram
+    inversion (Beauregard et al. 2015). There it goes on from the peak's phase, here from its own, which
+    needs no loop over frames.
+    """
+    count = magnitudes.shape[1]
+    n_fft = 2 * (count - 1)
+    bins = torch.arange(count, device=magnitudes.device)
+    bins = bins[:, None]
+    logs = magnitudes.clamp_min(1e-9).log()
+    rise = logs.diff(dim=1)
+    up = rise[:, :-1]
+    down = rise[:, 1:]
+    is_peak = (up >= 0) & (down < 0)
+    shift = (up + down) / (up - down) / 2  # to the top of the parabola through three bins
+    shift = torch.where(is_peak, shift, 0)
+    edges = (0, 0, 1, 1)
+    is_peak = F.pad(is_peak, edges)
+    place = bins + F.pad(shift, edges)
+    below = torch.where(is_peak, bins, -count)
+    below = below.cummax(1).values
+    above = torch.where(is_peak, bins, 2 * count)
+    above = above.flip(1).cummin(1).values.flip(1)
+    is_below = bins - below <= above - bins
+    nearest = torch.where(is_below, below, above)
+    nearest = nearest.clamp(0, count - 1)
+    turns = place.gather(1, nearest) * hop / n_fft  # in the time of a hop
+    phases = (turns % 1).cumsum(2)
+    # torch.stft counts phases from a frame's beginning: about its centre, neighbours are half a turn apart
+    phases = phases + bins / 2
+    return 2 * math.pi * (phases % 1)
 
 
 def end_factors(frames: list[int], n_fft: int, hop: int) -> torch.Tensor:
@@ -251,21 +309,34 @@ def end_factors(frames: list[int], n_fft: int, hop: int) -> torch.Tensor:
 def invert_mel(x: torch.Tensor, mel: Mel, iterations: int = 30) -> torch.Tensor:
     """log-mel (T, M) -> magnitudes (n_fft / 2 + 1, T), never negative.
 
-    Multiplicative updates (Lee, Seung 2001) sound and measure better than the pseudo-inverse, which rings
-    into negative bins.
+    Multiplicative updates sound and measure better than the pseudo-inverse, which rings into negative bins.
     """
-    dtype = x.dtype
-    if x.is_cuda:
-        x = x.double()  # training lets float32 products be of TF32's 11 bits there
-    filters = mel_filters(mel).to(x)  # (M, n_fft / 2 + 1)
     target = x.exp().T  # (M, T)
+    filters = mel_filters(mel).to(x)  # (M, n_fft / 2 + 1)
     areas = filters.sum(1, keepdim=True)
     magnitudes = filters.T @ (target / areas)
-    wanted = filters.T @ target
     for _ in range(iterations):
-        reached = filters.T @ (filters @ magnitudes)
-        magnitudes = magnitudes * wanted / reached.clamp_min(1e-12)
-    return magnitudes.to(dtype)
+        magnitudes = fit_mel(magnitudes, target, mel)
+    return magnitudes
+
+
+def fit_mel(magnitudes: torch.Tensor, target: torch.Tensor, mel: Mel) -> torch.Tensor:
+    """Magnitudes (..., n_fft / 2 + 1, T), a step nearer to those that have the mel (..., M, T); 0 stays 0.
+
+    For Kullback and Leibler's divergence (Lee, Seung 2001), to which quiet bands count more than to squares.
+    """
+    dtype = magnitudes.dtype
+    if magnitudes.is_cuda:  # training lets float32 products be of TF32's 11 bits there
+        magnitudes = magnitudes.double()
+    target = target.to(magnitudes)
+    filters = mel_filters(mel).to(magnitudes)  # (M, n_fft / 2 + 1)
+    weights = filters.sum(0).clamp_min(1e-12)
+    reached = filters @ magnitudes
+    ratios = target / reached.clamp_min(1e-12)
+    sums = filters.T @ ratios
+    factors = sums / weights[:, None]
+    fitted = magnitudes * factors
+    return fitted.to(dtype)
 
 
 @functools.cache

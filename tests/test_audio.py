@@ -66,6 +66,27 @@ def test_griffin_lim_keeps_the_spectrogram_and_its_place_in_time(spoken):
     assert errors[0] < 0.2 and errors[0] < 0.5 * min(errors[-1], errors[1])
 
 
+def test_griffin_lim_lets_the_magnitudes_follow_the_wave(spoken):
+    """It comes nearer to the log-mel than where they stay what the log-mel alone tells of them."""
+    x = audio.log_mel(spoken, MEL)
+    kept = audio.reconstruct_phase(audio.invert_mel(x, MEL), MEL.n_fft, MEL.hop, 32)
+    kept = torch.nn.functional.pad(kept, (MEL.hop // 2, MEL.hop // 2))
+    errors = [(audio.log_mel(wave, MEL) - x).abs().mean() for wave in (audio.griffin_lim(x, MEL), kept)]
+    assert errors[0] < 0.75 * errors[1]
+
+
+@pytest.mark.parametrize("hertz", [440, 3000.5])
+def test_the_first_phases_of_a_steady_tone_turn_as_its_own(hertz):
+    """From frame to frame; and the bins about the peak are in phase."""
+    wave = torch.sin(2 * math.pi * hertz * torch.arange(8192) / 22050)
+    spectrum = torch.stft(wave, 1024, 256, window=torch.hann_window(1024), return_complex=True)[:, 4:-4]
+    guessed = audio.advance_phases(spectrum.abs()[None], 256)[0]
+    peak = spectrum.abs()[:, 0].argmax()
+    rest = (spectrum / torch.polar(torch.ones_like(guessed), guessed))[peak - 1 : peak + 2]
+    assert (rest[:, 1:] / rest[:, :-1]).angle().abs().max() < 0.05
+    assert (rest[1:] / rest[:-1]).angle().abs().max() < 0.05
+
+
 class Operations(TorchDispatchMode):
     """Counts what torch is asked to compute."""
 
