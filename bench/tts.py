@@ -428,7 +428,7 @@ def format_row(rung: dict) -> str:
         format_rate(runs, "wer"),
         format_rate(runs, "true_wer"),
         format_mean(runs, "mcd", "{:.2f}"),
-        format_mean(runs, "length_error", "{:.1%}"),
+        format_mean(runs, "length_error", "{:.1%}").replace("%", " %"),
         *[format_reached(runs, f"{target:g}") for target in TARGETS],
         format_mean(runs, "updates", "{:,.0f}"),
         f"{mean(runs, 'seconds') / 60:.1f}",
