@@ -94,10 +94,14 @@ def worker_count(wanted: int) -> int:
     """
     if wanted:
         return wanted
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it: cores given by taskset, SLURM, ...
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(max(1, cores // ranks), 8)
+    return min(max(1, usable_cores() // ranks), 8)
+
+
+def usable_cores() -> int:
+    """Those that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it: cores given by taskset, SLURM, ...
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def compiler_fault(device: torch.device) -> str:
@@ -135,7 +139,7 @@ def hardware_name(device: torch.device, world: int) -> str:
     """How runs name what they ran on."""
     if device.type == "cuda":
         return f"{world} x {torch.cuda.get_device_name(device)}"
-    return f"{platform.machine()}, {os.cpu_count()} cores"
+    return f"{platform.machine()}, {usable_cores()} cores"
 
 
 def move(network: nn.Module, device: torch.device) -> nn.Module:

@@ -145,6 +145,18 @@ def fetch(config: Config) -> None:
         asr.load(config.eval.recogniser, torch.device("cpu"))
 
 
+def prepare(config: Config) -> None:
+    """Make what the config's training needs and does not find, one process at a time.
+
+    A line says what listens in place of a recogniser that cannot be had.
+    """
+    folder = Path(config.data.data_dir).absolute()
+    lock = f".{folder.name}.lock"  # beside the folder: that may be still to be fetched
+    with shards.alone(folder.with_name(lock), Path("data", lock), quiet=False):
+        fetch(config)
+        find(config.system).prepare(config)
+
+
 def load(path: str, device: torch.device, words: Sequence[str] = ()) -> tuple[Config, System, int]:
     """A trained system, ready to sample, with its averaged weights.
 
@@ -257,8 +269,8 @@ def main() -> None:
     parser = Parser(description="Before and after training.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     about_prepare = "--config FILE [--key value ...]: make all that it needs to train"
-    prepare = commands.add_parser("prepare", help=about_prepare, allow_abbrev=False)
-    prepare.add_argument("--ranks", type=int, default=1, help="how many will train, on all machines")
+    preparing = commands.add_parser("prepare", help=about_prepare, allow_abbrev=False)
+    preparing.add_argument("--ranks", type=int, default=1, help="how many will train, on all machines")
     about_export = "write a trained system as other software loads it"
     export = commands.add_parser("export", help=about_export, allow_abbrev=False)
     export.add_argument("--ckpt", required=True, help="a checkpoint, or the folder of a run")
@@ -270,11 +282,7 @@ def main() -> None:
         device = pick_device(config.device)
         settle_batch(config, o.ranks)
         settle_compile(config, device, world=1)
-        folder = Path(config.data.data_dir).absolute()
-        lock = f".{folder.name}.lock"  # beside the folder: that may be still to be fetched
-        with shards.alone(folder.with_name(lock), Path("data", lock), quiet=False):
-            fetch(config)
-            find(config.system).prepare(config)
+        prepare(config)
     else:
         config, network, step = load(o.ckpt, torch.device("cpu"), rest)
         checkpoint.make_folder(o.out)

@@ -244,7 +244,8 @@ def write_index(
     with atomic_write(out / "index.json") as part:
         part.write_text(json.dumps(index, ensure_ascii=False, indent=1), encoding="utf-8")
     found = ", ".join(f"{n} {split}" for split, n in counts.items())
-    print(f"{out}: {found} clips; {len(skipped)} skipped, {too_long} too long", flush=True)
+    counted = f"{len(skipped)} skipped, {too_long} too long"
+    print(f"{out}: {found} clips; {counted}; plan {fingerprint}", flush=True)
 
 
 def read_index(folder: Path, format: dict) -> dict:

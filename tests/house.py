@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = ("klein", "music", "speech2image")
 SUPPORT = ("corpora", "pretrained", "tracking")
+COMMANDS = ("bench", "records")  # folders of what is started, and imported by nothing else
 LOOP = ("train", "main")  # the one function that may be long
 DEFINITION = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -120,7 +121,7 @@ def is_swap(node: ast.Assign) -> bool:
 def modules(root: Path = ROOT) -> list[Module]:
     """All modules but the tests, the root's first."""
     paths = sorted(root.glob("*.py"))
-    for folder in (*SUPPORT, "assets", *SYSTEMS, "bench"):
+    for folder in (*SUPPORT, "assets", *SYSTEMS, *COMMANDS):
         paths += sorted((root / folder).glob("*.py"))
     return [Module(".".join(path.relative_to(root).with_suffix("").parts), path) for path in paths]
 

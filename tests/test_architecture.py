@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import options
-from house import ROOT, SUPPORT, SYSTEMS, Module, arrows, modules
+from house import COMMANDS, ROOT, SUPPORT, SYSTEMS, Module, arrows, modules
 
 import config
 import system
@@ -34,7 +34,7 @@ ROOMS = [
     ["system"],
     ["evaluator"],
     ["train", "sample", "launch"],
-    ["bench"],
+    list(COMMANDS),
 ]
 LEVEL = {}
 for level, rooms in enumerate(ROOMS):
@@ -70,7 +70,7 @@ def test_imports_only_point_down():
     for source, target in ARROWS:
         if source.endswith(".bench"):  # a command: it stands above all rooms
             continue
-        outside = room(source) != room(target) or room(source) not in (*SUPPORT, *SYSTEMS, "bench")
+        outside = room(source) != room(target) or room(source) not in (*SUPPORT, *SYSTEMS, *COMMANDS)
         if outside and LEVEL[room(target)] >= LEVEL[room(source)]:
             wrong.append(f"{source} imports {target}")
     assert not wrong
@@ -169,7 +169,7 @@ def copy_of_the_tree(folder: Path) -> Path:
     for path in ROOT.iterdir():
         if path.suffix in (".py", ".toml", ".sh", ".lock", ".md"):
             shutil.copy(path, folder)
-        elif path.name in ("assets", "bench", "configs", "tests", *SUPPORT, *SYSTEMS):
+        elif path.name in ("assets", "configs", "tests", *COMMANDS, *SUPPORT, *SYSTEMS):
             shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
