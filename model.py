@@ -340,7 +340,6 @@ class MelPrior(nn.Module):
         means = self.mean(text).float()  # (B, S, M)
         return means.gather(1, byte[:, :, None].expand(-1, -1, means.shape[2]))
 
-    @torch.compiler.disable  # a loop over bytes: it would be compiled again for each length
     @torch.no_grad()
     def search(
         self,
@@ -361,6 +360,8 @@ class MelPrior(nn.Module):
         return monotonic_alignment_search(scores, bytes_, frames)
 
 
+# To torch.compile one operation: its loop over bytes would be compiled anew for each length
+@torch.library.custom_op("nanoaudio::monotonic_alignment_search", mutates_args=())
 def monotonic_alignment_search(scores: Tensor, bytes_: Tensor, frames: Tensor) -> Tensor:
     """How many frames each byte has on the best path from the first byte to the last.
 
@@ -390,6 +391,11 @@ def monotonic_alignment_search(scores: Tensor, bytes_: Tensor, frames: Tensor) -
         end = start
     durations[:, :1] = end
     return durations
+
+
+@monotonic_alignment_search.register_fake
+def _(scores: Tensor, bytes_: Tensor, frames: Tensor) -> Tensor:
+    return scores.new_empty(scores.shape[:2])
 
 
 def middles(count: int, device: torch.device) -> Tensor:

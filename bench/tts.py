@@ -102,7 +102,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     ladder = commands.add_parser("ladder", help="train what is not trained yet", allow_abbrev=False)
     add = ladder.add_argument
-    add("--config", default=ROOT / "configs" / "ladder.yaml", help="the recipe")
+    add("--config", default=ROOT / "configs" / "demo_long.yaml", help="the recipe")
     add("--designs", default=ROOT / "bench" / "rungs.yaml", help="the rungs, as bench/rungs.yaml")
     add("--rungs", default="", help="names, with commas; all where there is none")
     add("--seeds", default="1337,1338,1339", help="with commas")

