@@ -266,6 +266,9 @@ def test_a_choice_is_refused_with_the_nearest_one():
     [
         ["--width", "100"],
         ["--frame_stack", "3"],
+        ["--conv_kernel", "4"],
+        ["--cross_attention", "false", "--upsample_text", "false"],
+        ["--tempo_jitter", "1"],
         ["--silence_prob", "2"],
         ["--ema", "1"],
         ["--cfg_from", "0.5", "--cfg_to", "0.4"],

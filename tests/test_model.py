@@ -21,7 +21,7 @@ import tts
 from base import Prompt
 from config import TTSSample
 from corpora import voice
-from model import MelPrior, gaussian_upsample, monotonic_alignment_search
+from model import MelPrior, convolve, gaussian_upsample, monotonic_alignment_search
 from pretrained import text_encoder
 
 TINY = {
@@ -30,9 +30,9 @@ TINY = {
 }
 
 
-def make(alignment="learned", predict="x", upsample_text=True, text="bytes"):
+def make(alignment="learned", predict="x", upsample_text=True, text="bytes", **shape):
     """A tiny network whose zero-initialised layers were filled, so that everything is connected."""
-    shape = {**TINY["model"], "alignment": alignment, "upsample_text": upsample_text, "text": text}
+    shape |= {**TINY["model"], "alignment": alignment, "upsample_text": upsample_text, "text": text}
     values = {**TINY, "model": shape, "flow": {"predict": predict}}
     network = system.build(configs.from_dict(configs.TTSConfig, values), -5.0, 2.0)
     generator = torch.Generator().manual_seed(0)
@@ -223,9 +223,10 @@ def test_upsampling_gives_every_token_the_text_spoken_there():
     )
 
 
+@pytest.mark.parametrize("alignment", ["mas", "learned"])
 @pytest.mark.parametrize("predict", ["x", "v"])
-def test_a_sample_depends_on_its_own_seed_and_text_alone(predict):
-    network, settings = make(predict=predict), TTSSample(euler_steps=3, cfg_scale=2.0)
+def test_a_sample_depends_on_its_own_seed_and_text_alone(alignment, predict):
+    network, settings = make(alignment, predict), TTSSample(euler_steps=3, cfg_scale=2.0)
     first, second = (
         Prompt("Two green hats.", seed=1),
         Prompt("A much longer line of text than that.", seed=2),
@@ -235,6 +236,23 @@ def test_a_sample_depends_on_its_own_seed_and_text_alone(predict):
     assert torch.allclose(together[1], alone, atol=1e-3)
     other = network.sample_log_mels([dataclasses.replace(second, seed=3)], settings)[0][0]
     assert not torch.allclose(other, alone, atol=1e-1)
+
+
+def test_without_cross_attention_it_speaks_and_has_no_picture_of_it(tmp_path):
+    network = make("mas", cross_attention=False, conv_kernel=3)
+    made = network.sample([Prompt("Hello.", seconds=0.5)], TTSSample(euler_steps=2))[0]
+    assert made.attention is None and made.draw(tmp_path / "x").keys() == {"picture"}
+    assert not [name for name, _ in network.named_parameters() if "cross" in name]
+
+
+def test_a_convolution_sees_the_neighbours_of_a_token_and_no_padding():
+    plain, wide = (make("mas", conv_kernel=kernel).decoder.blocks[0].conv for kernel in (0, 3))
+    assert plain is None
+    x = torch.zeros(1, 8, 32)
+    x[0, 3], x[0, 6] = 1, 1
+    mask = (torch.arange(8) < 6)[None]
+    change = convolve(wide, x, mask) - convolve(wide, torch.zeros_like(x), mask)
+    assert change.abs().sum(2)[0].nonzero().flatten().tolist() == [2, 3, 4]
 
 
 def test_sampling_speaks_for_as_long_as_it_is_told():
