@@ -280,7 +280,10 @@ def text_features_file(config: Config, corpus: Corpus) -> tuple[Path, list[str]]
     for split in SPLITS:
         texts |= {clip.text for clip in corpus.clips(split)}
     texts = sorted(texts)
-    digest = shards.digest([config.model.text_encoder, texts])
+    kind = [config.model.text_encoder, texts]
+    if config.model.alignment == "mas":
+        kind.append("a space before each")
+    digest = shards.digest(kind)
     name = f"features_{digest[:8]}.npy"
     return corpus.folder / name, texts
 
