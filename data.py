@@ -280,10 +280,7 @@ def text_features_file(config: Config, corpus: Corpus) -> tuple[Path, list[str]]
     for split in SPLITS:
         texts |= {clip.text for clip in corpus.clips(split)}
     texts = sorted(texts)
-    kind = [config.model.text_encoder, texts]
-    if config.model.alignment == "mas":
-        kind.append("a space before each")
-    digest = shards.digest(kind)
+    digest = shards.digest([config.model.text_encoder, texts])
     name = f"features_{digest[:8]}.npy"
     return corpus.folder / name, texts
 

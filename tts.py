@@ -30,7 +30,7 @@ from data import Corpus
 from metric import Score
 from model import MelPrior, MelTransformer, TextEncoder
 from pretrained import bigvgan
-from pretrained.text_encoder import PhonemeTokenizer, StartTokenizer, load_text_encoder, tokenize
+from pretrained.text_encoder import PhonemeTokenizer, load_text_encoder, tokenize
 
 
 class TextToSpeech(System):
@@ -60,7 +60,9 @@ class TextToSpeech(System):
         self.frame_rate = config.mel.sample_rate / config.mel.hop  # Hz
         m = config.model
         text_encoder, tokenizer, text_width = load_text_encoder(m.text_encoder)
-        self.tokenizer = make_tokenizer(config, tokenizer)
+        if m.text == "phonemes":
+            tokenizer = PhonemeTokenizer(tokenizer)
+        self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         mean_duration = self.SECONDS_PER_BYTE * self.frame_rate  # frames
         pooled = m.alignment == "none"
@@ -311,8 +313,6 @@ class TextToSpeech(System):
         symbols = text
         if self.config.model.text == "phonemes":
             symbols = voice.phonemes(text)
-        if self.prior is not None:
-            symbols = f" {symbols}"
         mel = self.config.mel
         return MelOutput(symbols, wave, mel.sample_rate, log_mel, mel, attention)
 
@@ -369,7 +369,7 @@ class TextToSpeech(System):
         device = "cuda" if on_gpu else "cpu"
         encoder, tokenizer, width = load_text_encoder(name)
         encoder = encoder.to(device)
-        ids = tokenize(make_tokenizer(config, tokenizer), texts)
+        ids = tokenize(tokenizer, texts)
         ids = [torch.tensor(row) for row in ids]
         lengths = [len(row) for row in ids]
 
@@ -384,15 +384,6 @@ class TextToSpeech(System):
             return found
 
         shards.cache_features(path, lengths, width, encode, 32, f"features of {name}")
-
-
-def make_tokenizer(config: Config, tokenizer: Callable) -> Callable:
-    """A text encoder's tokenizer, for the texts as `config.model` reads them."""
-    if config.model.alignment == "mas":
-        tokenizer = StartTokenizer(tokenizer)
-    if config.model.text == "phonemes":
-        tokenizer = PhonemeTokenizer(tokenizer)
-    return tokenizer
 
 
 def log_error(predicted: Tensor, found: Tensor) -> Tensor:

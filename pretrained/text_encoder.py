@@ -64,20 +64,6 @@ def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
     return [tokenizer(text, split_special_tokens=True).input_ids for text in texts]
 
 
-class StartTokenizer:
-    """A byte tokenizer that puts a space before each text.
-
-    Where bytes are found in a recording, the silence before the first sound is that of this space; without it
-    the first sound would be the mean of both, and be swallowed.
-    """
-
-    def __init__(self, tokenizer: Callable):
-        self.tokenizer = tokenizer
-
-    def __call__(self, text: str, **options):
-        return self.tokenizer(f" {text}", **options)
-
-
 class PhonemeTokenizer:
     """A byte tokenizer of a text's phonemes, in espeak-ng's ASCII notation, instead of its letters.
 

@@ -76,17 +76,6 @@ def test_a_network_of_phonemes_reads_words_that_sound_alike_alike():
     assert not torch.equal(alike.log_mel, other.log_mel[: len(alike.log_mel)])
 
 
-@pytest.mark.parametrize("text", ["bytes", "phonemes"])
-def test_the_silence_before_the_first_sound_has_a_byte_of_its_own(text):
-    network = make("mas", text=text)
-    plain = make("learned", text=text)
-    ids = [text_encoder.tokenize(each.tokenizer, ["Two boats.", ""]) for each in (network, plain)]
-    space = text_encoder.tokenize(TOKENIZER, [" "])[0][:1]
-    assert ids[0] == [space + row for row in ids[1]]
-    made = network.sample([Prompt("Two boats.", seconds=0.5)], TTSSample(euler_steps=1))[0]
-    assert made.symbols[0] == " " and made.attention.shape[1] == len(made.symbols) + 1
-
-
 @pytest.mark.parametrize("alignment", ["mas", "learned", "uniform", "none"])
 def test_padding_changes_no_loss_and_no_gradient(alignment):
     network = make(alignment)
@@ -535,7 +524,6 @@ def test_cached_features_are_what_the_frozen_encoder_makes_of_each_row(corpus_fo
     tts.TextToSpeech.prepare(config_for(folder, *frozen))
     encoder, tokenizer, width = text_encoder.load_text_encoder(str(t5_folder))
     config = config_for(folder, *frozen)
-    tokenizer = tts.make_tokenizer(config, tokenizer)
     batch = data.SpeechBatches(config, data.Corpus(config), tokenizer).train(0)
     assert (
         batch["features"].shape == (*batch["ids"].shape, width) and batch["features"].dtype == torch.float16
