@@ -316,9 +316,8 @@ class MelPrior(nn.Module):
     In training it finds when each byte is spoken (Glow-TTS, arXiv 2005.11129; so Grad-TTS and Matcha-TTS).
     """
 
-    EVEN_PACE = (
-        50.0  # nats a frame for bytes that stand at one end of the text and the other end of the speech
-    )
+    # nats a frame that it costs a byte of the text's one end to be spoken at the other
+    EVEN_PACE = 50.0
 
     def __init__(self, width: int, n_mels: int):
         super().__init__()
@@ -350,7 +349,9 @@ class MelPrior(nn.Module):
     ) -> Tensor:
         """returns: durations (B, S), whole frames, by which the log-mel x is likeliest, its variance 1."""
         means = self.mean(text).float()  # (B, S, M)
-        scores = means @ x.mT - 0.5 * means.square().sum(2, keepdim=True)  # (B, S, T)
+        with torch.autocast(x.device.type, enabled=False):
+            products = means @ x.mT
+        scores = products - 0.5 * means.square().sum(2, keepdim=True)  # (B, S, T)
         # Before training all means are alike, and this alone decides
         bytes_ = text_mask.sum(1)
         in_text = middles(text.shape[1], x.device) / bytes_[:, None]  # (B, S)
