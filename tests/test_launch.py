@@ -38,9 +38,9 @@ if rank == "1":
 time.sleep(3600)
 """
 STOPS = """
-import signal, sys, time
+import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-print("ready", flush=True)
+os.write(1, b"ready\\n")  # in one piece, whatever else is written to that pipe
 time.sleep(3600)
 """
 
