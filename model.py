@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 
 class MelTransformer(nn.Module):
@@ -362,7 +362,7 @@ class MelPrior(nn.Module):
 
 
 # To torch.compile one operation: its loop over bytes would be compiled anew for each length
-@torch.library.custom_op("nanoaudio::monotonic_alignment_search", mutates_args=())
+@library.custom_op("nanoaudio::monotonic_alignment_search", mutates_args=())
 def monotonic_alignment_search(scores: Tensor, bytes_: Tensor, frames: Tensor) -> Tensor:
     """How many frames each byte has on the best path from the first byte to the last.
 
