@@ -210,6 +210,7 @@ class FlowSample(Sample):
 @section
 class Train:
     steps: Count = 200_000  # updates
+    init: Text = ""  # a checkpoint, or the folder of a run, whose weights a new run begins with
     # clips an update, over all ranks and micro-steps: the same on any number of GPUs
     global_batch: Count = 16
     # clips a rank and micro-step, whatever that makes of global_batch; 0 = its share of it

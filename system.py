@@ -125,6 +125,14 @@ def build(config: Config, *statistics: float) -> System:
     return find(config.system)(config, *statistics)
 
 
+def begin(config: Config, *statistics: float) -> System:
+    """The network of a run: as `build`; a new run begins with the weights of `train.init`, if given."""
+    network = build(config, *statistics)
+    if config.train.init and not checkpoint.newest_checkpoint(config.out_dir):
+        checkpoint.begin_with(config, network, find_checkpoint(config.train.init))
+    return network
+
+
 def open_corpus(config: Config) -> Corpus:
     """The packed corpus of `config.data.data_dir`; raises UserError where it is missing or does not fit."""
     return find(config.system).corpus_class(config)

@@ -45,7 +45,7 @@ def main() -> None:
     train = config.train
     out = Path(config.out_dir)
     corpus = system.open_corpus(config)
-    network = move(system.build(config, *corpus.statistics), device)
+    network = move(system.begin(config, *corpus.statistics), device)
     batches = system.open_batches(config, corpus, network, rank, world)
     model = parallel.wrap(network, train, device, world)
     optimizers = optim.make_optimizers(network, train.muon_lr, train.lr, train.weight_decay, train.compile)

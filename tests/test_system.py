@@ -194,6 +194,15 @@ def test_a_run_is_not_resumed_where_its_weights_would_mean_something_else(name, 
         checkpoint.check_unchanged(now, then, "x.pt")
 
 
+def test_weights_to_begin_with_leave_a_network_the_statistics_of_its_own_corpus(run):
+    config = load_config(str(run / "config.yaml"), ["--corpus=librispeech"])
+    network = build(config, -3.0, 2.0)
+    checkpoint.begin_with(config, network, checkpoint.newest_checkpoint(run))
+    assert checkpoint.statistics(network) == {"mean": -3.0, "std": 2.0}
+    state = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(run))
+    assert torch.equal(network.decoder.out_proj.weight, state["ema"]["decoder.out_proj.weight"])
+
+
 def test_a_run_is_not_resumed_with_values_of_another_kind_in_its_config(run, tmp_path):
     state = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(run))
     state["config"]["model"]["text_layers"] = torch.zeros(0)

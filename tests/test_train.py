@@ -188,6 +188,25 @@ def test_a_resumed_run_is_the_same_run_to_wandb(interrupted):
     assert all(list(folder.glob("*.wandb")) for folder in folders)
 
 
+def test_a_new_run_begins_with_the_averaged_weights_of_another_on_its_own_corpus(
+    run, tiny, tmp_path, capsys, refusal
+):
+    begun = tiny | {"init": run, "out_dir": tmp_path, "steps": 1, "lr": 0, "muon_lr": 0, "eval_interval": 0}
+    call(train, *options(begun))
+    assert f"begins with the weights of {newest_checkpoint(run)}" in capsys.readouterr().out
+    weights = checkpoint(tmp_path)["model"]
+    trained, expected = checkpoint(run)["model"], checkpoint(run)["ema"]
+    assert expected and all(torch.equal(weights[name], value) for name, value in expected.items())
+    assert not torch.equal(weights["decoder.out_proj.weight"], trained["decoder.out_proj.weight"])
+
+    # it goes on with its own, wherever the other's are by now
+    call(train, *options(begun | {"init": tmp_path / "gone", "steps": 2, "lr": 1}))
+    assert "begins with" not in capsys.readouterr().out
+    for words, fault in (({"init": tmp_path / "gone"}, "gone"), ({"text": "phonemes"}, "model.text 'bytes'")):
+        line = refusal(train, *options(begun | {"out_dir": tmp_path / "other"} | words))
+        assert fault in line
+
+
 def test_a_stop_file_ends_a_run_with_a_checkpoint_and_is_removed(tiny, tmp_path):
     (tmp_path / "STOP").touch()
     call(train, *options(tiny | {"out_dir": tmp_path, "steps": 3, "val_interval": 0}))

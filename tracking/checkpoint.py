@@ -239,8 +239,15 @@ def trained_weights(network: nn.Module) -> dict[str, torch.Tensor]:
 def check_unchanged(config: Config, saved: dict, where: str) -> None:
     """raises UserError where the weights would fit, and mean something else: another alpha, another picture.
 
-    saved: the config that they were trained with; what it does not have, an older tree's, is as it is now.
+    saved: the config that they were trained with.
     """
+    for key, then, now in list_changes(config, saved):
+        raise UserError(f"{where}: was trained with {key} {then!r}, not {now!r}; choose another out_dir")
+
+
+def list_changes(config: Config, saved: dict) -> list[tuple[str, object, object]]:
+    """Fixed keys that differ, as (name, saved value, value now); what an older tree did not save does not."""
+    changes = []
     for key in configs.fixed_keys(type(config)):
         section, knob = key.split(".")
         values = getattr(config, section)
@@ -248,8 +255,27 @@ def check_unchanged(config: Config, saved: dict, where: str) -> None:
         now = getattr(values, knob)
         then = saved_values.get(knob, now)
         if then != now:
-            fault = f"{where}: was trained with {key} {then!r}"
-            raise UserError(f"{fault}, not {now!r}; choose another out_dir")
+            changes.append((key, then, now))
+    return changes
+
+
+def begin_with(config: Config, network: nn.Module, path: Path) -> None:
+    """Load the averaged weights of a checkpoint into a new network, whatever corpus that was trained on.
+
+    The statistics of the log-mels stay those of the network's own corpus. raises UserError for weights of
+    another shape or meaning.
+    """
+    state = load_checkpoint(path)
+    configs.from_checkpoint(type(config), state["config"], str(path))  # its values are what they must be
+    for key, then, now in list_changes(config, state["config"]):
+        if not key.startswith("data."):
+            raise UserError(f"train.init {path}: was trained with {key} {then!r}, not {now!r}")
+    weights = {**state["model"], **state["ema"]}
+    own = trained_weights(network)
+    for name in statistics(network):
+        weights[name] = own[name]
+    load_weights(network, weights, str(path))
+    print(f"begins with the weights of {path}", flush=True)
 
 
 def statistics(network: nn.Module) -> dict[str, float]:
