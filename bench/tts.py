@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import soundfile
 import yaml
 
 import config as configs
@@ -39,6 +38,7 @@ TARGETS = (0.5, 0.25, 0.15)  # word error rates; how soon each is reached
 FOREVER = 1_000_000  # updates, where minutes end a training
 # Knobs that may differ between a run and the command that goes on with it
 PLACES = ("out_dir", "device", "wandb", "wandb_url", "wandb_project", "data.data_dir", "data.workers")
+FLOORS = {"wer_ground_truth": "recordings", "wer_vocoded": "vocoded"}  # of word error rates
 COLUMNS = (
     "rung",
     "seeds",
@@ -324,13 +324,12 @@ def read_run(folder: Path) -> dict | None:
     found = {"seed": int(folder.name.removeprefix("seed_"))}
     found |= {key: getattr(curve[-1], key) for key in Point._fields}
     newest = metric.newest_values(rows)
-    for key in ("wer_low", "wer_high", "mcd", "wer_ground_truth", "wer_vocoded", "recogniser"):
+    for key in ("wer_low", "wer_high", "mcd", "length_error", *FLOORS, "recogniser"):
         found[key] = newest.get(f"eval/{key}")
     rows = true_length_rows(folder)
     scores = {}
     if rows:
         scores = metric.word_error_scores(rows) | metric.mean_scores(rows, {"mcd": None})
-        found["length_error"] = length_error(folder, curve[-1].updates, rows)
     for key in ("wer", "wer_low", "wer_high", "mcd"):
         found[f"true_{key}"] = scores.get(key)
     found["reached"] = {f"{target:g}": reach(curve, target) for target in TARGETS}
@@ -350,16 +349,6 @@ def read_curve(rows: list[dict]) -> list[Point]:
         if row.get("eval/wer") is not None and seconds:
             curve.append(Point(row["step"], seconds, row["eval/wer"]))
     return curve
-
-
-def length_error(folder: Path, step: int, rows: list[dict]) -> float:
-    """The mean of |predicted / true - 1| of the sounds that were written at either length."""
-    errors = []
-    for row in rows:
-        predicted = soundfile.info(evaluation(folder, step) / row["audio"])
-        true = soundfile.info(evaluation(true_lengths(folder), step) / row["audio"])
-        errors.append(abs(predicted.frames / true.frames - 1))
-    return statistics.mean(errors)
 
 
 def reach(curve: list[Point], target: float) -> Reached | None:
@@ -406,7 +395,7 @@ def describe_ladder(rungs: list[dict]) -> str:
     """Who listened to what, on which machine; what the figures are."""
     runs = sum((rung["runs"] for rung in rungs), [])
     floors = []
-    for name, key in (("recordings", "wer_ground_truth"), ("vocoded", "wer_vocoded")):
+    for key, name in FLOORS.items():
         values = {metric.format_percent(run[key]) for run in runs}
         floors.append(f"{name} {' or '.join(sorted(values))}")
     origins = []

@@ -7,6 +7,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import soundfile
 from conftest import ROOT, call, options
 
 import system
@@ -73,7 +74,7 @@ def length_error(folder) -> float:
     for line in (folder / "eval" / "step_0000002" / "samples.jsonl").read_text().splitlines():
         row = json.loads(line)
         sound = folder / "eval" / "step_0000002" / row["audio"]
-        predicted = tts.soundfile.info(sound).frames / config.mel.hop
+        predicted = soundfile.info(sound).frames / config.mel.hop
         errors.append(abs(predicted / frames[row["id"]] - 1))
     return sum(errors) / len(errors)
 
