@@ -278,9 +278,7 @@ class TextToSpeech(System):
     def integrate(
         self,
         noise: Tensor,  # (B, T, M)
-        condition: dict[
-            str, Tensor
-        ],  # arguments of `MelTransformer.forward`, 2 B rows, the conditional ones first
+        condition: dict[str, Tensor | None],  # as in `velocity`, 2 B rows, the conditional ones first
         settings: Sample,
     ) -> Tensor:
         """x (B, T, M), by Euler's method with guidance."""
@@ -299,7 +297,7 @@ class TextToSpeech(System):
         self,
         x: Tensor,  # (B, T, M)
         noise: Tensor,  # (B, T, M)
-        condition: dict[str, Tensor],  # as in `integrate`
+        condition: dict[str, Tensor | None],  # as in `integrate`
     ) -> Tensor:
         """Cross-attention (B, N, S) of the conditional rows, looked at halfway, at t = 0.5."""
         t = torch.full((len(x),), 0.5, device=x.device)
