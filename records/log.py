@@ -55,9 +55,16 @@ def collect(out: Path) -> Sections:
         raise UserError(f"{samples}: missing: the run was not evaluated at its last step, {step}")
     values = configs.read_yaml(str(out / "config.yaml"))
     config = system.from_values(values, str(out / "config.yaml"))
+    # where folders are on a machine is left out
+    run = json.loads(logger.read_text(out / "run.json"))
+    for place in (config.out_dir, config.data.data_dir):
+        run["command"] = run["command"].replace(place, Path(place).name)
+    knobs = configs.to_dict(config)
+    knobs["out_dir"] = Path(config.out_dir).name
+    knobs["data"]["data_dir"] = Path(config.data.data_dir).name
     return read_source(out / "source") | {
-        "run": json.loads(logger.read_text(out / "run.json")),
-        "config": configs.to_dict(config),
+        "run": run,
+        "config": knobs,
         "corpus": describe_corpus(config, out),
         "judge": describe_judge(config, newest),
         "metrics": rows,

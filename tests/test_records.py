@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import call
+from conftest import ROOT, call
 
 import metric
 from config import UserError
@@ -93,6 +93,13 @@ def test_a_log_is_read_as_it_was_written(sections, run, capsys, tmp_path):
     train = (run / "source" / "train.py").read_text(encoding="utf-8")
     assert sections["source/train.py"] == train and train in path.read_text(encoding="utf-8")
     assert len(sections["sentences"]) == 4 and sections["run"]["commit"]
+
+
+def test_a_log_does_not_say_where_folders_were(sections, run, tiny):
+    told = json.dumps([sections[name] for name in sections if not name.startswith(log.SOURCE)])
+    assert str(run) not in told and str(tiny["data_dir"]) not in told
+    assert sections["config"]["out_dir"] == run.name
+    assert f"--out_dir={run.name}" in sections["run"]["command"]
 
 
 def test_what_a_file_holds_is_not_taken_for_the_head_of_a_section(sections, tmp_path):
@@ -199,6 +206,15 @@ def alter_machine(logs, track):
 
 def alter_target(logs, track):
     track["points"] = min(check.error_rate(altered["sentences"]) for altered in logs) - track["floor"]
+
+
+def test_the_records_that_are_kept_hold(capsys):
+    kept = {}
+    for path in sorted((ROOT / "records").glob("*/*.txt")):
+        kept.setdefault((path.parent.name, path.stem.rpartition("_")[0]), []).append(str(path))
+    for (track, name), paths in kept.items():
+        call(check, *paths, f"--track={track}")
+        assert capsys.readouterr().out.endswith("the claim holds\n"), name
 
 
 @pytest.mark.parametrize(
