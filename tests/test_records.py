@@ -212,6 +212,7 @@ def test_the_records_that_are_kept_hold(capsys):
     kept = {}
     for path in sorted((ROOT / "records").glob("*/*.txt")):
         kept.setdefault((path.parent.name, path.stem.rpartition("_")[0]), []).append(str(path))
+    assert kept
     for (track, name), paths in kept.items():
         call(check, *paths, f"--track={track}")
         assert capsys.readouterr().out.endswith("the claim holds\n"), name
