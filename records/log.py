@@ -26,6 +26,7 @@ from tracking import checkpoint, logger
 
 TITLE = "nanoaudio, the log of a run, format 1"
 HEAD = re.compile(r"==== (.+): (\d+) lines")
+FOLDERS = re.compile(r"(?<![^\s=])~?/(?:\S*/)?(?=[^\s/])")  # of an absolute path, but for its last part
 SOURCE = "source/"  # what the names of files begin with
 SINGLE = ("run", "config", "corpus", "judge")  # sections of one line
 SECTIONS = (*SINGLE, "metrics", "sentences")
@@ -55,10 +56,9 @@ def collect(out: Path) -> Sections:
         raise UserError(f"{samples}: missing: the run was not evaluated at its last step, {step}")
     values = configs.read_yaml(str(out / "config.yaml"))
     config = system.from_values(values, str(out / "config.yaml"))
-    # where folders are on a machine is left out
+    # of paths that say where folders are on a machine, the last part
     run = json.loads(logger.read_text(out / "run.json"))
-    for place in (config.out_dir, config.data.data_dir):
-        run["command"] = run["command"].replace(place, Path(place).name)
+    run["command"] = FOLDERS.sub("", run["command"])
     knobs = configs.to_dict(config)
     knobs["out_dir"] = Path(config.out_dir).name
     knobs["data"]["data_dir"] = Path(config.data.data_dir).name

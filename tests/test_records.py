@@ -100,6 +100,8 @@ def test_a_log_does_not_say_where_folders_were(sections, run, tiny):
     assert str(run) not in told and str(tiny["data_dir"]) not in told
     assert sections["config"]["out_dir"] == run.name
     assert f"--out_dir={run.name}" in sections["run"]["command"]
+    words = "/a/b/train.py --config=/a/x.yaml --data_dir ~/corpus/ --out_dir out/x"
+    assert log.FOLDERS.sub("", words) == "train.py --config=x.yaml --data_dir corpus/ --out_dir out/x"
 
 
 def test_what_a_file_holds_is_not_taken_for_the_head_of_a_section(sections, tmp_path):
