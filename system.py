@@ -128,9 +128,17 @@ def build(config: Config, *statistics: float) -> System:
 def begin(config: Config, *statistics: float) -> System:
     """The network of a run: as `build`; a new run begins with the weights of `train.init`, if given."""
     network = build(config, *statistics)
-    if config.train.init and not checkpoint.newest_checkpoint(config.out_dir):
-        checkpoint.begin_with(config, network, find_checkpoint(config.train.init))
+    path = find_init(config)
+    if path:
+        checkpoint.begin_with(network, checkpoint.weights_of(path, config), path)
     return network
+
+
+def find_init(config: Config) -> Path | None:
+    """The checkpoint of `train.init`; none is asked for where the run has one of its own."""
+    if not config.train.init or checkpoint.newest_checkpoint(config.out_dir):
+        return None
+    return find_checkpoint(config.train.init)
 
 
 def open_corpus(config: Config) -> Corpus:
@@ -290,6 +298,9 @@ def main() -> None:
         device = pick_device(config.device)
         settle_batch(config, o.ranks)
         settle_compile(config, device, world=1)
+        path = find_init(config)
+        if path:
+            checkpoint.weights_of(path, config)
         prepare(config)
     else:
         config, network, step = load(o.ckpt, torch.device("cpu"), rest)

@@ -197,9 +197,10 @@ def test_a_run_is_not_resumed_where_its_weights_would_mean_something_else(name, 
 def test_weights_to_begin_with_leave_a_network_the_statistics_of_its_own_corpus(run):
     config = load_config(str(run / "config.yaml"), ["--corpus=librispeech"])
     network = build(config, -3.0, 2.0)
-    checkpoint.begin_with(config, network, checkpoint.newest_checkpoint(run))
+    path = checkpoint.newest_checkpoint(run)
+    checkpoint.begin_with(network, checkpoint.weights_of(path, config), path)
     assert checkpoint.statistics(network) == {"mean": -3.0, "std": 2.0}
-    state = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(run))
+    state = checkpoint.load_checkpoint(path)
     assert torch.equal(network.decoder.out_proj.weight, state["ema"]["decoder.out_proj.weight"])
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 import torch.distributed as dist
 from conftest import ROOT, THREE_STEPS, call, finish, options, start, without_times
 
@@ -28,7 +29,7 @@ import train
 from tracking import logger
 from tracking.checkpoint import load_checkpoint, newest_checkpoint
 
-STEPS = 30  # of the run that is interrupted: seconds, enough to hit its middle
+STEPS = 18  # of the run that is interrupted: seconds, enough to hit its middle
 
 
 def checkpoint(folder: Path) -> dict:
@@ -160,7 +161,7 @@ def interrupted(tiny, tmp_path_factory) -> tuple[Path, int, int]:
     """
     folder = tmp_path_factory.mktemp("interrupted")
     command = options(
-        tiny | {"out_dir": folder, "steps": STEPS, "val_interval": 2, "dtype": "bf16", "wandb": "offline"}
+        tiny | {"out_dir": folder, "steps": STEPS, "val_interval": 3, "dtype": "bf16", "wandb": "offline"}
     )
     process = start("train.py", *command)
     next(line for line in process.stdout if line.startswith("step 3/"))
@@ -203,8 +204,10 @@ def test_a_new_run_begins_with_the_averaged_weights_of_another_on_its_own_corpus
     call(train, *options(begun | {"init": tmp_path / "gone", "steps": 2, "lr": 1}))
     assert "begins with" not in capsys.readouterr().out
     for words, fault in (({"init": tmp_path / "gone"}, "gone"), ({"text": "phonemes"}, "model.text 'bytes'")):
-        line = refusal(train, *options(begun | {"out_dir": tmp_path / "other"} | words))
-        assert fault in line
+        words = options(begun | {"out_dir": tmp_path / "other"} | words)
+        assert fault in refusal(train, *words)
+        assert fault in refusal(system, "prepare", *words, f"--data_dir={tmp_path / 'none'}")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_stop_file_ends_a_run_with_a_checkpoint_and_is_removed(tiny, tmp_path):
@@ -606,7 +609,8 @@ def test_a_checkpoint_has_no_frozen_weights_and_speaks_without_them(frozen, tmp_
 def test_compiling_compiles_and_gives_the_same_losses_and_checkpoint_keys(frozen, tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    call(train, *options(frozen[1] | {"out_dir": tmp_path, "compile": "true"}))
+    with inductor.patch({"cpp.simdlen": 1}):  # scalar kernels, which take less time to build
+        call(train, *options(frozen[1] | {"out_dir": tmp_path, "compile": "true"}))
     compiled = torch._dynamo.utils.counters["stats"]
     # the whole network, in one piece, once
     assert compiled["unique_graphs"] == 1 and compiled["calls_captured"] > 100

@@ -259,23 +259,28 @@ def list_changes(config: Config, saved: dict) -> list[tuple[str, object, object]
     return changes
 
 
-def begin_with(config: Config, network: nn.Module, path: Path) -> None:
-    """Load the averaged weights of a checkpoint into a new network, whatever corpus that was trained on.
+def begin_with(network: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Load what `weights_of` found in `path` into a new network.
 
-    The statistics of the log-mels stay those of the network's own corpus. raises UserError for weights of
-    another shape or meaning.
+    The statistics of the log-mels stay those of the network's own corpus. raises UserError as `check_weights`.
+    """
+    own = trained_weights(network)
+    kept = {name: own[name] for name in statistics(network)}
+    load_weights(network, weights | kept, str(path))
+    print(f"begins with the weights of {path}", flush=True)
+
+
+def weights_of(path: Path, config: Config) -> dict[str, torch.Tensor]:
+    """The averaged weights of a checkpoint, for a run to begin with, whatever corpus they were trained on.
+
+    raises UserError where `config` would have them mean something else.
     """
     state = load_checkpoint(path)
     configs.from_checkpoint(type(config), state["config"], str(path))  # its values are what they must be
     for key, then, now in list_changes(config, state["config"]):
         if not key.startswith("data."):
             raise UserError(f"train.init {path}: was trained with {key} {then!r}, not {now!r}")
-    weights = {**state["model"], **state["ema"]}
-    own = trained_weights(network)
-    for name in statistics(network):
-        weights[name] = own[name]
-    load_weights(network, weights, str(path))
-    print(f"begins with the weights of {path}", flush=True)
+    return {**state["model"], **state["ema"]}
 
 
 def statistics(network: nn.Module) -> dict[str, float]:
