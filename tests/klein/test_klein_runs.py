@@ -125,6 +125,7 @@ def test_a_run_does_not_go_on_with_another_alpha(refusal, knobs, painted):
     )
 
 
+@pytest.mark.slow  # text-to-speech and music do it in every run of the tests
 def test_two_ranks_are_one_process_with_the_double_batch(knobs, tmp_path):
     shared = knobs | {"steps": 3, "save_interval": 3}
     finish(start("train.py", *options(shared | {"out_dir": tmp_path / "two"}), ranks=2))
