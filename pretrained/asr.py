@@ -1,6 +1,7 @@
 """Speech recognition: Whisper or PocketSphinx, neither of them trained on the voice that it judges.
 
-`load` returns one of them. A wave is (N,) float32.
+`load` returns one of them. A wave is (N,) float32. openai-whisper takes a second to import, with numba: what
+needs it waits for it.
 """
 
 import hashlib
@@ -8,16 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from torch import Tensor
-from whisper.model import Whisper
 
 import audio
 from config import UserError
-from pretrained import whisper_weights
 
-RATE = whisper_weights.RATE  # Hz: Whisper and HuBERT take 16 kHz
+RATE = 16_000  # Hz: Whisper, PocketSphinx and HuBERT take it
 HOP = 320  # samples a frame of HuBERT: 50 a second
-normalize_transcript = whisper_weights.normalize_transcript
 
 
 def load(name: str, device: torch.device, quiet: bool = False) -> "Recogniser | PocketSphinx | None":
@@ -30,6 +29,8 @@ def load(name: str, device: torch.device, quiet: bool = False) -> "Recogniser | 
         return PocketSphinx()
     if device.type == "mps":
         device = torch.device("cpu")  # Whisper has a sparse buffer, which Metal does not support
+    from pretrained import whisper_weights
+
     model, source, why = whisper_weights.load_any(name, device, "eval.recogniser")
     if why and not quiet:
         print(f"recogniser: {why}", flush=True)
@@ -39,8 +40,8 @@ def load(name: str, device: torch.device, quiet: bool = False) -> "Recogniser | 
 class Recogniser:
     """A Whisper model, kept loaded: `transcribe` takes waves in batches, at temperature 0, in English."""
 
-    def __init__(self, model: Whisper, source: str):
-        """source: the published name or the .pt file that the weights are from."""
+    def __init__(self, model: nn.Module, source: str):
+        """model: a whisper.model.Whisper; source: its published name, or the .pt file of its weights."""
         self.model = model
         self.invented = 0  # texts so far that Whisper made up, and that are left out
         self.name = source
@@ -58,6 +59,8 @@ class Recogniser:
 
         returns the texts, not normalised; "" where nothing was said, or Whisper made it up.
         """
+        from pretrained import whisper_weights
+
         cut = []
         for wave in waves:
             wave = audio.resample(wave, sample_rate, RATE)
@@ -72,6 +75,13 @@ class Recogniser:
             texts.append(" ".join(filter(None, heard[: len(parts)])))
             heard = heard[len(parts) :]
         return texts
+
+
+def normalize_transcript(text: str) -> str:
+    """As whisper_weights.normalize_transcript."""
+    from pretrained import whisper_weights
+
+    return whisper_weights.normalize_transcript(text)
 
 
 class PocketSphinx:
