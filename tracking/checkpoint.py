@@ -262,7 +262,8 @@ def list_changes(config: Config, saved: dict) -> list[tuple[str, object, object]
 def begin_with(network: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Load what `weights_of` found in `path` into a new network.
 
-    The statistics of the log-mels stay those of the network's own corpus. raises UserError as `check_weights`.
+    The statistics of the log-mels stay those of the network's own corpus.
+    raises UserError as `check_weights`.
     """
     own = trained_weights(network)
     kept = {name: own[name] for name in statistics(network)}
